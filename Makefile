@@ -1,0 +1,50 @@
+# make run      start OllProx            make test     the tests
+# make demo     see a miss and a hit     make check    lint, format, types, security, tests
+PYTHON ?= python3
+BIN := .venv/bin
+
+.DEFAULT_GOAL := check
+.PHONY: run demo test check fix pin audit clean
+
+run: .venv/run.stamp
+	@$(BIN)/python ollprox.py
+
+demo: .venv/run.stamp
+	@bash tests/demo.sh $(BIN)/python
+
+test: .venv/dev.stamp
+	$(BIN)/python -X dev -m pytest $(ARGS)
+
+check: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/bandit -q -c pyproject.toml -r *.py
+	$(MAKE) test
+
+fix: .venv/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Pins the run-time dependencies anew, with hashes.
+pin: .venv/dev.stamp
+	$(BIN)/pip-compile -q --upgrade --generate-hashes --strip-extras --no-header \
+		--no-emit-index-url --no-emit-options -o requirements.txt requirements.in
+
+audit: .venv/dev.stamp
+	$(BIN)/pip-audit --require-hashes -r requirements.txt
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+.venv/run.stamp: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
+		"OllProx needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12" % sys.version_info[:2])'
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
+		rm -rf .venv; echo "No venv here; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+	@$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

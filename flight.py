@@ -1,0 +1,392 @@
+"""Let identical requests share one exchange with upstream.
+
+A flight is a tape: one task records what upstream says, and each reader replays it at its
+own pace. It ends complete, failed or abandoned. It knows neither HTTP's framing nor Ollama;
+what an answer means is noted by a `Notes` that its codec gives it.
+
+The tape is a window. The recorder runs ahead of slow readers on purpose, since they must not
+hold the GPU; it waits only while it is a full window ahead of its fastest reader, and a
+slower one that falls a full window behind is dropped.
+"""
+
+import asyncio
+import enum
+import itertools
+import logging
+import math
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, contextmanager
+from typing import Protocol
+
+from http11 import Headers, HTTPError, Response, Truncated
+
+log = logging.getLogger("ollprox.flight")
+
+MAX_LINE = 32 << 20  # bytes of a line that is waited for; a longer one is passed on in parts
+PIECE_OVERHEAD = 64  # bytes charged for a piece beside its own: object and list slot
+
+
+class Ending(enum.Enum):
+    """How a flight has ended."""
+
+    COMPLETE = "upstream has said all, or reported its own error"
+    FAILED = "upstream could not be reached, broke off, or was too slow"
+    ABANDONED = "the last reader left"
+
+
+class Budget(Protocol):
+    """The bytes that all tapes and all stored answers share."""
+
+    def reserve(self, size: int, *, must: bool = False) -> bool:
+        """Set `size` bytes aside; False if there is no room, unless they `must`."""
+
+    def release(self, size: int) -> None:
+        """Give `size` bytes back."""
+
+
+class Notes(Protocol):
+    """What a codec notes of an answer while it is recorded."""
+
+    delimiter: bytes
+    """Ends a line (or an event); empty where an answer has no lines."""
+
+    finished: bool
+    """The last line has come: the answer is complete, whatever follows."""
+
+    too_large: bool
+    """There can be no fold any more."""
+
+    def feed(self, piece: bytes) -> None:
+        """Note whole lines."""
+
+    def close(self) -> str | None:
+        """Note upstream's clean end; say what is missing if the answer was cut."""
+
+    def fold(self) -> bytes:
+        """Return the answer as one object. Raises HTTPError if there is none."""
+
+
+class Flight:
+    """One exchange with upstream, and the tape that it is recorded on.
+
+    Args:
+        flights: where it is registered.
+        key: what identifies its answer; None for one that cannot be joined.
+        exchange: opens the exchange.
+        notes: makes the notes for a response's head.
+        store: keeps a complete answer and tells whether it did; None to keep none.
+        model: whose answer it is.
+
+    """
+
+    def __init__(
+        self,
+        flights: "Flights",
+        key: bytes | None,
+        exchange: Callable[[], AbstractAsyncContextManager[Response]],
+        notes: Callable[[Response], Notes],
+        store: Callable[["Flight"], bool] | None,
+        model: str = "",
+    ) -> None:
+        self.key = key
+        self.model = model
+        self.grounded = False  # its model has changed: neither joined nor stored
+        self.stored = False
+        self.status = 0
+        self.headers: Headers = ()
+        self.length: int | None = None
+        self.notes: Notes | None = None  # from the response's head on
+        self.born: float | None = None  # when that head came, on the clock
+        self.ending: Ending | None = None
+        self.error: HTTPError | None = None
+        self.start = 0  # index of the first piece on the tape
+        self.readers: set[Reader] = set()
+        self._flights = flights
+        self._exchange = exchange
+        self._make_notes = notes
+        self._store = store
+        self._pieces: list[bytes] = []
+        self._size = 0  # bytes on the tape
+        self._room: asyncio.Future[None] | None = None  # the recorder waits for its readers
+        self._task = asyncio.get_running_loop().create_task(self._record())
+
+    @property
+    def joinable(self) -> bool:
+        """Whether a reader that comes now would get all of the answer."""
+        return self.start == 0 and self.ending is None and not self.grounded
+
+    @property
+    def end(self) -> int:
+        """The index after the last piece on the tape."""
+        return self.start + len(self._pieces)
+
+    @contextmanager
+    def join(self) -> Iterator["Reader"]:
+        """Read from the tape's start; leaving the block leaves the flight."""
+        reader = Reader(self)
+        self.readers.add(reader)
+        try:
+            yield reader
+        finally:
+            self.readers.discard(reader)
+            if not self.readers:
+                self._abandon()
+            self.wake_recorder()
+
+    def since(self, position: int) -> bytes:
+        """Return all pieces from `position` on, as one."""
+        pieces = self._pieces[position - self.start :]
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def whole(self) -> bytes:
+        """Return the tape as one piece."""
+        return b"".join(self._pieces)
+
+    def wake_recorder(self) -> None:
+        """Let the recorder look again whether there is room."""
+        if self._room is not None and not self._room.done():
+            self._room.set_result(None)
+
+    def ground(self) -> None:
+        """Let nobody join any more, and store nothing."""
+        self.grounded, self._store = True, None
+
+    def _abandon(self) -> None:
+        """End the exchange: nobody listens. What has been said to its end is kept."""
+        if self.ending is None:
+            complete = self.notes is not None and self.notes.finished
+            self._finish(Ending.COMPLETE if complete else Ending.ABANDONED)
+        self._task.cancel()
+        self._flights.budget.release(self._size)
+        self._size = 0
+        self._pieces = []
+
+    async def _record(self) -> None:
+        try:
+            async with self._exchange() as response:
+                self.status, self.headers = response.status, response.headers
+                self.length = response.length
+                self.born = self._flights.clock()
+                self.notes = notes = self._make_notes(response)
+                self._wake_readers(everyone=True)
+                assert not isinstance(response.body, bytes)
+                async for piece in _lines(response.body, notes.delimiter):
+                    notes.feed(piece)
+                    await self._append(piece)
+                if (missing := notes.close()) is not None:
+                    raise HTTPError(502, missing)
+        except HTTPError as error:
+            self._fail(error)
+        except Exception:
+            self._fail(HTTPError(500, "OllProx failed; its log says more"))
+            log.exception("a flight failed by a fault of OllProx")
+        else:
+            self._finish(Ending.COMPLETE)
+
+    def _fail(self, error: HTTPError) -> None:
+        if self.notes is not None and self.notes.finished:
+            self._finish(Ending.COMPLETE)  # only the body's end was missing
+        elif self.ending is None:
+            self.error = error
+            self._finish(Ending.FAILED)
+
+    def _finish(self, ending: Ending) -> None:
+        """Set the ending: store first, announce last."""
+        if self.ending is not None:
+            return
+        if ending is Ending.COMPLETE and self.start == 0 and self._store is not None:
+            budget = self._flights.budget
+            budget.release(self._size)  # what is stored is what is on the tape
+            if self._store(self):
+                self.stored = True
+                self._flights.ground_older(self)
+            budget.reserve(self._size, must=True)
+        self.ending = ending
+        self._flights.remove(self)
+        self._wake_readers(everyone=True)
+
+    async def _append(self, piece: bytes) -> None:
+        size = len(piece) + PIECE_OVERHEAD
+        while not self._make_room(size):
+            self._room = asyncio.get_running_loop().create_future()
+            await self._room
+        self._pieces.append(piece)
+        self._size += size
+        self._wake_readers(everyone=self.notes is not None and self.notes.too_large)
+
+    def _make_room(self, size: int) -> bool:
+        """Reserve room for a piece, dropping what the fastest reader has read."""
+        window, budget = self._flights.window, self._flights.budget
+        while self._size + size > window or not budget.reserve(size):
+            if not self._pieces:
+                return budget.reserve(size, must=True)
+            if self.start >= max(reader.position for reader in self.readers):
+                return False
+            self._drop_first()
+        return True
+
+    def _drop_first(self) -> None:
+        size = len(self._pieces.pop(0)) + PIECE_OVERHEAD
+        self.start += 1
+        self._size -= size
+        self._flights.budget.release(size)
+
+    def _wake_readers(self, *, everyone: bool = False) -> None:
+        for reader in self.readers:
+            if everyone or reader.position < self.end:
+                reader.wake()
+
+
+async def _lines(body: AsyncIterator[bytes], delimiter: bytes) -> AsyncIterator[bytes]:
+    """Cut a body into pieces that end at the end of a line; all of a read go together."""
+    rest = b""
+    async for data in body:
+        piece = rest + data
+        cut = piece.rfind(delimiter) + len(delimiter) if delimiter in piece else 0
+        if not delimiter or len(piece) - cut > MAX_LINE:
+            cut = len(piece)
+        rest = piece[cut:]
+        if cut:
+            yield piece[:cut]
+    if rest:
+        yield rest
+
+
+class Reader:
+    """One client's place on a flight's tape."""
+
+    def __init__(self, flight: Flight) -> None:
+        self.flight = flight
+        self.position = 0
+        self._news: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """Let the reader look again."""
+        if self._news is not None and not self._news.done():
+            self._news.set_result(None)
+
+    async def head(self) -> None:
+        """Wait for the response's head. Raises HTTPError if none comes."""
+        while self.flight.born is None:
+            self._raise_failure()
+            await self._wait()
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Read to the end; each step gives all that has come since.
+
+        Raises:
+            HTTPError: upstream broke off.
+            Truncated: this reader fell a full window behind.
+
+        """
+        flight = self.flight
+        while True:
+            if self.position < flight.start:
+                raise Truncated
+            if self.position < flight.end:
+                piece = flight.since(self.position)
+                self.position = flight.end
+                flight.wake_recorder()
+                yield piece
+            elif flight.ending is not None:
+                self._raise_failure()
+                return
+            else:
+                await self._wait()
+
+    async def fold(self) -> bytes:
+        """Wait for the end and return the answer as one object.
+
+        Raises:
+            HTTPError: upstream broke off, or there is no fold.
+
+        """
+        flight = self.flight
+        self.position = sys.maxsize  # it waits for no piece and holds no recorder up
+        flight.wake_recorder()
+        while flight.ending is None and not (flight.notes and flight.notes.too_large):
+            await self._wait()
+        self._raise_failure()
+        assert flight.notes is not None
+        return flight.notes.fold()
+
+    def _raise_failure(self) -> None:
+        if (error := self.flight.error) is not None:
+            # A fresh one: one instance raised by many readers would grow its traceback.
+            raise HTTPError(error.status, error.message) from error
+
+    async def _wait(self) -> None:
+        self._news = asyncio.get_running_loop().create_future()
+        await self._news
+
+
+class Flights:
+    """The flights under way.
+
+    Args:
+        window: bytes of each tape that are kept.
+        budget: what all tapes share.
+        clock: seconds on a clock that never goes back.
+
+    """
+
+    def __init__(
+        self, window: int, budget: Budget, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.window = window
+        self.budget = budget
+        self.clock = clock
+        self._by_key: dict[bytes | None, list[Flight]] = {}  # in the order they began
+
+    def find(self, key: bytes | None, max_age: float = math.inf) -> Flight | None:
+        """Return the youngest flight for a key, if it can be joined.
+
+        Args:
+            key: what identifies the answer.
+            max_age: seconds that its response's head may be old.
+
+        """
+        flights = self._by_key.get(key)
+        if not flights or not flights[-1].joinable:
+            return None
+        born = flights[-1].born
+        return flights[-1] if born is None or self.clock() - born <= max_age else None
+
+    def begin(
+        self,
+        key: bytes | None,
+        exchange: Callable[[], AbstractAsyncContextManager[Response]],
+        notes: Callable[[Response], Notes],
+        store: Callable[[Flight], bool] | None,
+        model: str = "",
+    ) -> Flight:
+        """Begin a flight; see `Flight`. Its first reader must join before any `await`."""
+        flight = Flight(self, key, exchange, notes, store, model)
+        self._by_key.setdefault(key, []).append(flight)
+        return flight
+
+    def remove(self, flight: Flight) -> None:
+        """Forget a flight, by identity: younger ones may have its key."""
+        flights = self._by_key.get(flight.key, [])
+        if flight in flights:
+            flights.remove(flight)
+        if not flights:
+            self._by_key.pop(flight.key, None)
+
+    def ground_older(self, stored: Flight) -> None:
+        """Let no flight store over the answer of one that began later."""
+        for flight in self._by_key.get(stored.key, []):
+            if flight is stored:
+                break
+            flight.ground()
+
+    def ground(self, changed: Callable[[str], bool]) -> None:
+        """Ground all flights whose model has changed."""
+        for flight in itertools.chain.from_iterable(self._by_key.values()):
+            if changed(flight.model):
+                flight.ground()
+
+    def __len__(self) -> int:
+        return sum(len(flights) for flights in self._by_key.values())

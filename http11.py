@@ -1,0 +1,402 @@
+"""HTTP/1.1 messages: strict heads, bodies and their framing, for either side.
+
+Every head must match a strict grammar on its raw bytes before h11 parses it, since h11
+lets through more than a proxy may: two lengths that agree, Content-Length beside
+Transfer-Encoding, bare LF, obs-fold. Chunked bodies are decoded here for the same reason
+(h11 takes `3 ` for a chunk size). A head seen before, byte for byte, is not parsed again.
+"""
+
+import hashlib
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Generic, TypeVar
+
+import h11
+
+Headers = tuple[tuple[bytes, bytes], ...]
+"""Pairs of name and value, in order; a request's names are in lower case."""
+
+Pairs = list[tuple[bytes, bytes]]
+
+TakeCredential = Callable[[Pairs], tuple[bytes | None, Pairs]]
+"""Takes the credentials out of a head's headers: their digest, and the other headers."""
+
+MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
+MAX_CHUNK_LINE = 1024  # bytes: a chunk's size and its extensions
+MAX_TRAILERS = 8192  # bytes, after the last chunk
+
+# RFC 9110 section 7.6.1, and Proxy-Connection, which some clients still send.
+HOP_BY_HOP = frozenset(
+    b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade".split()
+)
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+# RFC 9112 sections 3 and 5: CRLF only, origin-form, no obs-fold, no NUL or other control.
+_REQUEST_LINE = re.compile(rb"(%b) (/[!\"$-~]*) HTTP/1\.([01])" % _TOKEN)
+_STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+_FIELD_LINE = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
+_HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
+_LENGTH = re.compile(rb"[0-9]{1,18}")
+_CHUNK_LINE = re.compile(
+    rb"([0-9A-Fa-f]{1,16})((?:[\t ]*;[\t ]*%b(?:=(?:%b|\"[\t !#-\[\]-~\x80-\xff]*\"))?)*)\r\n"
+    % (_TOKEN, _TOKEN)
+)
+_CHUNK_START = re.compile(rb"[0-9A-Fa-f]{1,16}(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?\r?|")
+# What can be told to be wrong before a head's end has come.
+_HOPELESS = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
+
+
+class HTTPError(Exception):
+    """A request that is answered with an error.
+
+    Its message is shown to the client: it says what is wrong and what would be right, and
+    quotes neither keys nor header lines.
+
+    Args:
+        status: the status to answer with.
+        message: for a person.
+        headers: further headers of the answer.
+        body: sent as it is in place of a rendered message.
+
+    """
+
+    def __init__(
+        self, status: int, message: str, headers: Headers = (), body: bytes | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.headers = headers
+        self.body = body
+
+
+class BadHead(HTTPError):
+    """Bytes that are no head as this proxy takes them; the connection ends with it."""
+
+
+class Truncated(Exception):
+    """A body that has ended before its end; what was sent of it must not look whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A request's head, without any credential.
+
+    `credential` is the salted digest of the key that was presented, None for none.
+    `length` is the declared length of the body in bytes, None where none is declared.
+    """
+
+    method: bytes
+    path: bytes
+    query: bytes
+    headers: Headers
+    credential: bytes | None
+    length: int | None
+    chunked: bool
+    keep_alive: bool
+    expects_continue: bool
+    http10: bool
+
+    def get(self, name: bytes) -> bytes | None:
+        """Return the values of a header, joined by commas; None where it is not there."""
+        values = [value for other, value in self.headers if other == name]
+        return b", ".join(values) if values else None
+
+    @property
+    def has_body(self) -> bool:
+        """Whether bytes of a body follow the head."""
+        return self.chunked or bool(self.length)
+
+
+@dataclass(frozen=True, slots=True)
+class ResponseHead:
+    """A response's head as upstream sent it; `headers` keep their order and case.
+
+    `length` is None where chunks or the connection's close delimit the body.
+    """
+
+    status: int
+    headers: Headers
+    length: int | None
+    chunked: bool
+    keep_alive: bool
+
+
+@dataclass(slots=True)
+class Response:
+    """A response to a client, or one of upstream's; its body is whole or a stream.
+
+    `headers` are end-to-end headers without Content-Length. `length` is the length of a
+    body that comes as a stream, in bytes, where it is known.
+    """
+
+    status: int
+    headers: Headers
+    body: bytes | AsyncIterator[bytes]
+    length: int | None = None
+
+
+@dataclass(slots=True)
+class Request:
+    """A request to the proxy: its head, and its body on demand."""
+
+    head: Head
+    read: Callable[[int], Awaitable[bytes]]
+    """Read the whole body, of so many bytes at most. Raises HTTPError 413."""
+
+
+M = TypeVar("M", Head, ResponseHead)
+
+
+class KnownHeads(Generic[M]):
+    """Parse heads, each distinct one once.
+
+    The table's index is the SHA-256 of the whole head: leaving out any part of it would
+    let one request take another's length or key.
+    """
+
+    def __init__(self, parse: Callable[[bytes], M]) -> None:
+        self._parse: Callable[[bytes], M] = parse
+        self._known: dict[bytes, M] = {}
+
+    def __call__(self, raw: bytes) -> M:
+        """Return the parsed head. Raises BadHead."""
+        index = hashlib.sha256(raw).digest()
+        head = self._known.get(index)
+        if head is None:
+            head = self._parse(raw)
+            if len(self._known) >= MAX_KNOWN_HEADS:
+                del self._known[next(iter(self._known))]
+            self._known[index] = head
+        return head
+
+
+def hopeless(start: bytes | bytearray, checked: int = 0) -> bool:
+    """Whether an unfinished head, fine for `checked` bytes, cannot become a good one."""
+    return _HOPELESS.search(start, max(0, checked - 1)) is not None
+
+
+def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
+    """Parse a request's head, which ends in an empty line.
+
+    Raises:
+        BadHead: it does not match the strict grammar, or h11 refuses it.
+
+    """
+    first, pairs = _split(raw)
+    match = _REQUEST_LINE.fullmatch(first)
+    if match is None:
+        raise BadHead(400, "the request line is not METHOD /path HTTP/1.1")
+    method, target, minor = match.groups()
+    if method in {b"CONNECT", b"TRACE"}:
+        raise BadHead(400, f"OllProx does not serve {method.decode()}")
+    _check_host(pairs, minor)
+    length, chunked = _framing(pairs, minor)
+    try:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=len(raw) + 1)
+        connection.receive_data(raw)
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        raise BadHead(400, "the request's head is malformed") from None  # h11 quotes it
+    if not isinstance(event, h11.Request):
+        raise BadHead(400, "the request's head is malformed")
+    connection_tokens = _tokens(pairs, b"connection")
+    credential, headers = take_credential(list(event.headers))
+    expect = next((value.lower() for name, value in pairs if name == b"expect"), None)
+    if expect not in {None, b"100-continue"}:
+        raise BadHead(417, "the only expectation that OllProx meets is 100-continue")
+    path, _, query = target.partition(b"?")
+    return Head(
+        method=method,
+        path=path,
+        query=query,
+        headers=tuple(headers),
+        credential=credential,
+        length=length,
+        chunked=chunked,
+        keep_alive=b"close" not in connection_tokens
+        and (minor == b"1" or b"keep-alive" in connection_tokens),
+        expects_continue=expect is not None and minor == b"1",
+        http10=minor == b"0",
+    )
+
+
+def parse_response_head(raw: bytes) -> ResponseHead:
+    """Parse a response's head, which ends in an empty line; to the same grammar.
+
+    Raises:
+        BadHead: it does not match the strict grammar, or h11 refuses it.
+
+    """
+    first, pairs = _split(raw)
+    match = _STATUS_LINE.fullmatch(first)
+    if match is None:
+        raise BadHead(502, "its status line is malformed")
+    length, chunked = _framing(pairs, match[1])
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=len(raw) + 1)
+    connection.send(h11.Request(method="GET", target="/", headers=[("Host", "-")]))
+    connection.send(h11.EndOfMessage())
+    try:
+        connection.receive_data(raw)
+        event = connection.next_event()
+    except h11.RemoteProtocolError:
+        raise BadHead(502, "its head is malformed") from None
+    if not isinstance(event, h11.Response | h11.InformationalResponse):
+        raise BadHead(502, "its head is malformed")
+    tokens = _tokens(pairs, b"connection")
+    return ResponseHead(
+        status=event.status_code,
+        headers=tuple(event.headers.raw_items()),
+        length=length,
+        chunked=chunked,
+        keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
+    )
+
+
+def _split(raw: bytes) -> tuple[bytes, Pairs]:
+    """Split a head into its first line and its fields, with names in lower case."""
+    first, *lines = raw[:-4].split(b"\r\n")
+    pairs = []
+    for line in lines:
+        if (match := _FIELD_LINE.fullmatch(line)) is None:
+            raise BadHead(400, "a header line is not `Name: value`")
+        pairs.append((match[1].lower(), match[2].rstrip(b"\t ")))
+    return first, pairs
+
+
+def _check_host(pairs: Pairs, minor: bytes) -> None:
+    hosts = [value for name, value in pairs if name == b"host"]
+    if len(hosts) > 1 or (not hosts and minor == b"1"):
+        raise BadHead(400, "a request has exactly one Host header")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        raise BadHead(400, "the Host header names no host")
+
+
+def _framing(pairs: Pairs, minor: bytes) -> tuple[int | None, bool]:
+    """Tell the body's length and whether it is chunked (RFC 9112 section 6)."""
+    lengths = [value for name, value in pairs if name == b"content-length"]
+    codings = [value.lower() for name, value in pairs if name == b"transfer-encoding"]
+    if lengths and codings:
+        raise BadHead(400, "Content-Length and Transfer-Encoding exclude each other")
+    if codings and (codings != [b"chunked"] or minor == b"0"):
+        raise BadHead(400, "the only Transfer-Encoding is chunked, once, in HTTP/1.1")
+    if lengths and (len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0])):
+        raise BadHead(400, "Content-Length is one number of digits alone")
+    return (int(lengths[0]) if lengths else None), bool(codings)
+
+
+def _tokens(pairs: Pairs | Headers, wanted: bytes) -> set[bytes]:
+    """Return the members of a list header, in lower case."""
+    values = [value for name, value in pairs if name.lower() == wanted]
+    return {token.strip(b"\t ").lower() for value in values for token in value.split(b",")}
+
+
+def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> Headers:
+    """Drop the headers that are for one connection alone, the body's length, and `without`.
+
+    RFC 9110 section 7.6.1: the hop-by-hop headers and whatever `Connection` names.
+    """
+    dropped = HOP_BY_HOP | {b"content-length"} | without | _tokens(headers, b"connection")
+    return tuple(pair for pair in headers if pair[0].lower() not in dropped)
+
+
+class ChunkedDecoder:
+    """Decode a chunked body strictly (RFC 9112 section 7.1), whichever way it is cut.
+
+    Feed it what has come with `decode`; once `done`, the rest of the buffer is not of this
+    body. Extensions and trailers are checked, bounded and dropped.
+    """
+
+    def __init__(self) -> None:
+        self.done = False
+        self._left = 0  # bytes still to come of the chunk under way and its CRLF
+        self._last = False  # the chunk of size 0 has come
+
+    def decode(self, buffer: bytearray) -> bytes:
+        """Take what can be decoded off the front of `buffer` and return its data.
+
+        Raises:
+            BadHead: the framing is malformed.
+
+        """
+        pieces: list[bytes] = []
+        position, end = 0, len(buffer)
+        with memoryview(buffer) as view:
+            while position < end and not self._last:
+                if self._left:
+                    taken = min(self._left, end - position)
+                    position = self._take(view, position, taken, pieces)
+                else:
+                    match = _CHUNK_LINE.match(buffer, position, position + MAX_CHUNK_LINE)
+                    if match is None:
+                        self._check_start(bytes(view[position : position + MAX_CHUNK_LINE]))
+                        break
+                    size = int(match[1], 16)
+                    position = match.end()
+                    self._last = size == 0
+                    self._left = size + 2 if size else 0
+        del buffer[:position]
+        if self._last:
+            self._take_trailers(buffer)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _take(self, view: memoryview, position: int, taken: int, pieces: list[bytes]) -> int:
+        """Take bytes of a chunk and of the CRLF after it."""
+        data = min(taken, max(self._left - 2, 0))
+        if data:
+            pieces.append(bytes(view[position : position + data]))
+        for offset in range(data, taken):
+            wanted = 13 if self._left - offset == 2 else 10  # CR, LF
+            if view[position + offset] != wanted:
+                raise BadHead(400, "a chunk is longer than its size says")
+        self._left -= taken
+        return position + taken
+
+    @staticmethod
+    def _check_start(start: bytes) -> None:
+        if len(start) >= MAX_CHUNK_LINE or not _CHUNK_START.fullmatch(start):
+            raise BadHead(400, "a chunk's size line is malformed")
+
+    def _take_trailers(self, buffer: bytearray) -> None:
+        if buffer.startswith(b"\r\n"):
+            end = 2
+        elif (found := buffer.find(b"\r\n\r\n", 0, MAX_TRAILERS)) >= 0:
+            for line in bytes(buffer[:found]).split(b"\r\n"):
+                if not _FIELD_LINE.fullmatch(line):
+                    raise BadHead(400, "a trailer is malformed")
+            end = found + 4
+        elif len(buffer) >= MAX_TRAILERS or (len(buffer) > 1 and hopeless(buffer)):
+            raise BadHead(400, "the trailers are malformed or too long")
+        else:
+            return
+        del buffer[:end]
+        self.done = True
+
+
+_REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
+
+
+def frame_head(status: int, headers: Headers) -> bytes:
+    """Write a response's head; `headers` are all that it gets."""
+    lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]
+    lines += [b"%b: %b" % pair for pair in headers]
+    return b"\r\n".join(lines) + b"\r\n\r\n"
+
+
+def frame_request(method: bytes, target: bytes, headers: Headers, body: bytes) -> bytes:
+    """Write a whole request with a body of known length."""
+    lines = [b"%b %b HTTP/1.1" % (method, target)]
+    lines += [b"%b: %b" % pair for pair in headers]
+    if body or method not in {b"GET", b"HEAD"}:
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+
+
+def frame_chunk(piece: bytes) -> bytes:
+    """Write one chunk; an empty one would end the body."""
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+LAST_CHUNK = b"0\r\n\r\n"

@@ -1,0 +1,303 @@
+"""Know which API keys are valid now, and where a request's head carries one.
+
+The key file has one key a line; `KEY  # label` says whose it is. With a salt the lines
+are salted digests, `sha256(salt + key)` in hex, otherwise plain keys. In memory there are
+only salted digests. Run as a program, this makes keys, digests and salts.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import re
+import secrets
+import stat
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from settings import SettingsError, load
+
+MAX_FILE_BYTES = 64 << 20  # a key file; a million keys fit
+MIN_KEY_CHARS = 16  # a shorter plain key is warned about
+MAX_REPORTED = 10  # lines reported one by one, after that only their number
+CLOCK_TICK_NS = 2_000_000_000  # a file changed this recently may change again unseen
+
+# In this order the first that carries a key decides.
+_KEY_HEADERS = (b"apikey", b"x-api-key", b"authorization")
+_DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
+_KEY = re.compile(rb"[\x21-\x7e\x80-\xff]+")
+_LABEL = re.compile(rb"\s+#")
+_BEARER = re.compile(rb"bearer +(.*)", re.IGNORECASE | re.DOTALL)
+
+Pair = tuple[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Parsed:
+    """What a key file says: labels by salted digest, and reports for the log.
+
+    `strangers` counts the lines that are no digest where a salt is set, `lookalikes`
+    those that look like one where none is.
+    """
+
+    labels: dict[bytes, str]
+    reports: list[str]
+    strangers: int
+    lookalikes: int
+
+
+def salted_digest(salt: bytes, key: bytes) -> bytes:
+    """Return the 32 bytes of SHA-256 over salt and key."""
+    return hashlib.sha256(salt + key).digest()
+
+
+def split_line(line: bytes) -> tuple[bytes, bytes]:
+    """Split a line of a key file into the key and its label; both empty for none."""
+    line = line.strip()
+    if line.startswith(b"#"):
+        return b"", b""
+    key, *label = _LABEL.split(line, maxsplit=1)
+    return key, b"".join(label).strip()
+
+
+def parse(text: bytes, salt: bytes, *, digests: bool) -> Parsed:
+    """Read a key file's text; `digests` says whether its lines are salted digests."""
+    labels: dict[bytes, str] = {}
+    reports: list[str] = []
+    strangers = lookalikes = 0
+    empty = salted_digest(salt, b"")
+    for number, line in enumerate(text.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        key, label = split_line(line)
+        if not key:
+            continue
+        looks = _DIGEST.fullmatch(key) is not None
+        lookalikes += looks
+        if digests and not looks:
+            strangers += 1
+            reports.append(f"line {number} is no salted digest (64 hex digits): ignored")
+        elif digests and bytes.fromhex(key.decode()) == empty:
+            reports.append(f"line {number} is the digest of an empty key: ignored")
+        elif not _KEY.fullmatch(key):
+            reports.append(
+                f"line {number} is no key, which holds no white space: ignored"
+                " (a label comes after white space and #)"
+            )
+        else:
+            if not digests and len(key) < MIN_KEY_CHARS:
+                reports.append(
+                    f"line {number} has a key shorter than {MIN_KEY_CHARS} characters, which"
+                    " can be guessed: `python keystore.py new` makes a better one"
+                )
+            digest = bytes.fromhex(key.decode()) if digests else salted_digest(salt, key)
+            labels[digest] = label.decode("utf-8", "replace")
+    return Parsed(labels, reports, strangers, lookalikes)
+
+
+def read_file(path: Path) -> tuple[bytes, tuple[int, int, int]]:
+    """Read a key file; return its text and its signature: mtime in ns, size, inode.
+
+    Raises:
+        OSError: it is not there, cannot be read, or is not a regular file. A FIFO is told
+            by its kind and never waited for.
+
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if stat.S_ISDIR(status.st_mode):
+            raise IsADirectoryError(0, "it is a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(0, "it is not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise OSError(0, f"it is larger than {MAX_FILE_BYTES >> 20} MiB")
+        text = file.read(MAX_FILE_BYTES)
+    if text.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise OSError(0, "it is UTF-16 text; save it as UTF-8")
+    return text, _signature(status)
+
+
+def _signature(status: os.stat_result) -> tuple[int, int, int]:
+    return status.st_mtime_ns, status.st_size, status.st_ino
+
+
+@dataclass(slots=True)
+class KeyStore:
+    """The keys that are valid now.
+
+    `poll` is for a thread: it reads, and changes nothing that others look at; `adopt` puts
+    its result in force in one assignment, on the event loop.
+    """
+
+    path: Path | None  # None: no key file
+    salt: bytes = field(repr=False)
+    digests: bool  # the file's lines are salted digests
+    labels: dict[bytes, str] = field(default_factory=dict, repr=False)
+    _signature: tuple[int, int, int] | None = None
+    _young: bool = False  # changed so lately that another change may not show
+    _failed: bool = False
+    _made: bool = False  # the only key is the one made at start
+    _reports: list[str] = field(default_factory=list)
+
+    @classmethod
+    def open(cls, path: Path | None, salt: bytes) -> "KeyStore":
+        """Make one; without a salt of the user's, a random one is made for this run."""
+        return cls(path, salt or secrets.token_bytes(32), digests=bool(salt))
+
+    def label(self, digest: bytes | None) -> str | None:
+        """Whose key has this digest: its label, maybe empty; None if it is not valid."""
+        return None if digest is None else self.labels.get(digest)
+
+    def admit(self, key: bytes, label: str) -> None:
+        """Let this one key in, until the file gets keys."""
+        self.labels, self._made = {salted_digest(self.salt, key): label}, True
+
+    def poll(self) -> Parsed | OSError | None:
+        """Read the file again if its mtime, size or inode has changed; None if not."""
+        if self.path is None:
+            return None
+        try:
+            same = _signature(os.stat(self.path)) == self._signature
+        except OSError as error:
+            return error
+        return None if same and not self._young and not self._failed else self.reload()
+
+    def reload(self) -> Parsed | OSError:
+        """Read and parse the file."""
+        if self.path is None:
+            raise ValueError("there is no key file")
+        try:
+            text, self._signature = read_file(self.path)
+        except OSError as error:
+            self._signature = None
+            return error
+        self._young = time.time_ns() - self._signature[0] < CLOCK_TICK_NS
+        return parse(text, self.salt, digests=self.digests)
+
+    def adopt(self, result: Parsed | OSError) -> Iterator[tuple[int, str]]:
+        """Put a reload's result in force; yield what is to be logged, with its level.
+
+        A file that cannot be read keeps the last keys; an emptied one lets nobody in.
+        """
+        failed, self._failed = self._failed, isinstance(result, OSError)
+        if isinstance(result, OSError):
+            if not failed:
+                yield (
+                    logging.ERROR,
+                    f"API_KEY_FILE {self.path} cannot be read ({reason(result)}):"
+                    f" the last {len(self.labels)} keys stay valid",
+                )
+            return
+        if failed:
+            yield logging.ERROR, f"API_KEY_FILE {self.path} can be read again"
+        if result.labels != self.labels and (result.labels or not self._made):
+            self.labels, self._made = result.labels, False
+            yield logging.INFO, f"API keys: {len(self.labels)} read from {self.path}"
+        if result.reports != self._reports:
+            self._reports = result.reports
+            yield from ((logging.WARNING, f"API_KEY_FILE {r}") for r in shorten(result.reports))
+
+
+def reason(error: OSError) -> str:
+    """Say why, without the path."""
+    return error.strerror or type(error).__name__
+
+
+def shorten(reports: Sequence[str]) -> list[str]:
+    """Bound the reports on a file's lines."""
+    more = len(reports) - MAX_REPORTED
+    return [*reports[:MAX_REPORTED], *([f"and {more} more such lines"] if more > 0 else [])]
+
+
+def take_credential(salt: bytes, headers: Iterable[Pair]) -> tuple[bytes | None, list[Pair]]:
+    """Take the credentials out of a head's headers, whose names are in lower case.
+
+    Returns:
+        The salted digest of the key that was presented, or None for none; and the headers
+        without any that held a key. A header that comes twice with different values
+        presents what no key matches.
+
+    """
+    found: dict[bytes, set[bytes]] = {}
+    rest: list[Pair] = []
+    for name, value in headers:
+        if name in _KEY_HEADERS:
+            if key := _key_in(name, value):
+                found.setdefault(name, set()).add(key)
+        else:
+            rest.append((name, value))
+    for name in _KEY_HEADERS:
+        if keys := found.get(name):
+            # No key holds a line end, so two at once match none.
+            digest = salted_digest(salt, b"\n".join(sorted(keys)))
+            everything = set().union(*found.values())
+            return digest, [pair for pair in rest if not _holds(pair[1], everything)]
+    return None, rest
+
+
+def _key_in(name: bytes, value: bytes) -> bytes:
+    if name != b"authorization":
+        return value
+    match = _BEARER.fullmatch(value)
+    return match[1].strip() if match else b""
+
+
+def _holds(value: bytes, keys: set[bytes]) -> bool:
+    """Whether a key stands in another header as well, where it must not pass on."""
+    return any(key in value for key in keys if len(key) >= 8)
+
+
+def new_key() -> str:
+    """Make a key: 192 random bits, safe in a URL and in a shell."""
+    return secrets.token_urlsafe(24)
+
+
+def _print_new(label: str, salt: bytes) -> None:
+    key = new_key()
+    line = salted_digest(salt, key.encode()).hex() if salt else key
+    print(f"API key, for its user:          {key}")
+    print(f"line to append to the key file: {line}{f'  # {label}' if label else ''}")
+
+
+def _print_hashed(lines: Iterable[bytes], salt: bytes) -> None:
+    if not salt:
+        sys.exit("API_KEY_SALT is not set: put the line that `salt` prints into .env first")
+    for line in lines:
+        key, label = split_line(line.removeprefix(b"\xef\xbb\xbf"))
+        if key:
+            digest = salted_digest(salt, key).hex().encode()
+            line = digest + (b"  # " + label if label else b"")
+        sys.stdout.buffer.write(line.rstrip(b"\r\n") + b"\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line tool."""
+    parser = argparse.ArgumentParser(
+        prog="keystore.py", description="Make API keys, salts, and salted key files."
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    new = commands.add_parser("new", help="print a fresh key and its line for the key file")
+    new.add_argument("--label", default="", help="whose key it is; shown in logs")
+    commands.add_parser(
+        "hash",
+        help="turn plain keys on standard input into digest lines, keeping labels and"
+        " comments; the salt is API_KEY_SALT, from the environment or .env",
+    )
+    commands.add_parser("salt", help="print a new salt, for API_KEY_SALT in .env")
+    chosen = parser.parse_args(arguments)
+    try:
+        salt = load(os.environ).api_key_salt.encode("utf-8", "surrogateescape")
+    except SettingsError as error:
+        sys.exit(f"keystore: {error}")
+    if chosen.command == "salt":
+        print(secrets.token_hex(16))
+    elif chosen.command == "hash":
+        _print_hashed(sys.stdin.buffer, salt)
+    else:
+        _print_new(" ".join(chosen.label.split()), salt)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""All that is known of Ollama's API: routes, cache keys, folds, what is complete, errors.
+
+Pure: nothing here waits or reads a clock. Sources are Ollama's API page (docs/api.md), its
+OpenAI compatibility page (docs/openai.md), and recorded exchanges with Ollama 0.13.5.
+"""
+
+import enum
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from http11 import Headers, HTTPError, Response
+
+JSON = b"application/json; charset=utf-8"  # as Ollama sends it
+NDJSON = b"application/x-ndjson"
+SSE = b"text/event-stream"
+
+# Go reads JSON names in any case, so these in another case could mean what we do not see.
+_KNOWN_NAMES = frozenset(
+    [
+        "model",
+        "prompt",
+        "messages",
+        "input",
+        "stream",
+        "keep_alive",
+        "options",
+        "temperature",
+        "seed",
+    ]
+)
+_LOADS = frozenset({"load", "unload"})  # `done_reason` of an answer that says nothing
+
+
+class Access(enum.Enum):
+    """Who may use a route."""
+
+    OPEN = "anybody"
+    KEY = "whoever has a valid API key"
+    ADMIN = "keys whose label is in ADMIN_LABELS"
+
+
+class Form(enum.Enum):
+    """The form of an API's errors."""
+
+    OLLAMA = "ollama"
+    OPENAI = "openai"
+    ANTHROPIC = "anthropic"
+
+    def body(self, status: int, message: str) -> bytes:
+        """Write an error's body."""
+        if self is Form.OLLAMA:
+            return _dump({"error": message})
+        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}.get(
+            status, "invalid_request_error" if status < 500 else "api_error"
+        )
+        if self is Form.ANTHROPIC:
+            return _dump({"type": "error", "error": {"type": kind, "message": message}})
+        error = {"message": message, "type": kind, "param": None, "code": None}
+        return _dump({"error": error})
+
+    def line(self, content_type: bytes, message: str) -> bytes:
+        """Write the line, or event, that ends a stream which broke."""
+        body = self.body(502, message)
+        return b"data: %b\n\n" % body if content_type.startswith(SSE) else body + b"\n"
+
+
+@dataclass(slots=True)
+class Question:
+    """What a request asks of a model.
+
+    `key` is the cache key without its scope, None if the answer may not be kept or shared.
+    `stream` says that the client wants lines as they come; `relayed` that it gets upstream's
+    response as it is, whatever that may be.
+    """
+
+    body: Callable[[], bytes]
+    """Writes the body for upstream anew."""
+    model: str
+    key: bytes | None
+    stream: bool
+    relayed: bool
+    deterministic: bool
+
+
+class Codec(Protocol):
+    """What is known of the bodies of one kind of route."""
+
+    def question(self, body: bytes, route: "Route") -> Question:
+        """Read a request's body. Raises HTTPError 400."""
+
+    def notes(self, response: Response) -> "BaseNotes":
+        """Begin to note an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One route: what we do with it, and what goes upstream.
+
+    `target` is what is sent upstream, None where OllProx answers by itself with what `own`
+    names. `codec` is None where the request has no body that must be read.
+    """
+
+    methods: tuple[bytes, ...]
+    target: bytes | None
+    codec: Codec | None = None
+    streams: bool = False  # what a body without "stream" means
+    access: Access = Access.KEY
+    form: Form = Form.OLLAMA
+    rest: bytes = b""  # what may follow the path: a pattern for the name that it ends in
+    own: str = ""
+
+
+def write_anew(value: dict[str, Any]) -> bytes:
+    """Write an object in its own order: a schema's order means something to Ollama."""
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Parse a request's body.
+
+    Raises:
+        HTTPError: 400 if it is not one JSON object in UTF-8, or one that Python's `json`
+            cannot read: too deep, numbers too long, NaN.
+
+    """
+    try:
+        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+    except UnicodeDecodeError:
+        raise HTTPError(400, "the body must be UTF-8 text: a JSON object") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg} at line {error.lineno} column {error.colno}"
+        raise HTTPError(400, f"the body must be a JSON object; it is not JSON: {where}") from None
+    except RecursionError:
+        raise HTTPError(400, "the body's JSON is nested too deep") from None
+    except ValueError as error:
+        reason = (
+            "NaN or Infinity is no JSON" if "constant" in str(error) else "a number is too long"
+        )
+        raise HTTPError(400, f"the body must be a JSON object; {reason}") from None
+    if not isinstance(value, dict):
+        raise HTTPError(400, 'the body must be a JSON object, such as {"model": "llama2"}')
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"constant {name}")
+
+
+def cache_key(target: bytes, canonical: bytes) -> bytes:
+    """Return the digest that identifies an answer."""
+    return hashlib.sha256(target + b"\n" + canonical).digest()
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    """Write an object so that the order of names does not matter.
+
+    Raises:
+        HTTPError: 400 for what can be read but not written.
+
+    """
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    except ValueError:
+        raise HTTPError(400, "a number in the body is too large for a JSON number") from None
+    except RecursionError:
+        raise HTTPError(400, "the body's JSON is nested too deep") from None
+
+
+def _is_odd(value: dict[str, Any]) -> bool:
+    """Whether only Ollama can tell what a body means."""
+    if not isinstance(value.get("stream"), bool | None):
+        return True
+    return any(name not in _KNOWN_NAMES and name.casefold() in _KNOWN_NAMES for name in value)
+
+
+def is_deterministic(options: object) -> bool:
+    """Whether sampling is pinned: `temperature` 0 or a `seed`."""
+    if not isinstance(options, dict):
+        return False
+    temperature, seed = options.get("temperature"), options.get("seed")
+    cold = isinstance(temperature, int | float) and temperature == 0
+    return (cold and temperature is not False) or (isinstance(seed, int) and seed is not False)
+
+
+def normalised(model: object) -> str:
+    """Write a model's name as Ollama lists it: `llama2` is `llama2:latest`."""
+    if not isinstance(model, str) or not model:
+        return ""
+    name = re.sub(r"\Ahttps?://", "", model.lower())
+    name = name.removeprefix("registry.ollama.ai/").removeprefix("library/")
+    return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
+
+
+def digests(body: bytes) -> dict[str, str] | None:
+    """Read `/api/tags`: each model's digest by its name; None unless well-formed throughout."""
+    try:
+        models = json.loads(body)["models"]
+        found = {normalised(model["name"]): model["digest"] for model in models}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    good = all(name and isinstance(digest, str) and digest for name, digest in found.items())
+    return found if good and isinstance(models, list) else None
+
+
+class BaseNotes:
+    """Notes on an answer that means nothing to us: an error, or what is only relayed."""
+
+    delimiter = b""
+    finished = False
+    too_large = False
+    keep = False
+    """At a clean end, the answer is whole and may be stored."""
+
+    def feed(self, piece: bytes) -> None:
+        """Note nothing."""
+
+    def close(self) -> str | None:
+        """Take any clean end."""
+        return None
+
+    def fold(self) -> bytes:
+        """Refuse: there is none."""
+        raise HTTPError(502, "Ollama's answer is no stream of JSON lines")
+
+
+class PlainLines(BaseNotes):
+    """Notes on lines that are only relayed, such as the progress of a pull."""
+
+    def __init__(self, delimiter: bytes) -> None:
+        self.delimiter = delimiter
+
+
+class WholeNotes(BaseNotes):
+    """Notes on one JSON object, complete with its body's end."""
+
+    def __init__(self) -> None:
+        self._edges = b""
+
+    @property
+    def keep(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether it begins and ends as an object does."""
+        text = self._edges.strip()
+        return text.startswith(b"{") and text.endswith(b"}")
+
+    def feed(self, piece: bytes) -> None:
+        """Note the first and the last bytes."""
+        self._edges = self._edges[:8] + piece[:8] + piece[-8:]
+
+
+class LineNotes(BaseNotes):
+    """Notes on a native stream: NDJSON, whose last line has `"done": true`.
+
+    The fold is the last line, with every text joined (see `TextField`), as Ollama's own
+    handlers make the single object of `"stream": false`.
+    """
+
+    delimiter = b"\n"
+
+    def __init__(self, chat: bool, max_object: int) -> None:
+        self._chat = chat
+        self._max_object = max_object
+        self._last: dict[str, Any] = {}
+        self._texts: dict[str, list[str]] = {}
+        self._tool_calls: list[Any] = []
+        self._logprobs: list[str] = []
+        self._size = 0  # bytes held for the fold, roughly
+        self._valid = True
+
+    @property
+    def finished(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether the last line has come."""
+        return self._valid and self._last.get("done") is True
+
+    @property
+    def keep(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether it is an answer, and not the loading of a model."""
+        return self.finished and not self.too_large and self._last.get("done_reason") not in _LOADS
+
+    def feed(self, piece: bytes) -> None:
+        """Note whole lines."""
+        try:
+            lines = json.loads(b"[%b]" % b",".join(filter(None, piece.split(b"\n"))))
+        except (ValueError, RecursionError):
+            self._valid = False
+            return
+        for line in lines:
+            if not isinstance(line, dict):
+                self._valid = False
+                return
+            self._last = line
+            self._note(line)
+        if self._size > self._max_object:
+            self.too_large = True
+            self._texts, self._tool_calls, self._logprobs = {}, [], []
+
+    def _note(self, line: dict[str, Any]) -> None:
+        said = line.get("message") if self._chat else line
+        if isinstance(said, dict):
+            for name in ("content", "thinking") if self._chat else ("response", "thinking"):
+                text = said.get(name)
+                if text and isinstance(text, str):
+                    self._texts.setdefault(name, []).append(text)
+                    self._size += len(text)
+            if self._chat and isinstance(calls := said.get("tool_calls"), list):
+                self._tool_calls += calls
+                self._size += len(_dump(calls))
+        if isinstance(logprobs := line.get("logprobs"), list) and logprobs:
+            self._logprobs.append(_dump(logprobs)[1:-1].decode())
+            self._size += len(self._logprobs[-1])
+
+    def close(self) -> str | None:
+        """Say what is missing at upstream's clean end."""
+        if self.finished or "error" in self._last:
+            return None
+        return "Ollama ended its answer without a last line. Ask again."
+
+    def fold(self) -> bytes:
+        """Return the object of `"stream": false`.
+
+        Raises:
+            HTTPError: 500 with Ollama's own error, 502 if it is too large.
+
+        """
+        if self.too_large:
+            raise HTTPError(
+                502,
+                f"the answer is larger than {self._max_object} bytes (MAX_OBJECT_BYTES):"
+                ' ask for a stream, with "stream": true',
+            )
+        if not self.finished:
+            error = self._last.get("error", "Ollama's answer cannot be read")
+            raise HTTPError(500, str(error), body=_dump({"error": error}))
+        folded = dict(self._last)
+        if self._chat:
+            message = folded.get("message")
+            folded["message"] = self._joined(message if isinstance(message, dict) else {})
+            if self._tool_calls:
+                folded["message"]["tool_calls"] = self._tool_calls
+        else:
+            folded = self._joined(folded)
+        if not self._logprobs:
+            return _dump(folded)
+        folded.pop("logprobs", None)
+        return _dump(folded)[:-1] + b',"logprobs":[%b]}' % ",".join(self._logprobs).encode()
+
+    def _joined(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Put the joined texts in their places; `thinking` comes after the text."""
+        joined: dict[str, Any] = {}
+        for name, value in said.items():
+            if name != "thinking":
+                joined[name] = value
+            if name == ("content" if self._chat else "response"):
+                joined[name] = "".join(self._texts.get(name, []))
+                if thinking := "".join(self._texts.get("thinking", [])):
+                    joined["thinking"] = thinking
+        return joined
+
+
+class EventNotes(BaseNotes):
+    """Notes on an SSE stream: complete with `data: [DONE]` after a `finish_reason`.
+
+    Ollama ends a stream that broke as it ends a whole one, but for these two.
+    """
+
+    delimiter = b"\n\n"
+
+    def __init__(self) -> None:
+        self._reason = False
+        self._done = False
+        self._error = False
+
+    @property
+    def finished(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether the last event has come."""
+        return self._done
+
+    @property
+    def keep(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether it is a whole answer."""
+        return self._done and self._reason
+
+    def feed(self, piece: bytes) -> None:
+        """Note whole events."""
+        for event in piece.split(b"\n\n"):
+            if not event.startswith(b"data: "):
+                continue
+            self._done = event[6:].strip() == b"[DONE]"
+            self._error = event.startswith(b'data: {"error"')
+            if not self._reason and b'"finish_reason":null' not in event:
+                self._reason = b'"finish_reason"' in event and _has_reason(event[6:])
+
+    def close(self) -> str | None:
+        """Say what is missing at upstream's clean end."""
+        if self._done or self._error:
+            return None
+        return "Ollama ended its answer without [DONE]. Ask again."
+
+
+def _has_reason(data: bytes) -> bool:
+    try:
+        choices = json.loads(data)["choices"]
+        return any(choice.get("finish_reason") for choice in choices)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
+
+
+def content_type(headers: Headers) -> bytes:
+    """Return a response's content type, in lower case."""
+    return next((v.lower() for n, v in headers if n.lower() == b"content-type"), b"")
+
+
+def _notes(response: Response, streamed: BaseNotes, whole: BaseNotes) -> BaseNotes:
+    """Choose the notes by what upstream's head says."""
+    if response.status != 200:
+        return BaseNotes()
+    kind = content_type(response.headers)
+    return streamed if kind.startswith((NDJSON, SSE)) else whole
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """`/api/generate` and `/api/chat`: always asked for as a stream, and folded."""
+
+    says: str
+    """The name whose emptiness makes a request load a model: `prompt` or `messages`."""
+    max_object: int = 32 << 20
+
+    def question(self, body: bytes, route: Route) -> Question:
+        """Read a request's body. Raises HTTPError 400."""
+        value = read_object(body)
+        odd = _is_odd(value)
+        wants = route.streams if value.get("stream") is None else value["stream"] is True
+        key = None
+        if not odd and value.get(self.says):
+            kept = {n: v for n, v in value.items() if n not in {"stream", "keep_alive"}}
+            key = cache_key(route.target or b"", _canonical(kept))
+        else:
+            _canonical(value)
+
+        def write() -> bytes:
+            if odd:
+                return write_anew(value)
+            return write_anew({**value, "stream": wants if key is None else True})
+
+        return Question(
+            body=write,
+            model=_name(value.get("model")),
+            key=key,
+            stream=wants,
+            relayed=key is None,
+            deterministic=is_deterministic(value.get("options")),
+        )
+
+    def notes(self, response: Response) -> BaseNotes:
+        """Begin to note an answer."""
+        lines = LineNotes(self.says == "messages", self.max_object)
+        return _notes(response, lines, BaseNotes())
+
+
+@dataclass(frozen=True, slots=True)
+class AsItCame:
+    """Routes whose streams and objects are asked for, and kept, each as they came.
+
+    `says` is the name without which there is nothing to answer; empty: never kept.
+    `pinned` says where the sampling options are: "" for the body itself, "*" where nothing
+    is sampled.
+    """
+
+    says: str = ""
+    pinned: str = ""
+    sse: bool = False
+
+    def question(self, body: bytes, route: Route) -> Question:
+        """Read a request's body. Raises HTTPError 400."""
+        value = read_object(body)
+        odd = _is_odd(value)
+        canonical = _canonical({n: v for n, v in value.items() if self.sse or n != "keep_alive"})
+        keyed = not odd and bool(self.says) and bool(value.get(self.says))
+        return Question(
+            body=lambda: write_anew(value),
+            model=_name(value.get("model")),
+            key=cache_key(route.target or b"", canonical) if keyed else None,
+            stream=value.get("stream") is True,
+            relayed=True,
+            deterministic=self.pinned == "*" or is_deterministic(value),
+        )
+
+    def notes(self, response: Response) -> BaseNotes:
+        """Begin to note an answer."""
+        kind = content_type(response.headers)
+        if not self.says:
+            return _notes(
+                response, PlainLines(b"\n" if kind.startswith(NDJSON) else b"\n\n"), BaseNotes()
+            )
+        return _notes(response, EventNotes(), WholeNotes())
+
+
+def _name(model: object) -> str:
+    return model if isinstance(model, str) else ""
+
+
+def _dump(value: object) -> bytes:
+    try:
+        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return json.dumps(value, separators=(",", ":")).encode()
+
+
+class RouteTable:
+    """The routes, by exact path; a few end in a name that the client chooses."""
+
+    def __init__(self, rows: dict[bytes, Route]) -> None:
+        self.rows = rows
+
+    def find(self, path: bytes) -> tuple[Route, bytes] | None:
+        """Return a path's route and the path to ask upstream for."""
+        if (route := self.rows.get(path)) is not None:
+            return route, route.target or path
+        for prefix, route in self.rows.items():
+            rest = path.removeprefix(prefix)
+            if route.rest and rest != path and re.fullmatch(route.rest, rest):
+                return route, prefix + rest
+        return None
+
+    def form(self, path: bytes) -> Form:
+        """Return the form of errors on a path, known or not."""
+        if (found := self.find(path)) is not None:
+            return found[0].form
+        return Form.OPENAI if path.startswith(_V1) else Form.OLLAMA
+
+    def hint(self, path: bytes) -> str:
+        """Say which path was meant, where a doubled or trailing slash is the only fault."""
+        plain = re.sub(rb"/+", b"/", path)
+        for meant in (plain, plain.rstrip(b"/")):
+            if meant != path and meant in self.rows:
+                return f"; {meant.decode()} is one: take out the slashes that are too many"
+        return ""
+
+
+_V1 = b"/v1/"
+
+
+def route_table(max_object: int) -> RouteTable:
+    """Make the table. `max_object` bounds a fold, in bytes."""
+    post, get = (b"POST",), (b"GET", b"HEAD")
+    generate = Native("prompt", max_object)
+    chat = Native("messages", max_object)
+    return RouteTable(
+        {
+            b"/call_model": Route(post, b"/api/generate", generate),
+            b"/api/generate": Route(post, b"/api/generate", generate, streams=True),
+            b"/api/chat": Route(post, b"/api/chat", chat, streams=True),
+            b"/api/embed": Route(post, b"/api/embed", AsItCame("input", "*")),
+            b"/api/embeddings": Route(post, b"/api/embeddings", AsItCame("prompt", "*")),
+            b"/health": Route(get, None, access=Access.OPEN, own="health"),
+            b"/ready": Route(get, None, access=Access.OPEN, own="ready"),
+        }
+    )
+
+
+VERSION = b"/api/version"  # what OllProx asks for itself
+TAGS = b"/api/tags"
+
+
+def version(body: bytes) -> str:
+    """Read `/api/version`; "unknown" if it says none."""
+    try:
+        said = json.loads(body)["version"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return "unknown"
+    return said[:40] if isinstance(said, str) else "unknown"

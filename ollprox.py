@@ -1,0 +1,633 @@
+"""OllProx: a proxy for Ollama that checks API keys and answers from its cache.
+
+Read `Proxy.handle` first: it says how each request is answered. The rest wires the parts
+and runs the process. `python ollprox.py --help` tells how to start it.
+"""
+
+import argparse
+import asyncio
+import errno
+import hashlib
+import http.client
+import logging
+import math
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import ollama
+from cache import Cache
+from flight import Flight, Flights, Reader
+from http11 import Head, Headers, HTTPError, Request, Response, Truncated, parse_request_head
+from keystore import KeyStore, new_key, reason, take_credential
+from ollama import Access, Question, Route, RouteTable
+from server import Limits, Server
+from settings import ROOT, Settings, SettingsError, address, load
+from telemetry import AccessLog, LineWriter, Record, setup_logging
+from upstream import Upstream
+
+__version__ = "0.1.0"
+
+log = logging.getLogger("ollprox")
+
+PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to say its version
+PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
+TAGS_TIMEOUT = 10.0  # seconds for the list of models
+MAX_TAGS = 16 << 20  # bytes of that list
+EXIT_SETTINGS = 2  # a setting is wrong
+EXIT_FAILED = 1  # the start failed for another reason
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAnswer:
+    """A complete answer: what a stream's reader gets, and what a single object's does."""
+
+    headers: Headers
+    body: bytes
+    object_headers: Headers
+    object: bytes
+    born: float  # when upstream's head came, on the monotonic clock
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request says of caching (RFC 9111 section 5.2.1)."""
+
+    max_age: float = math.inf  # seconds that an answer may be old
+    reload: bool = False  # `no-cache`: nothing that is there already
+    private: bool = False  # `no-store`: nothing is kept or shared
+    only_if_cached: bool = False
+
+    @classmethod
+    def of(cls, head: Head) -> "Wishes":
+        """Read them off a head; Pragma counts where there is no Cache-Control."""
+        value = head.get(b"cache-control")
+        if value is None:
+            value = head.get(b"pragma")
+            if value is None:
+                return _NO_WISHES
+        said = {part.strip(b" \t").lower() for part in value.split(b",")}
+        ages = [match[1] for part in said if (match := _MAX_AGE.fullmatch(part))]
+        max_age = min(map(int, ages)) if ages else math.inf
+        return cls(
+            max_age=max_age,
+            reload=b"no-cache" in said or max_age == 0,
+            private=b"no-store" in said,
+            only_if_cached=b"only-if-cached" in said,
+        )
+
+
+_NO_WISHES = Wishes()
+_MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
+
+
+class Proxy:
+    """How requests are answered.
+
+    Args:
+        settings: what the user chose.
+        keys: which API keys are valid.
+        upstream: Ollama.
+        routes: what is known of Ollama's API.
+
+    """
+
+    def __init__(
+        self, settings: Settings, keys: KeyStore, upstream: Upstream, routes: RouteTable
+    ) -> None:
+        self.settings = settings
+        self.keys = keys
+        self.upstream = upstream
+        self.routes = routes
+        self.cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
+        self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
+        self._digests: dict[str, str] = {}  # each model's, as upstream last listed them
+        self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
+        self._probing = asyncio.Lock()
+        self._own: dict[str, Callable[[], Awaitable[Response]]] = {
+            "health": self._health,
+            "ready": self._ready,
+        }
+
+    @asynccontextmanager
+    async def handle(self, request: Request, record: Record) -> AsyncIterator[Response]:
+        """Answer a request. The head decides who is let in; then the body is read."""
+        route, target = self._admit(request.head, record)
+        if route.own:
+            yield await self._own[route.own]()
+            return
+        question = await self._read_question(route, request)
+        record.model = question.model or "-"
+        wishes = Wishes.of(request.head)
+        key = self._scoped_key(question, record)
+        if key is not None and (answer := self._look_up(key, wishes, record)) is not None:
+            yield self._hit(answer, question, record)
+            return
+        flight = self._join_or_begin(key, wishes, question, request.head, route, target, record)
+        with flight.join() as reader:
+            yield await self._replay(reader, question, route, record)
+
+    def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
+        """Write an error in the form of the API that was called."""
+        form = ollama.Form.OLLAMA if head is None else self.routes.form(head.path)
+        body = error.body or form.body(error.status, error.message)
+        return Response(error.status, ((b"Content-Type", ollama.JSON), *error.headers), body)
+
+    # Who gets in, and what is asked.
+
+    def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
+        """Check key, path and method by the head alone; return the route and its target."""
+        record.method = head.method.decode()
+        found = self.routes.find(head.path)
+        route = found[0] if found else None
+        record.path = head.path.decode() if found else "-"
+        if route is None or route.access is not Access.OPEN:
+            self._authenticate(head, record)
+        if found is None or route is None:
+            hint = self.routes.hint(head.path)
+            raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
+        record.quiet = route.access is Access.OPEN
+        if head.method not in route.methods:
+            allowed = b", ".join(route.methods)
+            raise HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
+        return route, found[1]
+
+    def _authenticate(self, head: Head, record: Record) -> None:
+        digest = head.credential
+        label = self.keys.label(digest)
+        if digest is not None:
+            record.caller = label or digest.hex()[:8]
+        if label is None:
+            wrong = "there is no API key" if digest is None else "the API key is not valid"
+            raise HTTPError(
+                401,
+                f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
+                f" http://localhost:{self.settings.listen_port}/call_model -d"
+                """ '{"model": "llama2", "prompt": "Hello"}'""",
+                ((b"WWW-Authenticate", b"Bearer"),),
+            )
+
+    async def _read_question(self, route: Route, request: Request) -> Question:
+        """Read the body and what it asks, where the route has one."""
+        head = request.head
+        if route.codec is None:
+            return Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
+        if head.length is None and not head.chunked:
+            raise HTTPError(411, "send the body with a Content-Length, or chunked")
+        return route.codec.question(await request.read(self.settings.max_body_bytes), route)
+
+    def _scoped_key(self, question: Question, record: Record) -> bytes | None:
+        """Return the cache key in its scope; None where nothing may be kept or shared."""
+        key, settings = question.key, self.settings
+        if settings.cache_only_deterministic and not question.deterministic:
+            return None
+        if key is not None and settings.cache_per_key:
+            return hashlib.sha256(key + record.caller.encode()).digest()
+        return key
+
+    # What is there already.
+
+    def _look_up(self, key: bytes, wishes: Wishes, record: Record) -> StoredAnswer | None:
+        """Look in the cache; say in the record what came of it."""
+        record.outcome, record.cache_status = "miss", b"OllProx; fwd=miss"
+        if wishes.reload or wishes.private:
+            record.cache_status = b"OllProx; fwd=request"
+            return None
+        answer = self.cache.get(key)
+        if answer is None:
+            if self.cache.expire(key):
+                record.cache_status = b"OllProx; fwd=stale"
+            return None
+        if time.monotonic() - answer.born > wishes.max_age:
+            record.cache_status = b"OllProx; fwd=request"
+            return None
+        return answer
+
+    def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
+        age = int(time.monotonic() - answer.born)
+        ttl = max(0, int(self.cache.ttl) - age)
+        record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
+        aged = (b"Age", b"%d" % age)
+        if question.stream or question.relayed:
+            return Response(200, (*answer.headers, aged), answer.body)
+        return Response(200, (*answer.object_headers, aged), answer.object)
+
+    # What has to be asked.
+
+    def _join_or_begin(
+        self,
+        key: bytes | None,
+        wishes: Wishes,
+        question: Question,
+        head: Head,
+        route: Route,
+        target: bytes,
+        record: Record,
+    ) -> Flight:
+        """Find a flight to join, or begin one. No `await` since the look in the cache."""
+        shared = key is not None and not (wishes.reload or wishes.private)
+        if shared and (flight := self.flights.find(key, wishes.max_age)) is not None:
+            record.outcome, record.cache_status = "collapsed", b"OllProx; fwd=miss; collapsed"
+            return flight
+        if wishes.only_if_cached:
+            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+        if key is None:
+            record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+        if wishes.private:
+            key = None
+        return self.flights.begin(
+            key,
+            partial(self.upstream.exchange, head.method, target, _FORWARDED, question.body()),
+            route.codec.notes if route.codec else _no_notes,
+            partial(self._store, key, question) if key is not None else None,
+            ollama.normalised(question.model),
+        )
+
+    def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
+        """Keep a complete answer; tell whether it was kept."""
+        notes = flight.notes
+        if flight.status != 200 or not isinstance(notes, ollama.BaseNotes) or not notes.keep:
+            return False
+        body = flight.whole()
+        folded = body if question.relayed else notes.fold()
+        size = len(body) + (0 if question.relayed else len(folded))
+        if size > self.settings.cache_max_entry_bytes or flight.born is None:
+            return False
+        answer = StoredAnswer(
+            flight.headers, body, _as_object(flight.headers), folded, flight.born, flight.model
+        )
+        size += sum(len(name) + len(value) for name, value in flight.headers)
+        return self.cache.put(key, answer, size, time.monotonic() - flight.born)
+
+    async def _replay(
+        self, reader: Reader, question: Question, route: Route, record: Record
+    ) -> Response:
+        """Read a flight's tape as its client wants it."""
+        await reader.head()
+        flight = reader.flight
+        kind = ollama.content_type(flight.headers)
+        lines = kind.startswith((ollama.NDJSON, ollama.SSE))
+        if lines and flight.status == 200 and not (question.stream or question.relayed):
+            folded = await reader.fold()
+            _say_stored(flight, record)
+            return Response(200, _as_object(flight.headers), folded)
+        if lines:
+            return Response(flight.status, flight.headers, _stream(reader, route.form, kind))
+        body = await _gather(reader, self.settings.cache_max_entry_bytes)
+        if isinstance(body, bytes):
+            _say_stored(flight, record)
+        return Response(flight.status, flight.headers, body, flight.length)
+
+    # What OllProx answers by itself.
+
+    async def _health(self) -> Response:
+        return Response(200, ((b"Content-Type", ollama.JSON),), b'{"status":"ok"}')
+
+    async def _ready(self) -> Response:
+        async with self._probing:
+            if time.monotonic() - self._probed[0] >= PROBE_INTERVAL:
+                version = await self.probe()
+                self._probed = (time.monotonic(), isinstance(version, str))
+        if not self._probed[1]:
+            raise HTTPError(503, "Ollama does not answer")
+        return Response(200, ((b"Content-Type", ollama.JSON),), b'{"status":"ready"}')
+
+    async def probe(self) -> str | HTTPError:
+        """Ask upstream for its version."""
+        try:
+            body = await self._fetch(ollama.VERSION, PROBE_TIMEOUT)
+        except HTTPError as error:
+            return error
+        return ollama.version(body)
+
+    async def refresh_models(self) -> None:
+        """Drop the answers of every model that is another one now, or gone."""
+        try:
+            found = ollama.digests(await self._fetch(ollama.TAGS, TAGS_TIMEOUT))
+        except HTTPError as error:
+            log.debug("the list of models could not be read: %s", error.message)
+            return
+        if found is None:
+            return
+        changed = {name for name, digest in self._digests.items() if found.get(name) != digest}
+        self._digests = found
+        if changed:
+            dropped = self.cache.drop(lambda answer: answer.model in changed)
+            self.flights.ground(changed.__contains__)
+            log.info("%d models have changed: %d stored answers dropped", len(changed), dropped)
+
+    async def _fetch(self, target: bytes, seconds: float) -> bytes:
+        """Read a small answer of upstream's for ourselves. Raises HTTPError."""
+        try:
+            async with asyncio.timeout(seconds):
+                async with self.upstream.exchange(b"GET", target, _FORWARDED, b"") as response:
+                    pieces, size = [], 0
+                    async for piece in response.body:  # type: ignore[union-attr]
+                        pieces.append(piece)
+                        if (size := size + len(piece)) > MAX_TAGS:
+                            raise HTTPError(502, "the answer is too large")
+        except TimeoutError:
+            raise HTTPError(504, f"no answer within {seconds:g} s") from None
+        if response.status != 200:
+            raise HTTPError(502, f"the answer's status was {response.status}")
+        return b"".join(pieces)
+
+
+_FORWARDED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"))
+
+
+def _no_notes(response: Response) -> ollama.BaseNotes:
+    return ollama.BaseNotes()
+
+
+def _as_object(headers: Headers) -> Headers:
+    """Give the headers of a stream the type of a single object."""
+    rest = tuple(pair for pair in headers if pair[0].lower() != b"content-type")
+    return ((b"Content-Type", ollama.JSON), *rest)
+
+
+def _say_stored(flight: Flight, record: Record) -> None:
+    if flight.stored and record.outcome == "miss":
+        record.cache_status += b"; stored"
+
+
+async def _stream(reader: Reader, form: ollama.Form, kind: bytes) -> AsyncIterator[bytes]:
+    """Replay lines; where upstream breaks off, say so in a last one and stay cut."""
+    last = b"\n"
+    try:
+        async for piece in reader.pieces():
+            yield piece
+            last = piece[-1:]
+    except HTTPError as error:
+        yield (b"" if last == b"\n" else b"\n") + form.line(kind, error.message)
+        raise Truncated from error
+
+
+async def _gather(reader: Reader, limit: int) -> bytes | AsyncIterator[bytes]:
+    """Read a body whole, so that what breaks it is still an error; a long one as it comes."""
+    pieces, size, source = [], 0, reader.pieces()
+    async for piece in source:
+        pieces.append(piece)
+        if (size := size + len(piece)) > limit:
+            return _resumed(b"".join(pieces), source)
+    return b"".join(pieces)
+
+
+async def _resumed(start: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield start
+    try:
+        async for piece in rest:
+            yield piece
+    except HTTPError as error:
+        raise Truncated from error
+
+
+# The process.
+
+
+def open_keys(settings: Settings) -> KeyStore:
+    """Read the key file.
+
+    Raises:
+        SettingsError: it cannot be used with these settings.
+
+    """
+    path = settings.key_path if settings.api_key_file else None
+    keys = KeyStore.open(path, settings.api_key_salt.encode("utf-8", "surrogateescape"))
+    if path is None:
+        return keys
+    result = keys.reload()
+    if isinstance(result, OSError):
+        raise SettingsError(f"API_KEY_FILE: {path}: {_mend(path, result)}")
+    if keys.digests and result.strangers and not result.lookalikes:
+        raise SettingsError(
+            f"API_KEY_SALT is set, but no line of API_KEY_FILE {path} is a salted digest:"
+            " hash the file with `python keystore.py hash`, or leave API_KEY_SALT empty"
+        )
+    for level, line in keys.adopt(result):
+        log.log(level, "%s", line)
+    if not keys.digests and result.lookalikes == len(result.labels) > 0:
+        log.warning(
+            "API_KEY_SALT is empty, but each line of API_KEY_FILE %s looks like a salted digest:"
+            " if they are, set API_KEY_SALT, or nobody's key will fit",
+            path,
+        )
+    return keys
+
+
+def _mend(path: Path, error: OSError) -> str:
+    """Say what is wrong with the key file, and what to do."""
+    inside = ROOT / "keys" in path.parents
+    contained = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
+    if contained and not inside and isinstance(error, FileNotFoundError):
+        return (
+            "there is no such file in the container, which sees only the folder keys/: move it"
+            f" there and set API_KEY_FILE=keys/{path.name}, or mount its folder, with"
+            f" {path.parent}:{path.parent}:ro under `volumes:` in docker-compose.yml"
+        )
+    if isinstance(error, FileNotFoundError):
+        return "there is no such file: make it with one key a line, or leave API_KEY_FILE empty"
+    if isinstance(error, PermissionError):
+        return f"user {os.getuid()} may not read it: chmod a+r, or make that user its owner"
+    return f"{reason(error)}: name a file with one key a line"
+
+
+def make_key(keys: KeyStore, port: int) -> str:
+    """Make a key for this run, where there is none, and say how it is used."""
+    key = new_key()
+    keys.admit(key.encode(), "made-at-start")
+    return f"""
+No API key is set, so this one was made. It is valid until OllProx stops:
+
+    {key}
+
+    curl http://localhost:{port}/call_model -H "APIKEY: {key}" \\
+      -d '{{"model": "llama2", "prompt": "What is the capital of France?"}}'
+
+To make a lasting one: mkdir -p keys && python keystore.py new --label me, append the line
+that it prints to keys/keys.txt, and set API_KEY_FILE=keys/keys.txt in .env
+"""
+
+
+def describe(settings: Settings, keys: KeyStore) -> str:
+    """Say in three lines what OllProx will do."""
+    source = keys.path or "nowhere, since API_KEY_FILE is not set"
+    cache = f"at most {settings.cache_max_bytes} bytes, {settings.cache_max_entry_bytes} an answer"
+    kept = f"{cache}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
+    return (
+        f"forwards to   http://{settings.upstream_address}\n"
+        f"API keys      {len(keys.labels)} from {source}\n"
+        f"cache         {kept}"
+    )
+
+
+async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
+    """Serve until a signal; return the exit status."""
+    upstream = Upstream(
+        settings.ollama_host,
+        settings.ollama_port,
+        settings.upstream_address,
+        connect_timeout=settings.connect_timeout,
+        first_byte_timeout=settings.first_byte_timeout,
+        idle_timeout=settings.idle_timeout,
+    )
+    proxy = Proxy(settings, keys, upstream, ollama.route_table(settings.max_object_bytes))
+    server = Server(
+        proxy.handle,
+        proxy.render_error,
+        partial(parse_request_head, take_credential=partial(take_credential, keys.salt)),
+        AccessLog(writer, settings.log_level),
+        Limits(write_timeout=settings.write_timeout),
+    )
+    try:
+        port = await server.listen(settings.listen_host, settings.listen_port)
+    except OSError as error:
+        return _cannot_listen(settings, error)
+    signals = Signals()
+    print(f"OllProx {__version__} listens on http://{address(settings.listen_host, port)}")
+    print(describe(settings, keys), flush=True)
+    if not keys.labels:
+        print(make_key(keys, port), flush=True)
+    chores = [
+        asyncio.create_task(_each(1.0, lambda: _expire(server))),
+        asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
+        asyncio.create_task(_say_upstream(proxy)),
+    ]
+    if settings.model_refresh:
+        chores.append(asyncio.create_task(_each(settings.model_refresh, proxy.refresh_models)))
+    await signals.first.wait()
+    log.info(
+        "stopping: %d clients have %g s to finish", len(server.clients), settings.drain_timeout
+    )
+    drain = asyncio.create_task(server.drain(settings.drain_timeout))
+    second = asyncio.create_task(signals.second.wait())
+    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
+    await server.abort()
+    for task in (drain, second, *chores):
+        task.cancel()
+    await asyncio.wait([drain, second, *chores])
+    await upstream.close()
+    return 0
+
+
+class Signals:
+    """The first and the second SIGTERM or SIGINT.
+
+    As PID 1 in a container an unhandled signal does nothing, so both are handled.
+    """
+
+    def __init__(self) -> None:
+        self.first = asyncio.Event()
+        self.second = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self._came)
+
+    def _came(self) -> None:
+        (self.second if self.first.is_set() else self.first).set()
+
+
+async def _each(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
+    """Do a chore again and again, first at once; a fault of it is logged and survived."""
+    while True:
+        try:
+            await chore()
+        except Exception:
+            log.exception("a chore failed by a fault of OllProx")
+        await asyncio.sleep(seconds)
+
+
+async def _expire(server: Server) -> None:
+    server.check_deadlines(asyncio.get_running_loop().time())
+
+
+async def _poll_keys(keys: KeyStore) -> None:
+    result = await asyncio.to_thread(keys.poll)
+    if result is None:
+        return
+    for level, line in keys.adopt(result):
+        log.log(level, "%s", line)
+
+
+async def _say_upstream(proxy: Proxy) -> None:
+    said = await proxy.probe()
+    if isinstance(said, str):
+        log.info("Ollama at %s answers: version %s", proxy.upstream.address, said)
+    else:
+        log.warning("Ollama does not answer now; requests will be tried all the same. %s", said)
+
+
+def _cannot_listen(settings: Settings, error: OSError) -> int:
+    where = settings.listen_address
+    if error.errno == errno.EADDRINUSE:
+        _complain(f"port in use: {where} is taken; stop what uses it, or set LISTEN_PORT")
+        return EXIT_FAILED
+    if error.errno in {errno.EADDRNOTAVAIL, None} or isinstance(error, socket.gaierror):
+        _complain(f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}")
+        return EXIT_SETTINGS
+    _complain(f"cannot listen on {where} (LISTEN_HOST, LISTEN_PORT): {reason(error)}")
+    return EXIT_FAILED
+
+
+def _complain(text: str) -> None:
+    print(f"ollprox: {text}", file=sys.stderr, flush=True)
+
+
+def ping(settings: Settings) -> int:
+    """Ask the OllProx of these settings whether it is alive; 0 if so, 1 if not."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.listen_host, settings.listen_host)
+    connection = http.client.HTTPConnection(host, settings.listen_port, timeout=3)
+    try:
+        connection.request("GET", "/health")
+        status = connection.getresponse().status
+    except (OSError, http.client.HTTPException) as error:
+        _complain(f"no answer from {settings.listen_address}: {error}")
+        return EXIT_FAILED
+    finally:
+        connection.close()
+    return 0 if status == 200 else EXIT_FAILED
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="ollprox.py",
+        description="A proxy for Ollama that checks API keys and answers from its cache."
+        " Settings come from the environment and .env; the README has a table of them.",
+    )
+    parser.add_argument("--version", action="version", version=f"OllProx {__version__}")
+    parser.add_argument("--check", action="store_true", help="check the settings and the key file")
+    parser.add_argument(
+        "--ping", action="store_true", help="ask the running OllProx if it is alive"
+    )
+    chosen = parser.parse_args(arguments)
+    try:
+        settings = load(os.environ)
+        if chosen.ping:
+            return ping(settings)
+        writer = LineWriter(sys.stderr.fileno())
+        setup_logging(settings.log_level, writer)
+        try:
+            keys = open_keys(settings)
+            if chosen.check:
+                print(f"would listen on http://{settings.listen_address}")
+                print(describe(settings, keys))
+                return 0
+            return asyncio.run(run(settings, keys, writer))
+        finally:
+            writer.close()
+    except SettingsError as error:
+        _complain(str(error))
+        return EXIT_SETTINGS
+
+
+if __name__ == "__main__":
+    sys.exit(main())

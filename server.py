@@ -1,0 +1,497 @@
+"""Accept clients, and hand their requests one at a time to a handler.
+
+One task a client. What a client may cost is bounded here: the size and the time of a head,
+the time of a body, how long it may take to read what is written to it.
+"""
+
+import asyncio
+import logging
+import socket
+import struct
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, suppress
+from dataclasses import dataclass
+from email.utils import formatdate
+from typing import Any
+
+from http11 import (
+    LAST_CHUNK,
+    BadHead,
+    ChunkedDecoder,
+    Head,
+    HTTPError,
+    KnownHeads,
+    Request,
+    Response,
+    Truncated,
+    frame_chunk,
+    frame_head,
+    hopeless,
+)
+from telemetry import Record
+
+log = logging.getLogger("ollprox.server")
+
+Handler = Callable[[Request, Record], AbstractAsyncContextManager[Response]]
+"""Answers a request; the response lives as long as the `async with` block."""
+
+RenderError = Callable[[HTTPError, Head | None, Record], Response]
+"""Writes an error in the form of the API that was called."""
+
+SLICE = 256 << 10  # bytes written at once; nginx and Go hand on 32 to 128 KiB
+READ_AHEAD = 64 << 10  # bytes taken from a client before they are asked for
+GONE = 499  # nginx's status for a client that hung up; logged, never sent
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one client may cost: sizes in bytes, times in seconds."""
+
+    max_head: int = 16 << 10
+    head_timeout: float = 10.0  # from a head's first byte to its last
+    keepalive_timeout: float = 75.0  # without a request
+    body_timeout: float = 60.0  # without a byte of a body
+    write_timeout: float = 60.0  # without a byte read by the client
+    linger_timeout: float = 5.0  # for a client to take an answer that it did not wait for
+
+
+class Gone(Exception):
+    """The client hung up, or reads nothing."""
+
+
+class Server:
+    """The clients, and how to answer them.
+
+    Args:
+        handler: answers requests.
+        render_error: writes errors.
+        parse_head: parses a raw head; raises BadHead.
+        done: is handed each exchange's record at its end.
+        limits: what one client may cost.
+
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        render_error: RenderError,
+        parse_head: Callable[[bytes], Head],
+        done: Callable[[Record], None],
+        limits: Limits,
+    ) -> None:
+        self.handler = handler
+        self.render_error = render_error
+        self.parse_head = KnownHeads(parse_head)
+        self.done = done
+        self.limits = limits
+        self.clients: set[_Client] = set()
+        self.draining = False
+        self._listener: asyncio.Server | None = None
+
+    async def listen(self, host: str, port: int) -> int:
+        """Start to accept clients; return the port. Raises OSError."""
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(
+            lambda: _Client(self), host, port, backlog=1024, reuse_address=True
+        )
+        listening: int = self._listener.sockets[0].getsockname()[1]
+        return listening
+
+    def check_deadlines(self, now: float) -> None:
+        """Drop the clients that have taken too long; to be called each second."""
+        for client in [c for c in self.clients if c.deadline < now]:
+            client.expire()
+
+    async def drain(self, seconds: float) -> None:
+        """Stop listening, and let exchanges finish for so long.
+
+        Never `wait_closed`: from Python 3.12 on it waits for every client.
+        """
+        self.draining = True
+        if self._listener is not None:
+            self._listener.close()
+        for client in self.clients:
+            client.close_if_idle()
+        tasks = {client.task for client in self.clients}
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
+
+    async def abort(self) -> None:
+        """Cut off every client and wait for their tasks."""
+        for client in list(self.clients):
+            client.hang_up()
+        if tasks := [client.task for client in self.clients]:
+            await asyncio.wait(tasks)
+
+
+class _Client(asyncio.Protocol):
+    """One connection: the bytes that came, and the task that answers them."""
+
+    transport: asyncio.Transport
+    task: asyncio.Task[None]
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._buffer = bytearray()
+        self._wanted = 0  # bytes that the task waits for, more than READ_AHEAD maybe
+        self._waiter: asyncio.Future[None] | None = None
+        self._writable: asyncio.Future[None] | None = None  # while the client reads slowly
+        self._eof = False
+        self._reading = True
+        self._answering = False  # between a request's head and the end of its response
+        self._unread = False  # bytes of the body under way are still to come
+        self.deadline = float("inf")
+        self._address = "-"
+        self._loop = asyncio.get_running_loop()
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin with a client."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+        peer = transport.get_extra_info("peername")
+        self._address = peer[0] if isinstance(peer, tuple) else "-"
+        self._server.clients.add(self)
+        self.task = self._loop.create_task(self._run())
+
+    def data_received(self, data: bytes) -> None:
+        """Take bytes; stop reading when more have come than are wanted."""
+        self._buffer += data
+        if len(self._buffer) > self._wanted + READ_AHEAD and self._reading:
+            self._reading = False
+            self.transport.pause_reading()
+        self._wake()
+
+    def eof_received(self) -> bool:
+        """Take the client's end: it counts as gone, but a refusal may still be sent."""
+        self._eof = True
+        self._wake()
+        if self._answering:
+            self.task.cancel()
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Let go of a client."""
+        self._server.clients.discard(self)
+        self._eof = True
+        self._wake()
+        self.resume_writing()
+        if self._answering:
+            self.task.cancel()
+
+    def pause_writing(self) -> None:
+        """Note that the client reads more slowly than we write."""
+        self._writable = self._loop.create_future()
+
+    def resume_writing(self) -> None:
+        """Note that the client has read most of what was written."""
+        if self._writable is not None and not self._writable.done():
+            self._writable.set_result(None)
+        self._writable = None
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # What the server calls.
+
+    def expire(self) -> None:
+        """End a wait whose deadline has passed."""
+        self.deadline = float("inf")
+        if self._buffer and not self._answering and not self.transport.is_closing():
+            self._refuse(HTTPError(408, "the request's head took too long to come"))
+        self.hang_up()
+
+    def close_if_idle(self) -> None:
+        """Close a connection on which no request is under way."""
+        if not self._answering and not self._buffer:
+            self.transport.close()
+
+    def hang_up(self) -> None:
+        """Cut the client off."""
+        self.task.cancel()
+        if not self.transport.is_closing() or self.transport.get_write_buffer_size():
+            self.transport.abort()
+
+    # The way of a request.
+
+    async def _run(self) -> None:
+        try:
+            while await self._cycle():
+                if self._buffer:
+                    await asyncio.sleep(0)  # pipelined requests leave the others a turn
+            await self._linger()
+        except (Gone, ConnectionError):
+            self.transport.abort()
+        finally:
+            if not self.transport.is_closing():
+                self.transport.close()
+            self.deadline = self._loop.time() + self._server.limits.write_timeout
+
+    async def _cycle(self) -> bool:
+        """Answer one request; tell whether another may follow."""
+        try:
+            raw = await self._next_head()
+            if raw is None:
+                return False
+            head = self._server.parse_head(raw)
+        except HTTPError as error:
+            self._refuse(error)
+            return False
+        record = Record(self._address)
+        self._answering = True
+        self._unread = head.has_body
+        try:
+            return await self._answer(Request(head, lambda limit: self._read(head, limit)), record)
+        except (Gone, ConnectionError):
+            record.status = record.status or GONE
+            raise
+        except asyncio.CancelledError:
+            record.status = GONE if self._eof else record.status
+            raise
+        finally:
+            self._answering = False
+            self._server.done(record)
+
+    async def _answer(self, request: Request, record: Record) -> bool:
+        head = request.head
+        try:
+            async with self._server.handler(request, record) as response:
+                return await self._send(head, response, record)
+        except HTTPError as error:
+            failure = error
+        except Truncated:
+            await self._cut(head)
+            return False
+        except Exception:
+            log.exception("a request failed by a fault of OllProx")
+            failure = HTTPError(500, "OllProx failed; its log says more")
+        if record.status:  # the response has begun, so all that is left is to cut it
+            await self._cut(head)
+            return False
+        return await self._send(head, self._server.render_error(failure, head, record), record)
+
+    async def _next_head(self) -> bytes | None:
+        """Wait for a whole head; None if the client leaves before it has sent one.
+
+        Raises:
+            BadHead: what has come is no head.
+
+        """
+        buffer, limits = self._buffer, self._server.limits
+        self._wanted = 0
+        checked = 0
+        while True:
+            if not checked and buffer.startswith(b"\r\n"):
+                del buffer[:2]  # RFC 9112 section 2.2: an empty line before a request
+            end = buffer.find(b"\r\n\r\n", max(0, checked - 3))
+            if end >= 0 and end + 4 <= limits.max_head:
+                raw = bytes(buffer[: end + 4])
+                del buffer[: end + 4]
+                self.deadline = float("inf")
+                return raw
+            if len(buffer) > limits.max_head:
+                raise BadHead(431, f"a request's head has at most {limits.max_head} bytes")
+            if hopeless(buffer, checked):
+                raise BadHead(400, "the request's head is malformed")
+            if self._eof or (self._server.draining and not buffer):
+                return None
+            if not checked:
+                wait = limits.head_timeout if buffer else limits.keepalive_timeout
+                self.deadline = self._loop.time() + wait
+            checked = len(buffer)
+            await self._more()
+
+    async def _more(self) -> None:
+        """Wait for more bytes, or for the client's end."""
+        if not self._reading:
+            self._reading = True
+            self.transport.resume_reading()
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    async def _read(self, head: Head, limit: int) -> bytes:
+        """Read the body under way; see `Request.read`."""
+        too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
+        if head.length is not None and head.length > limit:
+            raise too_large
+        if head.expects_continue and not self._buffer and self._unread:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if not head.chunked:
+            length = head.length or 0
+            while len(self._buffer) < length:
+                await self._more_body(length)
+            body = bytes(memoryview(self._buffer)[:length])
+            del self._buffer[:length]
+        else:
+            decoder, pieces, size = ChunkedDecoder(), [], 0
+            while True:
+                pieces.append(decoder.decode(self._buffer))
+                size += len(pieces[-1])
+                if size > limit:
+                    raise too_large
+                if decoder.done:
+                    break
+                await self._more_body(0)
+            body = b"".join(pieces)
+        self._unread = False
+        return body
+
+    async def _more_body(self, wanted: int) -> None:
+        if self._eof:
+            raise Gone
+        self._wanted = wanted
+        seconds = self._server.limits.body_timeout
+        try:
+            async with asyncio.timeout(seconds):
+                await self._more()
+        except TimeoutError:
+            raise HTTPError(408, f"no byte of the body came for {seconds:g} s") from None
+
+    # The way of a response.
+
+    async def _send(self, head: Head, response: Response, record: Record) -> bool:
+        """Write a response; tell whether the connection can be used again."""
+        body, length = response.body, response.length
+        if isinstance(body, bytes):
+            length = len(body) if length is None else length
+        delimited = length is not None or not head.http10  # else by the close
+        again = head.keep_alive and delimited and not self._unread and not self._server.draining
+        framed = self._frame(head, response, length, again, record)
+        record.status = response.status
+        if head.method == b"HEAD":
+            self._write(framed, b"", record)
+        elif isinstance(body, bytes):
+            await self._write_whole(framed, body, record)
+        else:
+            self._write(framed, b"", record)
+            await self._write_stream(body, record, chunked=length is None and delimited)
+        if self._writable is not None:
+            await self._drain()
+        return again
+
+    def _frame(
+        self, head: Head, response: Response, length: int | None, again: bool, record: Record
+    ) -> bytes:
+        """Write a response's head."""
+        headers = list(response.headers)
+        if not any(name.lower() == b"date" for name, _ in headers):
+            headers.append((b"Date", http_date()))
+        headers.append((b"Cache-Status", record.cache_status))
+        if length is not None and response.status != 204:
+            headers.append((b"Content-Length", b"%d" % length))
+        elif length is None and not head.http10:
+            headers.append((b"Transfer-Encoding", b"chunked"))
+        if not again:
+            headers.append((b"Connection", b"close"))
+        elif head.http10:
+            headers.append((b"Connection", b"keep-alive"))
+        return frame_head(response.status, tuple(headers))
+
+    async def _write_whole(self, framed: bytes, body: bytes, record: Record) -> None:
+        """Write a head and its body at once; a long one in slices."""
+        self._write(framed + body[:SLICE], body[:SLICE], record)
+        for start in range(SLICE, len(body), SLICE):
+            if self._writable is not None:
+                await self._drain()
+            part = body[start : start + SLICE]
+            self._write(part, part, record)
+
+    async def _write_stream(
+        self, body: AsyncIterator[bytes], record: Record, *, chunked: bool
+    ) -> None:
+        async for piece in body:
+            if piece:
+                self._write(frame_chunk(piece) if chunked else piece, piece, record)
+            if self._writable is not None:
+                await self._drain()
+        if chunked:
+            self.transport.write(LAST_CHUNK)
+
+    def _write(self, framed: bytes, body: bytes, record: Record) -> None:
+        if record.first_byte is None:
+            record.first_byte = time.monotonic()
+        record.bytes_sent += len(body)
+        self.transport.write(framed)
+
+    async def _drain(self) -> None:
+        """Wait until the client has read most of what was written.
+
+        Raises:
+            Gone: it has read nothing for `write_timeout`.
+
+        """
+        while (writable := self._writable) is not None:
+            waiting = self.transport.get_write_buffer_size()
+            try:
+                async with asyncio.timeout(self._server.limits.write_timeout):
+                    await writable
+            except TimeoutError:
+                if self.transport.get_write_buffer_size() >= waiting:
+                    raise Gone from None
+        if self.transport.is_closing():
+            raise Gone
+
+    async def _cut(self, head: Head) -> None:
+        """End a response that is not whole, so that nobody takes it for a whole one.
+
+        The chunked body is left without its end. Where the close itself would be the end,
+        in HTTP/1.0, the connection is reset once its bytes are out.
+        """
+        if head.http10:
+            self.transport.set_write_buffer_limits(high=0)
+            with suppress(Gone):
+                await self._drain()
+            sock: Any = self.transport.get_extra_info("socket")
+            if sock is not None:
+                linger = struct.pack("ii", 1, 0)
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.transport.abort()
+
+    def _refuse(self, error: HTTPError) -> None:
+        """Answer what is no request; the connection ends with it."""
+        record = Record(self._address, status=error.status)
+        response = self._server.render_error(error, None, record)
+        body = response.body if isinstance(response.body, bytes) else b""
+        headers = (
+            *response.headers,
+            (b"Date", http_date()),
+            (b"Cache-Status", record.cache_status),
+            (b"Content-Length", b"%d" % len(body)),
+            (b"Connection", b"close"),
+        )
+        self._write(frame_head(error.status, headers) + body, body, record)
+        self._unread = True
+        self._server.done(record)
+
+    async def _linger(self) -> None:
+        """Close without a reset that would take the last answer from the client.
+
+        A close with bytes unread resets the connection (RFC 9112 section 9.6), so what
+        the client is still sending is thrown away for a while first.
+        """
+        if not self._unread or self._eof:
+            return
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        loop = asyncio.get_running_loop()
+        until = loop.time() + self._server.limits.head_timeout
+        with suppress(TimeoutError):
+            while not self._eof and loop.time() < until:
+                self._buffer.clear()
+                async with asyncio.timeout(self._server.limits.linger_timeout):
+                    await self._more()
+
+
+_date: tuple[int, bytes] = (0, b"")
+
+
+def http_date() -> bytes:
+    """Return the date as HTTP writes it, made once a second."""
+    global _date
+    now = int(time.time())
+    if _date[0] != now:
+        _date = now, formatdate(now, usegmt=True).encode()
+    return _date[1]

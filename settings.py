@@ -1,0 +1,219 @@
+"""The settings: one frozen dataclass, read from the environment and `.env`.
+
+Each field is the environment variable of the same name in upper case; the environment
+wins over `.env`, and an empty value counts as not set. Whatever is wrong raises a
+`SettingsError` whose one line names the variable and the mend.
+"""
+
+import ipaddress
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from dotenv import dotenv_values
+
+ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
+
+_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used; its text is the one line to show the user."""
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1e9:
+        raise ValueError("must be a number of seconds above 0, such as 30 or 0.5")
+    return value
+
+
+def _seconds_or_off(text: str) -> float:
+    if re.fullmatch(r"0+(\.0*)?", text):
+        return 0.0
+    try:
+        return _seconds(text)
+    except ValueError:
+        raise ValueError("must be a number of seconds, or 0 to turn it off") from None
+
+
+def _size(text: str) -> int:
+    match = re.fullmatch(r"(\d{1,15})\s*([KMG]?)(?:i?B)?", text, re.IGNORECASE | re.ASCII)
+    if not match:
+        raise ValueError("must be a number of bytes, such as 8388608, 8192K, 8M or 1G")
+    return int(match[1]) * _UNITS[match[2].upper()]
+
+
+def _positive_size(text: str) -> int:
+    if (value := _size(text)) == 0:
+        raise ValueError("must be above 0 bytes, such as 64K or 8M")
+    return value
+
+
+def _port(text: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or not 1 <= int(text) <= 65535:
+        raise ValueError("must be a port from 1 to 65535")
+    return int(text)
+
+
+def _listen_port(text: str) -> int:
+    return 0 if text == "0" else _port(text)  # 0: any free port, shown at start
+
+
+def _host(text: str) -> str:
+    if not re.fullmatch(r"[\w.:%-]+", text, re.ASCII):
+        raise ValueError("must be a host name or an IP address, such as 0.0.0.0 or ::")
+    return text
+
+
+def _level(text: str) -> str:
+    if text.upper() not in {"DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"}:
+        raise ValueError("must be one of DEBUG, INFO, WARNING, ERROR, CRITICAL")
+    return text.upper()
+
+
+def _switch(text: str) -> bool:
+    if text.lower() in {"true", "1", "yes", "on"}:
+        return True
+    if text.lower() in {"false", "0", "no", "off"}:
+        return False
+    raise ValueError("must be true or false")
+
+
+def _setting(default: Any, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
+    return field(default=default, metadata={"parse": parse}, repr=not secret)
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the user can choose. Times are in seconds, sizes in bytes."""
+
+    ollama_host: str = _setting("127.0.0.1", str)
+    ollama_port: int = _setting(11434, _port)
+    listen_host: str = _setting("0.0.0.0", _host)
+    listen_port: int = _setting(8000, _listen_port)
+    api_key_file: str = _setting("", str)
+    api_key_salt: str = _setting("", str, secret=True)
+    key_refresh: float = _setting(10.0, _seconds)
+    cache_ttl: float = _setting(3600.0, _seconds_or_off)
+    cache_max_bytes: int = _setting(256 << 20, _positive_size)
+    cache_max_entry_bytes: int = _setting(8 << 20, _positive_size)
+    cache_only_deterministic: bool = _setting(False, _switch)
+    cache_per_key: bool = _setting(False, _switch)
+    model_refresh: float = _setting(30.0, _seconds_or_off)
+    max_body_bytes: int = _setting(32 << 20, _positive_size)
+    max_object_bytes: int = _setting(32 << 20, _positive_size)
+    connect_timeout: float = _setting(5.0, _seconds)
+    first_byte_timeout: float = _setting(1800.0, _seconds)
+    idle_timeout: float = _setting(300.0, _seconds)
+    write_timeout: float = _setting(60.0, _seconds)
+    drain_timeout: float = _setting(30.0, _seconds)
+    log_level: str = _setting("INFO", _level)
+
+    @property
+    def key_path(self) -> Path:
+        """Where the key file is; relative paths start at the program's folder."""
+        return ROOT / Path(self.api_key_file).expanduser()
+
+    @property
+    def upstream_address(self) -> str:
+        """Upstream's host and port as they stand in a URL or a `Host` header."""
+        return address(self.ollama_host, self.ollama_port)
+
+    @property
+    def listen_address(self) -> str:
+        """Our own host and port, likewise."""
+        return address(self.listen_host, self.listen_port)
+
+
+def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings:
+    """Read and check all settings.
+
+    Raises:
+        SettingsError: a variable that has a wrong value, or `.env` cannot be read.
+
+    """
+    values = {**_read_env_file(env_file), **{k: v for k, v in environ.items() if v.strip()}}
+    chosen: dict[str, Any] = {}
+    for item in fields(Settings):
+        name = item.name.upper()
+        text = values.get(name, "")
+        if not text.strip():
+            continue
+        try:  # a salt is taken as it stands
+            chosen[item.name] = item.metadata["parse"](text.strip() if item.repr else text)
+        except ValueError as error:
+            raise SettingsError(f"{name} {error}, not {text.strip()[:60]!r}") from None
+    if "ollama_host" in chosen:
+        chosen |= _upstream(chosen["ollama_host"], chosen.get("ollama_port"))
+    budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
+    entry = chosen.get("cache_max_entry_bytes", Settings().cache_max_entry_bytes)
+    settings = Settings(**{**chosen, "cache_max_entry_bytes": min(entry, budget)})
+    _refuse_ourselves(settings)
+    return settings
+
+
+def _read_env_file(path: Path) -> dict[str, str]:
+    try:
+        found = dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise SettingsError(f".env: {path} cannot be read: {reason}") from None
+    return {name: value for name, value in found.items() if value and value.strip()}
+
+
+def _upstream(text: str, port: int | None) -> dict[str, Any]:
+    """Take OLLAMA_HOST apart as Ollama's own variable of that name may be written."""
+    wrong = SettingsError(
+        "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as"
+        f" http://127.0.0.1:11434 with no path, not {text[:60]!r}"
+    )
+    if text.count(":") > 1 and "[" not in text and "//" not in text:
+        text = f"[{text}]"  # a bare IPv6 address
+    try:
+        url = urlsplit(text if "//" in text else f"http://{text}")
+        host, explicit = url.hostname or "", url.port
+    except ValueError:
+        raise wrong from None
+    if url.scheme != "http" or url.username is not None or explicit == 0:
+        raise wrong
+    if url.path not in {"", "/"} or url.query or url.fragment or not host.isascii():
+        raise wrong
+    if not re.fullmatch(r"[\w.:%-]*", host, re.ASCII):
+        raise wrong
+    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return {"ollama_host": host, "ollama_port": explicit or port or Settings().ollama_port}
+
+
+def _refuse_ourselves(settings: Settings) -> None:
+    if settings.ollama_port != settings.listen_port:
+        return
+    ours, theirs = settings.listen_host, settings.ollama_host
+    if theirs == ours or (_is_any(ours) and _is_loopback(theirs)):
+        raise SettingsError(
+            f"OLLAMA_HOST and OLLAMA_PORT name OllProx's own address ({settings.upstream_address});"
+            " give Ollama's, which is usually 127.0.0.1:11434, or change LISTEN_PORT"
+        )
+
+
+def _is_any(host: str) -> bool:
+    return host in {"0.0.0.0", "::"}
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower().rstrip(".") == "localhost"
+
+
+def address(host: str, port: int) -> str:
+    """Write a host and a port as they stand in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,0 +1,146 @@
+"""The record of one exchange, and the writer of the lines made from it.
+
+Lines are gathered and handed to a thread, so that a terminal or a pipe that nobody reads
+cannot hold up the proxy; beyond a bound they are dropped and counted.
+"""
+
+import json
+import logging
+import os
+import queue
+import re
+import threading
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+FLUSH_INTERVAL = 0.1  # seconds that a line may be gathered
+MAX_PENDING = 1 << 20  # bytes of lines that wait for the terminal
+MAX_SHOWN = 100  # characters shown of what a client chose
+
+_PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
+
+
+@dataclass(slots=True)
+class Record:
+    """What is known of one exchange; filled on its way, handed over once at its end.
+
+    Times are seconds on the monotonic clock, `bytes_sent` counts the body.
+    """
+
+    client: str
+    started: float = field(default_factory=time.monotonic)
+    caller: str = "-"  # the key's label, or the first digits of its digest
+    method: str = "-"
+    path: str = "-"
+    model: str = "-"
+    status: int = 0
+    outcome: str = "-"  # hit, miss, collapsed or bypass
+    cache_status: bytes = b"OllProx"  # RFC 9211
+    bytes_sent: int = 0
+    first_byte: float | None = None
+    quiet: bool = False  # a probe, of interest at DEBUG alone
+
+
+class LineWriter:
+    """Write lines to a file descriptor from a thread of its own."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._taken = 0  # bytes, counted by the loop's thread alone
+        self._written = 0  # bytes, counted by the writing thread alone
+        self._dropped = 0  # lines
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
+        self._thread.start()
+
+    def write(self, line: bytes) -> None:
+        """Take one line, with its newline. Never waits."""
+        if self._taken - self._written + len(line) > MAX_PENDING:
+            self._dropped += 1
+            return
+        if self._dropped:
+            line = b"(%d log lines were dropped)\n%b" % (self._dropped, line)
+            self._dropped = 0
+        self._taken += len(line)
+        self._queue.put(line)
+
+    def close(self) -> None:
+        """Write what is left, for a second at most."""
+        self._closing.set()
+        self._queue.put(b"")  # wakes the thread
+        self._thread.join(timeout=1)
+
+    def _run(self) -> None:
+        while not self._closing.is_set():
+            lines = [self._queue.get()]
+            self._closing.wait(FLUSH_INTERVAL)
+            while not self._queue.empty():
+                lines.append(self._queue.get())
+            text = b"".join(lines)
+            self._write_all(text)
+            self._written += len(text)
+
+    def _write_all(self, text: bytes) -> None:
+        with suppress(OSError):  # nobody reads; the proxy goes on
+            while text:
+                text = text[os.write(self._descriptor, text) :]
+
+
+class LineHandler(logging.Handler):
+    """Log through a `LineWriter`, so that all lines keep their order."""
+
+    def __init__(self, writer: LineWriter) -> None:
+        super().__init__()
+        self._writer = writer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one log record as one line."""
+        self._writer.write(self.format(record).encode("utf-8", "replace") + b"\n")
+
+
+def setup_logging(level: str, writer: LineWriter) -> None:
+    """Send all of OllProx's log lines to `writer`, from `level` on."""
+    handler = LineHandler(writer)
+    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+    formatter.converter = time.gmtime
+    handler.setFormatter(formatter)
+    logger = logging.getLogger("ollprox")
+    logger.handlers = [handler]
+    logger.propagate = False
+    logger.setLevel(level)
+    logging.getLogger("asyncio").handlers = [handler]
+
+
+class AccessLog:
+    """Write one line for each exchange, at its end."""
+
+    def __init__(self, writer: LineWriter, level: str) -> None:
+        self._writer = writer
+        self._info = level in {"DEBUG", "INFO"}
+        self._debug = level == "DEBUG"
+
+    def __call__(self, record: Record) -> None:
+        """Write the record's line, where its level is wanted."""
+        if self._debug if record.quiet else self._info:
+            self._writer.write(format_record(record, time.monotonic()))
+
+
+def format_record(record: Record, now: float) -> bytes:
+    """Format an access line. What clients chose is escaped and cut."""
+    first = "-" if record.first_byte is None else f"{record.first_byte - record.started:.4f}"
+    stamp = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
+    return (
+        f"{stamp}Z access client={record.client} key={shown(record.caller)}"
+        f" method={shown(record.method)} path={record.path} model={shown(record.model)}"
+        f" status={record.status} cache={record.outcome} bytes={record.bytes_sent}"
+        f" first_byte={first} total={now - record.started:.4f}\n"
+    ).encode()
+
+
+def shown(text: str) -> str:
+    """Escape and cut what a client chose, so that it stays one word of one line."""
+    text = text[:MAX_SHOWN]
+    return text if _PLAIN.fullmatch(text) else json.dumps(text)

@@ -1,0 +1,421 @@
+"""A stand-in for Ollama, which answers in the form of the recorded exchanges in `traces/`.
+
+Usable on its own, as `make demo` does: `python tests/standin.py --port 11434`. With
+`--traces tests/traces` it replays recorded bytes for requests that it knows. In a test its
+`Script` says when lines are held, where a stream breaks, or which raw bytes are sent.
+It shares no code with OllProx, so that neither can hide the other's faults.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+DIGEST = "751f8a18b021dc6763503bffd3f2d2b27576618005c29a17509a4a325fa7a3c6"
+DATE = "Mon, 23 Nov 2026 09:10:20 GMT"
+JSON = "application/json; charset=utf-8"
+Object = dict[str, Any]
+
+
+@dataclass
+class Seen:
+    """One request as the stand-in saw it."""
+
+    method: str
+    path: str
+    headers: list[tuple[str, str]]
+    body: bytes
+    raw: bytes
+    gone: bool = False  # the client hung up before the answer's end
+
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    def header(self, name: str) -> str | None:
+        return dict((k.lower(), v) for k, v in self.headers).get(name.lower())
+
+
+@dataclass
+class Script:
+    """How the stand-in behaves; a test changes it as it goes."""
+
+    pace: float = 0.0  # seconds between lines
+    tokens: list[str] = field(default_factory=lambda: ["Paris", " is", " the", " capital", "."])
+    thinking: list[str] = field(default_factory=list)
+    tool_calls: list[Object] = field(default_factory=list)
+    hold_before: int | None = None  # the index of the line that waits for `let_go`
+    hold_head: bool = False  # wait for `let_go` before the head
+    break_after: int | None = None  # lines after which the connection is cut
+    error_after: int | None = None  # lines after which the runner dies
+    raw: bytes | None = None  # sent in place of any answer, then the connection is closed
+    models: dict[str, str] = field(
+        default_factory=lambda: {"gemma3:270m": DIGEST, "llama2:latest": "a" * 64}
+    )
+    let_go: asyncio.Event = field(default_factory=asyncio.Event)
+    respond: Callable[[Seen, asyncio.StreamWriter], Awaitable[None]] | None = None
+
+
+class StandIn:
+    """A server that speaks Ollama's API."""
+
+    def __init__(self, script: Script | None = None, traces: Path | None = None) -> None:
+        self.script = script or Script()
+        self.seen: list[Seen] = []
+        self.connections = 0
+        self.changed = asyncio.Condition()
+        self._traces = load_traces(traces) if traces else {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._server: asyncio.Server
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
+        self._server = await asyncio.start_server(self._serve, host, port, limit=1 << 26)
+        listening: int = self._server.sockets[0].getsockname()[1]
+        return listening
+
+    async def stop(self) -> None:
+        self._server.close()
+        for task in list(self._tasks):
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait until something that the stand-in sees has become true."""
+        async with self.changed:
+            await self.changed.wait_for(condition)
+
+    def asked(self, *paths: str) -> list[Seen]:
+        """The requests for answers, without the readings of versions and models."""
+        quiet = {"/api/version", "/api/tags"}
+        return [s for s in self.seen if (s.path in paths if paths else s.path not in quiet)]
+
+    async def _notify(self) -> None:
+        async with self.changed:
+            self.changed.notify_all()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        self._tasks.add(task)
+        self.connections += 1
+        try:
+            while (seen := await self._read(reader, writer)) is not None:
+                self.seen.append(seen)
+                await self._notify()
+                await self._answer_or_see_leave(seen, reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            self._tasks.discard(task)
+            self.connections -= 1
+            writer.close()
+            with contextlib.suppress(OSError, asyncio.CancelledError):
+                await writer.wait_closed()
+            await self._notify()
+
+    async def _read(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> Seen | None:
+        try:
+            head = await reader.readuntil(b"\r\n\r\n")
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+        first, *lines = head[:-4].decode("latin-1").split("\r\n")
+        method, path, _ = first.split(" ")
+        headers = [(n, v.strip()) for n, _, v in (line.partition(":") for line in lines)]
+        named = {name.lower(): value for name, value in headers}
+        if named.get("expect") == "100-continue":
+            writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        body = b""
+        if named.get("transfer-encoding") == "chunked":
+            while size := int((await reader.readline()).strip(), 16):
+                body += await reader.readexactly(size)
+                await reader.readline()
+            await reader.readline()
+        else:
+            body = await reader.readexactly(int(named.get("content-length", "0")))
+        return Seen(method, path, headers, body, head + body)
+
+    async def _answer_or_see_leave(
+        self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        """Answer, unless the client hangs up first: then the generation stops."""
+        answer = asyncio.create_task(self._answer(seen, writer))
+        while not answer.done():
+            watch = asyncio.create_task(_until_eof(reader, answer))
+            await asyncio.wait({answer, watch}, return_when=asyncio.FIRST_COMPLETED)
+            left = watch.done() and not watch.cancelled() and watch.result()
+            watch.cancel()
+            if left and not answer.done():
+                seen.gone = True
+                answer.cancel()
+            await asyncio.wait({answer})
+        if seen.gone:
+            await self._notify()
+            raise ConnectionResetError
+        if not answer.cancelled() and (error := answer.exception()):
+            raise error
+
+    async def _answer(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+        script = self.script
+        if script.respond is not None:
+            await script.respond(seen, writer)
+        elif script.raw is not None and seen.path not in {"/api/version", "/api/tags"}:
+            writer.write(script.raw)
+            await writer.drain()
+            raise ConnectionResetError
+        elif (trace := self._traces.get(trace_key(seen.method, seen.path, seen.body))) is not None:
+            for pause, part in trace:
+                await asyncio.sleep(pause * script.pace)
+                writer.write(part)
+                await writer.drain()
+        else:
+            await self._api(seen, writer)
+
+    async def _api(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+        match seen.method, seen.path:
+            case (("GET" | "HEAD"), "/"):
+                _send(writer, 200, b"Ollama is running", "text/plain; charset=utf-8", seen)
+            case (("GET" | "HEAD"), "/api/version"):
+                _send_json(writer, 200, {"version": "0.13.5"}, seen)
+            case (("GET" | "HEAD"), "/api/tags"):
+                _send_json(writer, 200, {"models": self._models()}, seen)
+            case (("GET" | "HEAD"), "/api/ps"):
+                _send_json(writer, 200, {"models": self._models()}, seen)
+            case "POST", "/api/generate" | "/api/chat":
+                await self._generate(seen, writer, chat=seen.path == "/api/chat")
+            case "POST", "/api/embed" | "/api/embeddings":
+                self._embed(seen, writer)
+            case _:
+                _send(writer, 404, b"404 page not found", "text/plain", seen)
+
+    def _models(self) -> list[Object]:
+        return [
+            {
+                "name": name,
+                "model": name,
+                "modified_at": "2026-11-23T08:58:18.824368656Z",
+                "size": 253113832,
+                "digest": digest,
+                "details": {"parent_model": "", "format": "gguf", "family": "gemma3"},
+            }
+            for name, digest in self.script.models.items()
+        ]
+
+    def _knows(self, model: object) -> bool:
+        name = str(model)
+        return name in self.script.models or f"{name}:latest" in self.script.models
+
+    async def _generate(self, seen: Seen, writer: asyncio.StreamWriter, *, chat: bool) -> None:
+        try:
+            asked = json.loads(seen.body)
+        except ValueError:
+            message = "unexpected EOF" if seen.body else "missing request body"
+            _send_json(writer, 400, {"error": message}, seen)
+            return
+        if not self._knows(asked.get("model")):
+            _send_json(writer, 404, {"error": f"model '{asked.get('model', '')}' not found"}, seen)
+            return
+        if not asked.get("messages" if chat else "prompt"):
+            reason = "unload" if asked.get("keep_alive") == 0 else "load"
+            line = self._line(asked, chat, "", {"done": True, "done_reason": reason})
+            _send_json(writer, 200, line, seen)
+            return
+        if self.script.hold_head:
+            await self.script.let_go.wait()
+        if asked.get("stream") is False:
+            await self._whole(asked, chat, seen, writer)
+        else:
+            await self._stream(asked, chat, writer)
+
+    def lines(self, asked: Object, chat: bool) -> list[Object]:
+        """All lines of an answer, in the order and form of the traces."""
+        logprobs = [
+            {"token": t, "logprob": -1.25, "bytes": list(t.encode())} for t in self.script.tokens
+        ]
+        lines = [self._line(asked, chat, "", {"done": False}, t) for t in self.script.thinking]
+        for index, token in enumerate(self.script.tokens):
+            line = self._line(asked, chat, token, {"done": False})
+            if asked.get("logprobs"):
+                line["logprobs"] = [logprobs[index]]
+            lines.append(line)
+        for call in self.script.tool_calls:
+            line = self._line(asked, chat, "", {"done": False})
+            line["message"]["tool_calls"] = [call]
+            lines.append(line)
+        return [*lines, self._line(asked, chat, "", self._ending(asked, chat))]
+
+    def _ending(self, asked: Object, chat: bool) -> Object:
+        count = len(self.script.tokens)
+        context = {} if chat or asked.get("raw") else {"context": [105, 2364, 107, count]}
+        return {
+            "done": True,
+            "done_reason": "stop",
+            **context,
+            "total_duration": 6569678440,
+            "load_duration": 193028926,
+            "prompt_eval_count": 15,
+            "prompt_eval_duration": 1997003809,
+            "eval_count": count,
+            "eval_duration": 4337626101,
+        }
+
+    def _line(
+        self, asked: Object, chat: bool, text: str, rest: Object, thinking: str = ""
+    ) -> Object:
+        line: Object = {"model": asked["model"], "created_at": _now()}
+        thought = {"thinking": thinking} if thinking else {}
+        if chat:
+            line["message"] = {"role": "assistant", "content": text, **thought}
+        else:
+            line |= {"response": text, **thought}
+        return line | rest
+
+    async def _stream(self, asked: Object, chat: bool, writer: asyncio.StreamWriter) -> None:
+        script = self.script
+        writer.write(_head(200, "application/x-ndjson", ("Transfer-Encoding", "chunked")))
+        for index, line in enumerate(self.lines(asked, chat)):
+            if index == script.hold_before:
+                await writer.drain()
+                await script.let_go.wait()
+            if index == script.break_after:
+                await writer.drain()
+                writer.transport.abort()
+                raise ConnectionResetError
+            if index == script.error_after:
+                line = {"error": RUNNER_DIED}
+            await asyncio.sleep(script.pace)
+            writer.write(_chunk(_dump(line) + b"\n"))
+            await writer.drain()
+            if index == script.error_after:
+                break
+        writer.write(b"0\r\n\r\n")
+
+    async def _whole(
+        self, asked: Object, chat: bool, seen: Seen, writer: asyncio.StreamWriter
+    ) -> None:
+        """The single object, made from the tokens and not from the lines."""
+        script = self.script
+        await asyncio.sleep(script.pace * (len(script.tokens) + 1))
+        if script.error_after is not None:
+            _send_json(writer, 500, {"error": RUNNER_DIED}, seen)
+            return
+        text, thinking = "".join(script.tokens), "".join(script.thinking)
+        whole = self._line(asked, chat, text, self._ending(asked, chat), thinking)
+        if script.tool_calls:
+            whole["message"]["tool_calls"] = script.tool_calls
+        if asked.get("logprobs"):
+            whole["logprobs"] = [
+                {"token": t, "logprob": -1.25, "bytes": list(t.encode())} for t in script.tokens
+            ]
+        _send_json(writer, 200, whole, seen)
+
+    def _embed(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+        # No trace shows embeddings that worked; the form is that of Ollama's docs/api.md.
+        asked = seen.json()
+        if not self._knows(asked.get("model")):
+            _send_json(writer, 404, {"error": f"model '{asked.get('model', '')}' not found"}, seen)
+        elif seen.path == "/api/embed":
+            given = asked.get("input", [])
+            count = 1 if isinstance(given, str) else len(given)
+            vectors = [[0.010071029, -0.0017594862, 0.05007221]] * count
+            answer = {"model": asked["model"], "embeddings": vectors, "total_duration": 14143917}
+            _send_json(writer, 200, {**answer, "prompt_eval_count": 8}, seen)
+        else:
+            _send_json(writer, 200, {"embedding": [0.5670403838157654, 0.009260174]}, seen)
+
+
+RUNNER_DIED = "an error was encountered while running the model: unexpected EOF"
+
+
+async def _until_eof(reader: asyncio.StreamReader, answer: asyncio.Task[None]) -> bool:
+    """Wait for the client's end; what it pipelines meanwhile stays where it is."""
+    while not reader.at_eof():
+        if reader.exception() is not None:
+            return True
+        await asyncio.sleep(0.005)
+    return True
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime()) + f".{time.time_ns() % 10**9:09d}Z"
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+_REASONS = {200: "OK", 400: "Bad Request", 404: "Not Found", 500: "Internal Server Error"}
+
+
+def _head(status: int, kind: str, *more: tuple[str, str]) -> bytes:
+    fields = [("Content-Type", kind), ("Date", DATE), *more]
+    lines = [f"HTTP/1.1 {status} {_REASONS.get(status, 'Other')}"]
+    return "\r\n".join([*lines, *(f"{n}: {v}" for n, v in fields), "", ""]).encode()
+
+
+def _send(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str, seen: Seen) -> None:
+    head = _head(status, kind, ("Content-Length", str(len(body))))
+    writer.write(head + (b"" if seen.method == "HEAD" else body))
+
+
+def _send_json(writer: asyncio.StreamWriter, status: int, value: object, seen: Seen) -> None:
+    _send(writer, status, _dump(value), JSON, seen)
+
+
+Trace = list[tuple[float, bytes]]
+
+
+def trace_key(method: str, path: str, body: bytes) -> tuple[str, str, str]:
+    """What makes two requests the same, whatever their headers and their body's order."""
+    try:
+        canonical = json.dumps(json.loads(body), sort_keys=True)
+    except ValueError:
+        canonical = body.decode("latin-1")
+    return method, path, canonical
+
+
+def load_traces(folder: Path) -> dict[tuple[str, str, str], Trace]:
+    """Read recorded exchanges; only those that ended whole can be replayed on a connection."""
+    traces: dict[tuple[str, str, str], Trace] = {}
+    for file in sorted(folder.glob("*.request")):
+        head, _, body = file.read_bytes().partition(b"\r\n\r\n")
+        timing = json.loads(file.with_suffix(".timing.json").read_text())
+        if timing["end"] != "complete" or body.endswith(b"..."):
+            continue
+        method, path, _ = head.split(b"\r\n")[0].decode().split(" ")
+        response = file.with_suffix(".response").read_bytes()
+        parts, start, before = [], 0, 0.0
+        for at, size in timing["reads"]:
+            parts.append((at - before, response[start : start + size]))
+            start, before = start + size, at
+        traces.setdefault(trace_key(method, path, body), parts)
+    return traces
+
+
+async def _main() -> None:
+    parser = argparse.ArgumentParser(description="A stand-in for Ollama.")
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--port", type=int, default=11434)
+    parser.add_argument("--pace", type=float, default=0.05, help="seconds between two lines")
+    parser.add_argument("--traces", type=Path, help="replay the recorded exchanges of a folder")
+    chosen = parser.parse_args()
+    script = Script(pace=chosen.pace)
+    standin = StandIn(script, chosen.traces)
+    port = await standin.start(chosen.host, chosen.port)
+    print(f"a stand-in for Ollama listens on {chosen.host}:{port}", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(_main())

@@ -1,0 +1,296 @@
+"""Carry one request to Ollama and its response back, over connections kept alive.
+
+A kept connection may have been closed by upstream meanwhile: then the request is sent once
+more on a fresh one, but only while no byte of a response has come.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any
+
+from http11 import (
+    BadHead,
+    ChunkedDecoder,
+    Headers,
+    HTTPError,
+    KnownHeads,
+    Response,
+    ResponseHead,
+    end_to_end,
+    frame_request,
+    parse_response_head,
+)
+
+MAX_IDLE = 64  # connections kept for the next request
+MAX_IDLE_TIME = 60.0  # seconds; Ollama itself keeps them for ever
+MAX_HEAD = 64 << 10  # bytes of a response's head; Ollama's have about 120
+READ_SIZE = 64 << 10  # bytes
+MAX_INTERIM = 8  # 1xx heads before the response
+
+
+class _CountingReader(asyncio.StreamReader):
+    """A stream reader that tells how many bytes have come."""
+
+    fed = 0
+
+    def feed_data(self, data: Any) -> None:
+        self.fed += len(data)
+        super().feed_data(data)
+
+
+class _Connection:
+    """One connection to upstream."""
+
+    def __init__(self, reader: _CountingReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+        self.buffer = bytearray()
+        self.whole = False  # the response under way has come to its end
+        self.idle_since = 0.0
+        self._taken = 0  # bytes read off the stream
+
+    def usable(self, now: float) -> bool:
+        """Whether a kept connection can carry a request: open, and not one byte came."""
+        return (
+            not self.reader.at_eof()
+            and not self.buffer
+            and self.reader.fed == self._taken
+            and self.reader.exception() is None
+            and not self.writer.is_closing()
+            and now - self.idle_since < MAX_IDLE_TIME
+        )
+
+    async def more(self) -> bool:
+        """Wait for bytes; False at the end of the stream."""
+        data = await self.reader.read(READ_SIZE)
+        self._taken += len(data)
+        self.buffer += data
+        return bool(data)
+
+    async def abort(self) -> None:
+        """Cut the connection, so that Ollama stops generating."""
+        self.writer.transport.abort()
+        with suppress(OSError):  # whoever aborts also takes the stream's exception
+            await self.writer.wait_closed()
+
+
+class Upstream:
+    """Ollama, as one address.
+
+    Args:
+        host: its name or IP address.
+        port: its port.
+        address: both, as in a URL; sent as `Host` and shown in errors.
+        connect_timeout: seconds to connect in.
+        first_byte_timeout: seconds until the head of a response is there.
+        idle_timeout: seconds between two pieces of a response.
+
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        address: str,
+        *,
+        connect_timeout: float,
+        first_byte_timeout: float,
+        idle_timeout: float,
+    ) -> None:
+        self.address = address
+        self._host = host
+        self._port = port
+        self._connect_timeout = connect_timeout
+        self._first_byte_timeout = first_byte_timeout
+        self._idle_timeout = idle_timeout
+        self._idle: list[_Connection] = []
+        self._parse = KnownHeads(parse_response_head)
+
+    @asynccontextmanager
+    async def exchange(
+        self, method: bytes, target: bytes, headers: Headers, body: bytes
+    ) -> AsyncIterator[Response]:
+        """Send a request; the response's body can be read inside the block.
+
+        Leaving the block before the body's end aborts the connection, which is how Ollama
+        is told to stop. `headers` are end-to-end headers without Host and length.
+
+        Raises:
+            HTTPError: 502 not reachable, not HTTP or closed early; 504 too slow. The body
+                raises these as well.
+
+        """
+        message = frame_request(method, target, ((b"Host", self.address.encode()), *headers), body)
+        connection, head = await self._send(message)
+        bodiless = method == b"HEAD" or head.status in {204, 304}
+        connection.whole = bodiless or head.length == 0
+        try:
+            pieces = self._body(connection, head)
+            yield Response(head.status, end_to_end(head.headers), pieces, head.length)
+        finally:
+            if connection.whole and head.keep_alive and not connection.buffer:
+                self._keep(connection)
+            else:
+                await connection.abort()
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+        while self._idle:
+            await self._idle.pop().abort()
+
+    async def _send(self, message: bytes) -> tuple[_Connection, ResponseHead]:
+        """Send a request and wait for the response's head."""
+        if (kept := self._take()) is not None:
+            with suppress(_Stale):
+                return kept, await self._try(kept, message)
+        fresh = await self._connect()
+        try:
+            return fresh, await self._try(fresh, message)
+        except _Stale:
+            raise self._failure("closed the connection without an answer") from None
+
+    async def _try(self, connection: _Connection, message: bytes) -> ResponseHead:
+        """Send on one connection; abort it unless a head comes.
+
+        Raises:
+            _Stale: it was closed before any byte of a response.
+
+        """
+        try:
+            with self._failures():
+                async with self._timeout(self._first_byte_timeout, "sent no answer"):
+                    return await self._head(connection, message)
+        except BaseException:
+            await connection.abort()
+            raise
+
+    async def _head(self, connection: _Connection, message: bytes) -> ResponseHead:
+        try:
+            connection.writer.write(message)
+            await connection.writer.drain()
+        except ConnectionError:
+            pass  # what upstream said before it closed may still be read
+        for _ in range(MAX_INTERIM):
+            raw = await self._raw_head(connection)
+            head = self._parse(raw)
+            if head.status == 101:
+                raise BadHead(502, "it switched protocols unasked")
+            if head.status >= 200:
+                return head
+        raise BadHead(502, "it sent too many interim responses")
+
+    async def _raw_head(self, connection: _Connection) -> bytes:
+        buffer = connection.buffer
+        while (end := buffer.find(b"\r\n\r\n")) < 0:
+            if len(buffer) > MAX_HEAD:
+                break
+            try:
+                came = await connection.more()
+            except ConnectionError:
+                came = False
+            if not came:
+                if not buffer:
+                    raise _Stale
+                raise BadHead(502, "it ended in the middle of its head")
+        if end < 0 or end > MAX_HEAD:
+            raise BadHead(502, f"its head has more than {MAX_HEAD} bytes")
+        raw = bytes(buffer[: end + 4])
+        del buffer[: end + 4]
+        return raw
+
+    async def _body(self, connection: _Connection, head: ResponseHead) -> AsyncIterator[bytes]:
+        """Read a body to its end, a piece for each read."""
+        decoder = ChunkedDecoder() if head.chunked else None
+        left = head.length
+        while not connection.whole:
+            if not connection.buffer and not await self._more_body(connection):
+                if left is not None or decoder is not None:
+                    raise self._failure("closed the connection in the middle of its answer")
+                connection.whole = True  # the close was the end
+                return
+            if decoder is not None:
+                with self._failures():
+                    piece = decoder.decode(connection.buffer)
+                connection.whole = decoder.done
+                if not piece and not decoder.done and not await self._more_body(connection):
+                    raise self._failure("closed the connection in the middle of its answer")
+            else:
+                piece = bytes(memoryview(connection.buffer)[:left])
+                del connection.buffer[: len(piece)]
+                if left is not None:
+                    left -= len(piece)
+                    connection.whole = left == 0
+            if piece:
+                yield piece
+
+    async def _more_body(self, connection: _Connection) -> bool:
+        with self._failures():
+            async with self._timeout(self._idle_timeout, "sent nothing more of its answer"):
+                return await connection.more()
+
+    async def _connect(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        reader = _CountingReader(limit=READ_SIZE)
+        protocol = asyncio.StreamReaderProtocol(reader)
+        with self._failures():
+            async with self._timeout(self._connect_timeout, "could not be reached"):
+                transport, _ = await loop.create_connection(
+                    lambda: protocol, self._host, self._port
+                )
+        return _Connection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
+
+    def _take(self) -> _Connection | None:
+        """Take the connection that was used last; those that went stale are dropped."""
+        now = time.monotonic()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.usable(now):
+                return connection
+            connection.writer.transport.abort()
+        return None
+
+    def _keep(self, connection: _Connection) -> None:
+        connection.idle_since = time.monotonic()
+        self._idle.append(connection)
+        if len(self._idle) > MAX_IDLE:
+            self._idle.pop(0).writer.transport.abort()
+
+    @contextmanager
+    def _failures(self) -> Iterator[None]:
+        """Translate what can go wrong on the way to upstream, once, here."""
+        try:
+            yield
+        except BadHead as error:
+            raise self._failure(f"sent what is no HTTP response: {error.message}") from error
+        except OSError as error:
+            raise self._failure(f"cannot be reached ({_reason(error)})") from error
+
+    @asynccontextmanager
+    async def _timeout(self, seconds: float, what: str) -> AsyncIterator[None]:
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            status = 502 if what == "could not be reached" else 504
+            raise self._failure(f"{what} within {seconds:g} s", status) from error
+
+    def _failure(self, what: str, status: int = 502) -> HTTPError:
+        return HTTPError(
+            status,
+            f"Ollama at {self.address} {what}. Check that Ollama runs there and is not"
+            " overloaded, and the OLLAMA_HOST and OLLAMA_PORT settings.",
+        )
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ConnectionError):
+        return (
+            type(error).__name__.removesuffix("Error").replace("Connection", "connection ").lower()
+        )
+    return error.strerror or str(error)
+
+
+class _Stale(Exception):
+    """Upstream closed the connection before the first byte of its response."""
