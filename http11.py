@@ -40,10 +40,10 @@ _FIELD_LINE = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 _CHUNK_LINE = re.compile(
-    rb"([0-9A-Fa-f]{1,16})((?:[\t ]*;[\t ]*%b(?:=(?:%b|\"[\t !#-\[\]-~\x80-\xff]*\"))?)*)\r\n"
+    rb"([0-9A-Fa-f]{1,16})((?:;%b(?:=(?:%b|\"[\t !#-\[\]-~\x80-\xff]*\"))?)*)\r\n"
     % (_TOKEN, _TOKEN)
 )
-_CHUNK_START = re.compile(rb"[0-9A-Fa-f]{1,16}(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?\r?|")
+_CHUNK_START = re.compile(rb"[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?|")
 # What can be told to be wrong before a head's end has come.
 _HOPELESS = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
 
@@ -367,7 +367,7 @@ class ChunkedDecoder:
                 if not _FIELD_LINE.fullmatch(line):
                     raise BadHead(400, "a trailer is malformed")
             end = found + 4
-        elif len(buffer) >= MAX_TRAILERS or (len(buffer) > 1 and hopeless(buffer)):
+        elif len(buffer) >= MAX_TRAILERS or hopeless(buffer):
             raise BadHead(400, "the trailers are malformed or too long")
         else:
             return

@@ -262,10 +262,9 @@ def _print_new(label: str, salt: bytes) -> None:
 
 
 def _print_hashed(lines: Iterable[bytes], salt: bytes) -> None:
-    if not salt:
-        sys.exit("API_KEY_SALT is not set: put the line that `salt` prints into .env first")
-    for line in lines:
-        key, label = split_line(line.removeprefix(b"\xef\xbb\xbf"))
+    for number, line in enumerate(lines):
+        line = line if number else line.removeprefix(b"\xef\xbb\xbf")
+        key, label = split_line(line)
         if key:
             digest = salted_digest(salt, key).hex().encode()
             line = digest + (b"  # " + label if label else b"")
@@ -290,7 +289,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         salt = load(os.environ).api_key_salt.encode("utf-8", "surrogateescape")
     except SettingsError as error:
-        sys.exit(f"keystore: {error}")
+        parser.error(str(error))
+    if chosen.command == "hash" and not salt:
+        parser.error("API_KEY_SALT is not set: put API_KEY_SALT=, and what `salt` prints, in .env")
     if chosen.command == "salt":
         print(secrets.token_hex(16))
     elif chosen.command == "hash":

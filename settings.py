@@ -1,7 +1,7 @@
 """The settings: one frozen dataclass, read from the environment and `.env`.
 
 Each field is the environment variable of the same name in upper case; the environment
-wins over `.env`, and an empty value counts as not set. Whatever is wrong raises a
+wins over `.env`, and an empty value means the default. Whatever is wrong raises a
 `SettingsError` whose one line names the variable and the mend.
 """
 
@@ -140,7 +140,7 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
         SettingsError: a variable that has a wrong value, or `.env` cannot be read.
 
     """
-    values = {**_read_env_file(env_file), **{k: v for k, v in environ.items() if v.strip()}}
+    values = {**_read_env_file(env_file), **environ}
     chosen: dict[str, Any] = {}
     for item in fields(Settings):
         name = item.name.upper()
@@ -166,7 +166,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise SettingsError(f".env: {path} cannot be read: {reason}") from None
-    return {name: value for name, value in found.items() if value and value.strip()}
+    return {name: value or "" for name, value in found.items()}
 
 
 def _upstream(text: str, port: int | None) -> dict[str, Any]:

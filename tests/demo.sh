@@ -14,7 +14,7 @@ env -u API_KEY_SALT OLLAMA_HOST=127.0.0.1 OLLAMA_PORT="$upstream" LISTEN_HOST=12
 	API_KEY_FILE="$keys" LOG_LEVEL=WARNING CACHE_TTL=3600 "$python" ollprox.py &
 ollprox=$!
 trap 'kill "$standin" "$ollprox"; wait; rm -f "$keys"' EXIT
-curl -sS --retry 50 --retry-delay 0 --retry-max-time 10 --retry-connrefused -o /dev/null "http://127.0.0.1:$listen/health"
+curl -s --retry 50 --retry-delay 0 --retry-max-time 10 --retry-connrefused -o /dev/null "http://127.0.0.1:$listen/health"
 
 ask() {
 	curl -sS -D - -w '\n(%{time_total} s)\n' "http://127.0.0.1:$listen/call_model" \

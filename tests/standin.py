@@ -37,7 +37,7 @@ class Seen:
         return json.loads(self.body)
 
     def header(self, name: str) -> str | None:
-        return dict((k.lower(), v) for k, v in self.headers).get(name.lower())
+        return {k.lower(): v for k, v in self.headers}.get(name.lower())
 
 
 @dataclass
@@ -67,6 +67,7 @@ class StandIn:
         self.script = script or Script()
         self.seen: list[Seen] = []
         self.connections = 0
+        self.port = 0
         self.changed = asyncio.Condition()
         self._traces = load_traces(traces) if traces else {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -74,8 +75,8 @@ class StandIn:
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
         self._server = await asyncio.start_server(self._serve, host, port, limit=1 << 26)
-        listening: int = self._server.sockets[0].getsockname()[1]
-        return listening
+        self.port = self._server.sockets[0].getsockname()[1]
+        return self.port
 
     async def stop(self) -> None:
         self._server.close()
@@ -299,21 +300,25 @@ class StandIn:
     async def _whole(
         self, asked: Object, chat: bool, seen: Seen, writer: asyncio.StreamWriter
     ) -> None:
-        """The single object, made from the tokens and not from the lines."""
         script = self.script
         await asyncio.sleep(script.pace * (len(script.tokens) + 1))
         if script.error_after is not None:
             _send_json(writer, 500, {"error": RUNNER_DIED}, seen)
-            return
+        else:
+            _send_json(writer, 200, self.whole(asked, chat), seen)
+
+    def whole(self, asked: Object, chat: bool) -> Object:
+        """The single object, made from the tokens and not from the lines."""
+        script = self.script
         text, thinking = "".join(script.tokens), "".join(script.thinking)
         whole = self._line(asked, chat, text, self._ending(asked, chat), thinking)
         if script.tool_calls:
             whole["message"]["tool_calls"] = script.tool_calls
-        if asked.get("logprobs"):
+        if asked.get("logprobs") and script.tokens:
             whole["logprobs"] = [
                 {"token": t, "logprob": -1.25, "bytes": list(t.encode())} for t in script.tokens
             ]
-        _send_json(writer, 200, whole, seen)
+        return whole
 
     def _embed(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
         # No trace shows embeddings that worked; the form is that of Ollama's docs/api.md.

@@ -1,0 +1,111 @@
+"""What the tests share: the stand-in, and OllProx as its users run it."""
+
+import asyncio
+import os
+import re
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from client import KEY  # noqa: E402 - the path had to be set first
+from standin import Script, StandIn  # noqa: E402
+
+from settings import Settings  # noqa: E402
+
+# What no input may bring about, at any level of the log.
+FAULTS = re.compile(r"Traceback|never retrieved|was destroyed|ResourceWarning|never awaited")
+
+
+class Program:
+    """`python ollprox.py` as a process."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
+        self.process = process
+        self.log = log
+        self.port = 0
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    async def says(self, pattern: str) -> re.Match[str]:
+        """Wait until the program has written something."""
+        while (match := re.search(pattern, self.text())) is None:
+            if self.process.returncode is not None:
+                raise AssertionError(f"it ended before it said {pattern!r}:\n{self.text()}")
+            await asyncio.sleep(0.01)
+        return match
+
+    async def stop(self) -> int:
+        if self.process.returncode is None:
+            self.process.terminate()
+        return await self.process.wait()
+
+
+Start = Callable[..., Awaitable[Program]]
+
+
+@pytest_asyncio.fixture
+async def launch(tmp_path: Path) -> AsyncIterator[Start]:
+    """Start OllProx with settings; it is stopped, and its log searched, at the test's end."""
+    programs: list[Program] = []
+
+    async def start(*arguments: str, fails: bool = False, **settings: object) -> Program:
+        log = tmp_path / f"ollprox-{len(programs)}.log"
+        environ = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME", "LANG"}}
+        environ |= {item.name.upper(): "" for item in fields(Settings)}  # whatever .env says
+        environ |= {"LISTEN_HOST": "127.0.0.1", "LISTEN_PORT": "0", "PYTHONASYNCIODEBUG": "1"}
+        environ |= {name: str(value) for name, value in settings.items()}
+        with log.open("wb") as file:
+            process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-X", "dev", str(ROOT / "ollprox.py"), *arguments),
+                env=environ,
+                cwd=tmp_path,
+                stdout=file,
+                stderr=file,
+            )
+        program = Program(process, log)
+        if not arguments and not fails:
+            programs.append(program)
+            program.port = int((await program.says(r"listens on http://\S+:(\d+)"))[1])
+        return program
+
+    yield start
+    for program in programs:
+        killed = program.process.returncode not in {None, 0}
+        assert await program.stop() == 0 or killed, program.text()
+        assert not FAULTS.search(program.text()), program.text()
+
+
+@pytest_asyncio.fixture
+async def ollama() -> AsyncIterator[StandIn]:
+    """A stand-in for Ollama, listening."""
+    standin = StandIn(Script())
+    standin.port = await standin.start()
+    yield standin
+    standin.script.let_go.set()
+    await standin.stop()
+
+
+@pytest.fixture
+def key_file(tmp_path: Path) -> Path:
+    """A key file with one key."""
+    path = tmp_path / "keys.txt"
+    path.write_text(f"{KEY}  # tester\n")
+    return path
+
+
+@pytest_asyncio.fixture
+async def ollprox(launch: Start, ollama: StandIn, key_file: Path) -> Program:
+    """OllProx before the stand-in, with its defaults."""
+    return await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)

@@ -1,0 +1,380 @@
+"""Flights without sockets: a scripted exchange, and events."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import pytest
+
+from cache import Cache
+from flight import PIECE_OVERHEAD, Ending, Flight, Flights
+from http11 import HTTPError, Response, Truncated
+from ollama import BaseNotes, LineNotes
+
+DONE = b'{"response":"","done":true}\n'
+
+
+def line(text: str) -> bytes:
+    return b'{"response":"%b","done":false}\n' % text.encode()
+
+
+class Upstream:
+    """An exchange that says what the test tells it to."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[bytes | HTTPError | None] = asyncio.Queue()
+        self.begun = 0
+        self.open = 0
+        self.taken = 0  # pieces that the recorder has asked for
+
+    def say(self, *pieces: bytes | HTTPError | None) -> None:
+        for piece in pieces:
+            self.queue.put_nowait(piece)
+
+    @asynccontextmanager
+    async def exchange(self) -> AsyncIterator[Response]:
+        self.begun += 1
+        self.open += 1
+        try:
+            first = await self.queue.get()
+            if isinstance(first, HTTPError):
+                raise first
+            yield Response(200, (), self._body(first))
+        finally:
+            self.open -= 1
+
+    async def _body(self, first: bytes | None) -> AsyncIterator[bytes]:
+        piece: bytes | HTTPError | None = first
+        while piece is not None:
+            if isinstance(piece, HTTPError):
+                raise piece
+            self.taken += 1
+            yield piece
+            piece = await self.queue.get()
+
+
+class Field:
+    """Flights over one upstream, and what they stored."""
+
+    def __init__(self, window: int = 10_000, budget: int = 100_000) -> None:
+        self.upstream = Upstream()
+        self.budget: Cache[bytes] = Cache(budget, 60)
+        self.flights = Flights(window, self.budget)
+        self.stored: list[bytes] = []
+        self.on_store: Callable[[], None] = lambda: None
+
+    def begin(self, key: bytes | None = b"k", model: str = "m") -> Flight:
+        return self.flights.begin(key, self.upstream.exchange, self._notes, self._store, model)
+
+    def _notes(self, response: Response) -> BaseNotes:
+        return LineNotes(False, 10_000)
+
+    def _store(self, flight: Flight) -> bool:
+        assert isinstance(flight.notes, LineNotes)
+        if not flight.notes.keep:
+            return False
+        self.on_store()
+        self.stored.append(flight.whole())
+        return True
+
+
+async def settle() -> None:
+    """Let everything run that can."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def read(flight: Flight) -> bytes:
+    with flight.join() as reader:
+        await reader.head()
+        return b"".join([piece async for piece in reader.pieces()])
+
+
+async def test_a_late_reader_gets_what_is_there_at_once_and_then_each_line() -> None:
+    field = Field()
+    flight = field.begin()
+    first = asyncio.create_task(read(flight))
+    field.upstream.say(line("a"), line("b"))
+    await settle()
+    with flight.join() as late:
+        pieces = late.pieces()
+        assert await anext(pieces) == line("a") + line("b")
+        field.upstream.say(line("c"))
+        assert await anext(pieces) == line("c")
+        field.upstream.say(DONE, None)
+        assert await anext(pieces) == DONE
+        with pytest.raises(StopAsyncIteration):
+            await anext(pieces)
+    assert await first == line("a") + line("b") + line("c") + DONE
+    assert field.stored == [await_whole("abc")]
+    assert field.upstream.begun == 1
+
+
+def await_whole(text: str) -> bytes:
+    return b"".join(map(line, text)) + DONE
+
+
+async def test_pieces_end_at_the_end_of_a_line() -> None:
+    field = Field()
+    task = asyncio.create_task(read(field.begin()))
+    whole = await_whole("ab")
+    for start in range(0, len(whole), 7):
+        field.upstream.say(whole[start : start + 7])
+    field.upstream.say(None)
+    assert await task == whole
+    assert field.stored == [whole]
+
+
+async def test_the_answer_is_stored_before_its_end_is_announced() -> None:
+    """Else a request between the two would ask upstream again."""
+    field = Field()
+    flight = field.begin()
+    field.on_store = lambda: endings.append((flight.ending, field.flights.find(b"k")))
+    endings: list[tuple[Ending | None, Flight | None]] = []
+    task = asyncio.create_task(read(flight))
+    field.upstream.say(DONE, None)
+    await task
+    assert endings == [(None, flight)]
+    assert flight.ending is Ending.COMPLETE
+    assert field.flights.find(b"k") is None
+
+
+async def test_the_first_reader_leaves_and_the_others_keep_reading() -> None:
+    field = Field()
+    flight = field.begin()
+    first = asyncio.create_task(read(flight))
+    second = asyncio.create_task(read(flight))
+    field.upstream.say(line("a"))
+    await settle()
+    first.cancel()
+    await settle()
+    assert field.upstream.open == 1
+    field.upstream.say(DONE, None)
+    assert await second == line("a") + DONE
+    assert field.stored == [line("a") + DONE]
+
+
+@pytest.mark.parametrize("said", [(), (line("a"),)])
+async def test_the_last_reader_leaves_and_the_exchange_is_aborted(said: tuple[bytes, ...]) -> None:
+    field = Field()
+    flight = field.begin()
+    readers = [asyncio.create_task(read(flight)) for _ in range(3)]
+    field.upstream.say(*said)
+    await settle()
+    for reader in readers:
+        assert field.upstream.open == 1
+        reader.cancel()
+        await settle()
+    assert field.upstream.open == 0
+    assert flight.ending is Ending.ABANDONED
+    assert (field.stored, len(field.flights), field.budget.reserved_bytes) == ([], 0, 0)
+    again = field.begin()
+    task = asyncio.create_task(read(again))
+    field.upstream.say(DONE, None)
+    assert await task == DONE
+    assert field.upstream.begun == 2
+
+
+async def test_the_last_reader_leaves_after_the_last_line_and_the_answer_is_kept() -> None:
+    field = Field()
+    task = asyncio.create_task(read(field.begin()))
+    field.upstream.say(line("a"), DONE)
+    await settle()
+    task.cancel()
+    await settle()
+    assert field.upstream.open == 0
+    assert field.stored == [line("a") + DONE]
+
+
+async def test_a_failure_before_the_head_is_every_readers() -> None:
+    field = Field()
+    flight = field.begin()
+    readers = [asyncio.create_task(read(flight)) for _ in range(3)]
+    field.upstream.say(HTTPError(502, "gone"))
+    errors = await asyncio.gather(*readers, return_exceptions=True)
+    assert [type(error) for error in errors] == [HTTPError] * 3
+    assert len({id(error) for error in errors}) == 3  # fresh ones
+    assert flight.ending is Ending.FAILED
+
+
+async def test_a_failure_in_the_middle_comes_after_the_whole_lines() -> None:
+    field = Field()
+    with field.begin().join() as reader:
+        field.upstream.say(line("a"), b'{"resp', HTTPError(502, "gone"))
+        await reader.head()
+        pieces = reader.pieces()
+        assert await anext(pieces) == line("a")
+        with pytest.raises(HTTPError, match="gone"):
+            await anext(pieces)
+    assert field.stored == []
+
+
+async def test_a_clean_end_without_a_last_line_is_a_failure() -> None:
+    field = Field()
+    task = asyncio.create_task(read(field.begin()))
+    field.upstream.say(line("a"), None)
+    with pytest.raises(HTTPError) as caught:
+        await task
+    assert caught.value.status == 502
+
+
+async def test_only_the_bodys_end_was_missing() -> None:
+    field = Field()
+    task = asyncio.create_task(read(field.begin()))
+    field.upstream.say(DONE, HTTPError(502, "reset"))
+    assert await task == DONE
+    assert field.stored == [DONE]
+
+
+async def test_a_fold_waits_for_the_end() -> None:
+    field = Field()
+    flight = field.begin()
+    with flight.join() as reader:
+        task = asyncio.create_task(reader.fold())
+        field.upstream.say(line("a"), line("b"))
+        await settle()
+        assert not task.done()
+        field.upstream.say(DONE, None)
+        assert b'"response":"ab"' in await task
+
+
+# Back-pressure.
+
+
+def cost(*pieces: bytes) -> int:
+    return sum(len(piece) + PIECE_OVERHEAD for piece in pieces)
+
+
+async def test_the_recorder_waits_a_full_window_ahead_of_its_fastest_reader() -> None:
+    lines = [line(str(number)) for number in range(8)]
+    field = Field(window=cost(*lines[:3]))
+    with field.begin().join() as reader:
+        field.upstream.say(*lines, DONE, None)
+        await settle()
+        assert field.upstream.taken == 4  # three on the tape, one in the hand
+        assert field.budget.reserved_bytes == cost(*lines[:3])
+        got = [piece async for piece in reader.pieces()]
+    assert b"".join(got) == b"".join(lines) + DONE
+
+
+async def test_a_reader_a_full_window_behind_is_dropped_and_the_fastest_goes_on() -> None:
+    lines = [line(str(number)) for number in range(8)]
+    field = Field(window=cost(*lines[:3]))
+    flight = field.begin()
+    with flight.join() as slow:
+        fast = asyncio.create_task(read(flight))
+        for piece in (*lines, DONE, None):
+            field.upstream.say(piece)
+            await settle()
+        assert await fast == b"".join(lines) + DONE
+        assert not flight.joinable
+        with pytest.raises(Truncated):
+            await anext(slow.pieces())
+    assert field.stored == []  # it had lost its beginning
+    assert field.budget.reserved_bytes == 0
+
+
+async def test_a_flight_that_has_lost_its_start_cannot_be_joined() -> None:
+    field = Field(window=cost(line("a")))
+    flight = field.begin()
+    assert field.flights.find(b"k") is flight
+    task = asyncio.create_task(read(flight))
+    for piece in (line("a"), line("b")):
+        field.upstream.say(piece)
+        await settle()
+    assert field.flights.find(b"k") is None
+    field.upstream.say(DONE, None)
+    assert await task == line("a") + line("b") + DONE
+
+
+async def test_all_tapes_together_stay_within_the_budget() -> None:
+    lines = [line(str(number)) for number in range(6)]
+    field = Field(window=cost(*lines), budget=cost(*lines[:4]))
+    first, second = field.begin(b"1"), field.begin(b"2")
+    with first.join() as one, second.join() as two:
+        for piece in (*lines[:2], *lines[:2], *lines[:2]):
+            field.upstream.say(piece)
+        # One piece more, for the flight that would have none and could not go on.
+        most = field.budget.max_bytes + cost(lines[0])
+        await settle()
+        assert field.budget.max_bytes <= field.budget.reserved_bytes <= most
+        for reader in (one.pieces(), two.pieces()):
+            assert await anext(reader)
+            await settle()
+            assert field.budget.reserved_bytes <= most
+
+
+# Which flight is joined, and which one stores.
+
+
+async def test_the_youngest_flight_is_joined_and_an_older_one_cannot_store_after_it() -> None:
+    field, later = Field(), Upstream()
+    older = field.begin()
+    old_reader = asyncio.create_task(read(older))
+    younger = field.flights.begin(b"k", later.exchange, field._notes, field._store)
+    assert field.flights.find(b"k") is younger
+    young_reader = asyncio.create_task(read(younger))
+    later.say(line("new"), DONE, None)
+    assert await young_reader == line("new") + DONE
+    assert field.flights.find(b"k") is None  # the older one must not be joined again
+    field.upstream.say(line("old"), DONE, None)
+    assert await old_reader == line("old") + DONE
+    assert field.stored == [line("new") + DONE]
+
+
+async def test_an_older_flight_that_ends_does_not_remove_a_younger_one() -> None:
+    """Removal is by identity: by key it would take the younger one away."""
+    field, later = Field(), Upstream()
+    older = asyncio.create_task(read(field.begin()))
+    younger = field.flights.begin(b"k", later.exchange, field._notes, field._store)
+    young_reader = asyncio.create_task(read(younger))
+    field.upstream.say(DONE, None)
+    await older
+    assert field.flights.find(b"k") is younger
+    later.say(DONE, None)
+    await young_reader
+    assert len(field.flights) == 0
+
+
+async def test_a_head_that_is_too_old_is_not_joined() -> None:
+    clock = [100.0]
+    field = Field()
+    field.flights.clock = lambda: clock[0]
+    flight = field.begin()
+    task = asyncio.create_task(read(flight))
+    assert field.flights.find(b"k", 0) is flight  # no head yet
+    field.upstream.say(line("a"))
+    await settle()
+    clock[0] += 5
+    assert field.flights.find(b"k", 5) is flight
+    assert field.flights.find(b"k", 4) is None
+    field.upstream.say(DONE, None)
+    await task
+
+
+async def test_a_grounded_flight_is_neither_joined_nor_stored() -> None:
+    field = Field()
+    task = asyncio.create_task(read(field.begin(model="a")))
+    field.flights.ground(lambda model: model == "b")
+    assert field.flights.find(b"k")
+    field.flights.ground(lambda model: model == "a")
+    assert field.flights.find(b"k") is None
+    field.upstream.say(DONE, None)
+    assert await task == DONE
+    assert field.stored == []
+    assert len(field.flights) == 0
+
+
+@pytest.mark.parametrize("stage", range(4))
+async def test_cancelling_at_each_stage_leaves_nothing(stage: int) -> None:
+    field = Field(window=cost(line("a")))
+    task = asyncio.create_task(read(field.begin()))
+    await settle()
+    for piece in [line("a"), line("b"), line("c")][:stage]:
+        field.upstream.say(piece)
+        await settle()
+    task.cancel()
+    await settle()
+    assert (field.upstream.open, len(field.flights), field.budget.reserved_bytes) == (0, 0, 0)
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    assert not others

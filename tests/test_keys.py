@@ -1,0 +1,270 @@
+"""Who gets in: the program, its key file, and what it says of either."""
+
+import asyncio
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+from client import KEY, Client, ask, question, request
+from conftest import Program, Start
+from standin import StandIn
+
+Headers = dict[str, str]
+
+
+async def status(port: int, headers: Headers) -> int:
+    answer = await ask(port, "POST", "/call_model", question(), {"APIKEY": ""} | headers)
+    return answer.status
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"),
+    [
+        ({"apikey": KEY}, 200),
+        ({"ApiKey": KEY}, 200),
+        ({"X-API-Key": KEY}, 200),
+        ({"Authorization": f"Bearer {KEY}"}, 200),
+        ({"authorization": f"bearer {KEY}"}, 200),
+        ({"APIKEY": KEY, "Authorization": "Bearer dummy"}, 200),
+        ({"APIKEY": "wrong", "Authorization": f"Bearer {KEY}"}, 401),
+        ({"X-API-Key": KEY, "Authorization": "Bearer dummy"}, 200),
+        ({"X-API-Key": "wrong", "APIKEY": KEY}, 200),
+        ({"APIKEY": KEY[:-1]}, 401),
+        ({"APIKEY": KEY + "x"}, 401),
+        ({"APIKEY": KEY.upper()}, 401),
+        ({"Authorization": KEY}, 401),
+        ({"Authorization": "Bearer "}, 401),
+        ({}, 401),
+    ],
+)
+async def test_where_a_key_may_be(
+    ollprox: Program, ollama: StandIn, headers: Headers, expected: int
+) -> None:
+    assert await status(ollprox.port, headers) == expected
+    assert len(ollama.asked()) == (expected == 200)
+
+
+async def test_a_header_twice_with_two_values_is_401(ollprox: Program) -> None:
+    twice = request("POST", "/call_model", question(), {"APIKEY": KEY, "apikey": "other"})
+    same = request("POST", "/call_model", question(), {"APIKEY": KEY, "apikey": KEY})
+    async with Client(ollprox.port) as client:
+        await client.send(same)
+        assert (await client.rest(await client.head())).status == 200
+        await client.send(twice)
+        assert (await client.head()).status == 401
+
+
+async def test_a_refusal_says_what_to_do_and_reads_no_body(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async with Client(ollprox.port) as client:
+        headers = {"APIKEY": "wrong-key-wrong-key", "Content-Length": "30000000"}
+        answer = await client.ask("POST", "/call_model", b"", {**headers, "Expect": "100-continue"})
+        assert answer.status == 401
+        assert answer.headers["www-authenticate"] == "Bearer"
+        assert answer.headers["connection"] == "close"
+        assert "curl -H 'APIKEY: <your key>'" in answer.json()["error"]
+    for path in ("/nope", "/", "/call_model"):
+        assert (await ask(ollprox.port, "GET", path, headers={"APIKEY": ""})).status == 401
+    assert ollama.asked() == []
+
+
+async def test_keys_are_never_seen_outside(launch: Start, ollama: StandIn, tmp_path: Path) -> None:
+    """In logs of any level, in errors, or upstream; nor is the salt, nor a parser's quote."""
+    salt, good, bad = "a-salt-that-is-marked", "marked-good-key-0123456789", "marked-bad-key"
+    path = tmp_path / "salted.txt"
+    path.write_text(hashlib.sha256((salt + good).encode()).hexdigest() + "\nmarked-in-the-file\n")
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=path,
+        API_KEY_SALT=salt,
+        LOG_LEVEL="DEBUG",
+        KEY_REFRESH=0.05,
+    )
+    bodies = []
+    for key in (good, bad):
+        for header in ("APIKEY", "X-API-Key", "Authorization"):
+            value = f"Bearer {key}" if header == "Authorization" else key
+            headers = {"APIKEY": "", header: value, "X-Other": key}
+            for path_of in ("/call_model", "/nope", "/api/generate/"):
+                answer = await ask(ollprox.port, "POST", path_of, question(), headers)
+                bodies.append(answer.head + answer.body)
+            bad_head = f"POST /call_model HTTP/1.1\r\nHost: a\r\n{header} : {value}\r\n\r\n"
+            async with Client(ollprox.port) as client:
+                await client.send(bad_head.encode())
+                bodies.append(await client.reader.read())
+    path.write_text("marked-line\n")
+    await ollprox.says("0 read from")
+    await ollprox.stop()
+    everything = b"".join([*bodies, *(seen.raw for seen in ollama.seen)]) + ollprox.log.read_bytes()
+    assert b"marked" not in everything.replace(b"salted.txt", b"")
+    assert len(ollama.asked()) >= 1
+
+
+async def test_plain_keys_become_digests_that_no_log_explains(
+    ollprox: Program, key_file: Path
+) -> None:
+    await ask(ollprox.port, "GET", "/api/tags", headers={"APIKEY": "some-wrong-key"})
+    await ask(ollprox.port, "POST", "/call_model", question())
+    await ollprox.says(r"key=[0-9a-f]{8} .* status=401")
+    await ollprox.says(r"key=tester .* status=200")
+
+
+# The file changes while the program runs.
+
+
+async def until(port: int, key: str, expected: int) -> None:
+    """Ask on one open connection until a key is valid, or is not any more."""
+    async with Client(port) as client, asyncio.timeout(5):
+        while (await client.ask("GET", "/nope", headers={"APIKEY": key})).status != expected:
+            await asyncio.sleep(0.02)
+
+
+async def test_adding_and_removing_keys_takes_effect_on_open_connections(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+    async with Client(ollprox.port) as client:
+        assert (await client.ask("POST", "/call_model", question())).status == 200
+        replacement = key_file.with_suffix(".new")
+        replacement.write_text("another-key-0123456789\r\n")
+        replacement.rename(key_file)  # as editors do
+        await until(ollprox.port, "another-key-0123456789", 404)
+        answer = await client.ask("POST", "/call_model", question())
+        assert answer.status == 401
+
+
+async def test_an_emptied_file_lets_nobody_in(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+    await until(ollprox.port, KEY, 404)
+    key_file.write_text("")
+    await until(ollprox.port, KEY, 401)
+
+
+async def test_a_file_that_vanishes_keeps_the_keys(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.05)
+    text = key_file.read_text()
+    key_file.unlink()
+    await ollprox.says("ERROR .*cannot be read")
+    assert await status(ollprox.port, {"APIKEY": KEY}) == 200
+    key_file.write_text(text + "second-key-0123456789\n")
+    await ollprox.says("ERROR .*can be read again")
+    await until(ollprox.port, "second-key-0123456789", 404)
+    assert ollprox.text().count("cannot be read") == 1
+
+
+async def test_a_hundred_thousand_lines_do_not_stop_the_loop(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+    lines = [f"key-{number:020d}\r\n" for number in range(100_000)]
+    key_file.write_text("\ufeff" + "".join(lines) + KEY, encoding="utf-8", newline="")
+    await until(ollprox.port, "key-00000000000000099999", 404)
+    assert await status(ollprox.port, {"APIKEY": KEY}) == 200
+
+
+# The start.
+
+
+async def test_without_a_file_a_key_is_made_and_shown_once(launch: Start, ollama: StandIn) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port)
+    key = (await ollprox.says(r'curl http://localhost:\d+/call_model -H "APIKEY: (\S+)"'))[1]
+    assert len(key) >= 22  # 128 bits
+    assert await status(ollprox.port, {"APIKEY": key}) == 200
+    assert "keystore.py new" in ollprox.text()
+
+
+async def test_a_made_key_holds_until_the_file_gets_keys(
+    launch: Start, ollama: StandIn, tmp_path: Path
+) -> None:
+    path = tmp_path / "keys.txt"
+    path.write_text("# nobody yet\n")
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=path, KEY_REFRESH=0.1)
+    key = (await ollprox.says(r'-H "APIKEY: (\S+)"'))[1]
+    await until(ollprox.port, key, 404)
+    path.write_text(KEY)
+    await until(ollprox.port, key, 401)
+    await until(ollprox.port, KEY, 404)
+    path.write_text("")
+    await until(ollprox.port, KEY, 401)
+    assert await status(ollprox.port, {"APIKEY": key}) == 401
+
+
+def _missing(path: Path) -> None:
+    """Leave it missing."""
+
+
+def _folder(path: Path) -> None:
+    path.mkdir()
+
+
+def _fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("make", [_missing, _folder, _fifo])
+async def test_a_key_file_that_is_none_fails_the_start(
+    launch: Start, tmp_path: Path, make: "type[object]"
+) -> None:
+    path = tmp_path / "keys.txt"
+    make(path)
+    ollprox = await launch("--check", API_KEY_FILE=path)
+    assert await ollprox.process.wait() == 2
+    (line,) = ollprox.text().splitlines()
+    assert "API_KEY_FILE" in line
+    assert str(path) in line
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can try it as another user")
+async def test_a_key_file_that_may_not_be_read_fails_the_start(tmp_path: Path) -> None:
+    from settings import Settings, SettingsError
+    from startup import open_keys
+
+    path = tmp_path / "keys.txt"
+    path.write_text(KEY)
+    path.chmod(0o600)
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:  # pragma: no cover - the child's
+        os.setuid(65534)
+        try:
+            open_keys(Settings(api_key_file=str(path)))
+        except SettingsError as error:
+            os.write(write, str(error).encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(child, 0)
+    text = os.read(read, 1000).decode()
+    os.close(read)
+    assert text.startswith("API_KEY_FILE")
+    assert "chmod" in text
+
+
+async def test_a_salt_that_does_not_fit_the_file_fails_the_start(
+    launch: Start, key_file: Path
+) -> None:
+    ollprox = await launch("--check", API_KEY_FILE=key_file, API_KEY_SALT="pepper")
+    assert await ollprox.process.wait() == 2
+    (line,) = ollprox.text().splitlines()
+    assert "API_KEY_SALT is set" in line
+    assert KEY not in line
+
+
+async def test_digests_without_a_salt_are_warned_about(launch: Start, key_file: Path) -> None:
+    key_file.write_text(hashlib.sha256(b"x").hexdigest())
+    ollprox = await launch("--check", API_KEY_FILE=key_file)
+    assert await ollprox.process.wait() == 0
+    assert "API_KEY_SALT is empty" in ollprox.text()
+
+
+async def test_a_short_key_is_warned_about_by_its_line(launch: Start, key_file: Path) -> None:
+    key_file.write_text(f"{KEY}\nshort\n")
+    ollprox = await launch("--check", API_KEY_FILE=key_file)
+    assert await ollprox.process.wait() == 0
+    assert "WARNING" in ollprox.text()
+    assert "line 2 has a key shorter than 16" in ollprox.text()
+    assert "short\n" not in ollprox.text()

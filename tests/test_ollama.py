@@ -1,0 +1,456 @@
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from standin import Script, StandIn
+
+from http11 import HTTPError, Response
+from ollama import (
+    BaseNotes,
+    Form,
+    Question,
+    digests,
+    is_deterministic,
+    normalised,
+    route_table,
+    version,
+)
+
+TRACES = Path(__file__).parent / "traces"
+TABLE = route_table(32 << 20)
+
+
+def response(name: str) -> tuple[int, str, bytes]:
+    """A recorded response's status, content type and body, taken out of its chunks."""
+    head, _, body = (TRACES / f"{name}.response").read_bytes().partition(b"\r\n\r\n")
+    kind = re.search(rb"Content-Type: (.*)\r\n", head)
+    if b"Transfer-Encoding: chunked" in head:
+        rest, body = body, b""
+        while rest:
+            size, _, rest = rest.partition(b"\r\n")
+            body, rest = body + rest[: int(size, 16)], rest[int(size, 16) + 2 :]
+    return int(head.split(b" ")[1]), kind[1].decode() if kind else "", body
+
+
+def noted(
+    path: bytes, body: bytes, kind: str = "application/x-ndjson", status: int = 200
+) -> BaseNotes:
+    found = TABLE.find(path)
+    assert found
+    assert found[0].codec
+    notes = found[0].codec.notes(Response(status, ((b"Content-Type", kind.encode()),), body))
+    notes.feed(body)
+    return notes
+
+
+def noted_trace(path: bytes, name: str) -> BaseNotes:
+    status, kind, body = response(name)
+    return noted(path, body, kind, status)
+
+
+def asked(path: bytes, body: object) -> Question:
+    found = TABLE.find(path)
+    assert found
+    assert found[0].codec
+    return found[0].codec.question(
+        body if isinstance(body, bytes) else json.dumps(body).encode(), found[0]
+    )
+
+
+# The fold.
+
+
+def shape(value: object) -> object:
+    """The names and types of a value, in order, with lists of one kind cut to one member."""
+    if isinstance(value, dict):
+        return [(name, shape(member)) for name, member in value.items()]
+    if isinstance(value, list):
+        return [shape(member) for member in value[:1]]
+    return type(value).__name__
+
+
+@pytest.mark.parametrize(
+    ("path", "stream", "whole"),
+    [
+        (b"/api/generate", "generate-stream-default", "generate-nonstream"),
+        (b"/api/generate", "generate-logprobs-stream", "generate-logprobs-nonstream"),
+        (b"/api/generate", "generate-format-schema", "generate-format-json"),
+        (b"/api/chat", "chat-stream", "chat-nonstream"),
+    ],
+)
+def test_the_fold_has_the_names_order_and_types_of_the_trace(
+    path: bytes, stream: str, whole: str
+) -> None:
+    folded = json.loads(noted_trace(path, stream).fold())
+    assert shape(folded) == shape(json.loads(response(whole)[2]))
+
+
+def test_a_folded_trace_holds_all_that_was_said() -> None:
+    lines = [json.loads(line) for line in response("generate-stream-default")[2].splitlines()]
+    folded = json.loads(noted_trace(b"/api/generate", "generate-stream-default").fold())
+    assert folded["response"] == "Why is the sky blue? mendatanguser\nWhy is"
+    assert folded == {**lines[-1], "response": folded["response"]}
+
+
+TEXT = st.text(max_size=6)
+CALL = {"function": {"name": "weather", "arguments": {"city": "Paris"}}}
+
+
+@given(
+    tokens=st.lists(TEXT, max_size=8),
+    thinking=st.lists(st.text(min_size=1, max_size=6), max_size=3),
+    calls=st.integers(0, 2),
+    chat=st.booleans(),
+    logprobs=st.booleans(),
+)
+def test_the_fold_is_the_object_that_the_stand_in_makes_of_the_same_tokens(
+    tokens: list[str], thinking: list[str], calls: int, chat: bool, logprobs: bool
+) -> None:
+    standin = StandIn(
+        Script(tokens=tokens, thinking=thinking, tool_calls=[CALL] * calls if chat else [])
+    )
+    body: dict[str, Any] = {"model": "llama2", "logprobs": logprobs}
+    lines = b"".join(json.dumps(line).encode() + b"\n" for line in standin.lines(body, chat))
+    folded = json.loads(noted(b"/api/chat" if chat else b"/api/generate", lines).fold())
+    whole = standin.whole(body, chat)
+    folded.pop("created_at")
+    whole.pop("created_at")
+    assert folded == whole
+
+
+# `thinking`, `tool_calls` and embeddings have no trace. Their form here is that of Ollama's
+# docs/api.md, and of GenerateHandler and ChatHandler in server/routes.go (0.13): the last
+# response, with thinking, content and logprobs joined and tool calls gathered.
+def test_a_chat_with_thinking_and_tool_calls_folds_to_what_was_written_by_hand() -> None:
+    lines = b"""\
+{"model":"qwen3","created_at":"t1","message":{"role":"assistant","content":"","thinking":"Hm"},"done":false}
+{"model":"qwen3","created_at":"t2","message":{"role":"assistant","content":"","thinking":"m."},"done":false}
+{"model":"qwen3","created_at":"t3","message":{"role":"assistant","content":"Let "},"done":false}
+{"model":"qwen3","created_at":"t4","message":{"role":"assistant","content":"me see."},"done":false}
+{"model":"qwen3","created_at":"t5","message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"a","arguments":{"x":1}}}]},"done":false}
+{"model":"qwen3","created_at":"t6","message":{"role":"assistant","content":"","tool_calls":[{"function":{"name":"b","arguments":{}}}]},"done":false}
+{"model":"qwen3","created_at":"t7","message":{"role":"assistant","content":""},"done":true,"done_reason":"stop","eval_count":7}
+"""
+    whole = {
+        "model": "qwen3",
+        "created_at": "t7",
+        "message": {
+            "role": "assistant",
+            "content": "Let me see.",
+            "thinking": "Hmm.",
+            "tool_calls": [
+                {"function": {"name": "a", "arguments": {"x": 1}}},
+                {"function": {"name": "b", "arguments": {}}},
+            ],
+        },
+        "done": True,
+        "done_reason": "stop",
+        "eval_count": 7,
+    }
+    assert json.loads(noted(b"/api/chat", lines).fold()) == whole
+
+
+def test_half_a_surrogate_pair_survives_the_fold() -> None:
+    lines = b'{"response":"\\ud83d","done":false}\n{"response":"\\ude00","done":true}\n'
+    assert json.loads(noted(b"/api/generate", lines).fold())["response"] == "\U0001f600"
+    alone = b'{"response":"\\ud83d","done":true}\n'
+    assert json.loads(noted(b"/api/generate", alone).fold())["response"] == "\ud83d"
+
+
+def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
+    found = route_table(20).find(b"/api/generate")
+    assert found
+    assert found[0].codec
+    notes = found[0].codec.notes(Response(200, ((b"Content-Type", b"application/x-ndjson"),), b""))
+    notes.feed(b'{"response":"0123456789","done":false}\n')
+    assert not notes.too_large
+    notes.feed(b'{"response":"0123456789+","done":true}\n')
+    assert notes.too_large
+    assert not notes.keep
+    with pytest.raises(HTTPError, match=r'"stream": true') as caught:
+        notes.fold()
+    assert caught.value.status == 502
+
+
+# What is complete.
+
+
+def test_a_whole_stream_is_complete() -> None:
+    notes = noted_trace(b"/api/generate", "generate-stream-default")
+    assert (notes.finished, notes.keep, notes.close()) == (True, True, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (b"/api/generate", "generate-empty-prompt-load"),
+        (b"/api/generate", "keep-alive-0-unload"),
+        (b"/api/chat", "chat-empty-messages-load"),
+        (b"/api/generate", "generate-unknown-model"),
+        (b"/api/generate", "generate-malformed-json"),
+        (b"/api/embed", "embed"),
+        (b"/api/embeddings", "embeddings-legacy"),
+    ],
+)
+def test_loads_and_errors_are_never_kept(path: bytes, name: str) -> None:
+    assert not noted_trace(path, name).keep
+
+
+def test_a_load_that_comes_as_a_stream_is_not_kept() -> None:
+    assert not noted(b"/api/generate", b'{"response":"","done":true,"done_reason":"load"}\n').keep
+
+
+def test_ollamas_own_error_ends_a_stream_and_is_no_answer() -> None:
+    notes = noted_trace(b"/api/generate", "generate-stream-runner-killed")
+    assert (notes.finished, notes.keep, notes.close()) == (False, False, None)
+    with pytest.raises(HTTPError) as caught:
+        notes.fold()
+    _, _, body = response("generate-nonstream-runner-killed")
+    assert (caught.value.status, json.loads(caught.value.body or b"")) == (500, json.loads(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b'{"response":"a","done":false}\n',
+        b'{"response":"a","done":true}\n{"response":"b","done":false}\n',
+        b'{"response":"a","done":"true"}\n',
+        b'not json\n{"response":"a","done":true}\n',
+        b'["done"]\n',
+    ],
+)
+def test_a_stream_without_a_last_line_is_cut(body: bytes) -> None:
+    notes = noted(b"/api/generate", body)
+    assert not notes.finished
+    assert notes.close()
+
+
+@given(st.binary(max_size=80))
+def test_any_bytes_can_be_noted(data: bytes) -> None:
+    for path in (b"/api/generate", b"/api/chat", b"/api/embed"):
+        notes = noted(path, data)
+        notes.close()
+        if notes.finished:
+            notes.fold()
+
+
+# The cache key.
+
+
+def key(body: object, path: bytes = b"/api/generate") -> bytes | None:
+    return asked(path, body).key
+
+
+SAME = b'{"model": "m", "prompt": "p", "options": {"seed": 1, "top_k": 2}}'
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'{"options":{"top_k":2,"seed":1},"prompt":"p","model":"m"}',
+        b'{"model": "m", "prompt": "p", "stream": true, "options": {"seed": 1, "top_k": 2}}',
+        b'{"model": "m", "prompt": "p", "stream": null, "options": {"seed": 1, "top_k": 2}}',
+        b'{"model": "m", "prompt": "p", "keep_alive": -1, "options": {"seed": 1, "top_k": 2}}',
+        b'{"model": "m", "prompt": "\\u0070", "options": {"seed": 1, "top_k": 2}}',
+    ],
+)
+def test_order_space_stream_and_keep_alive_do_not_matter(other: bytes) -> None:
+    assert key(other) == key(SAME) is not None
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        b'{"model": "M", "prompt": "p", "options": {"seed": 1, "top_k": 2}}',
+        b'{"model": "m", "prompt": "p ", "options": {"seed": 1, "top_k": 2}}',
+        b'{"model": "m", "prompt": "p", "options": {"seed": "1", "top_k": 2}}',
+        b'{"model": "m", "prompt": "p", "options": {"seed": 1.5, "top_k": 2}}',
+        b'{"model": "m", "prompt": "p", "options": {"seed": true, "top_k": 2}}',
+        b'{"model": "m", "prompt": "p", "options": {"seed": 1}}',
+        b'{"model": "m", "prompt": "p", "options": {"seed": 1, "top_k": 2}, "raw": true}',
+    ],
+)
+def test_everything_else_matters(other: bytes) -> None:
+    assert key(other) != key(SAME)
+
+
+def test_call_model_and_generate_share_their_answers() -> None:
+    assert key(SAME, b"/call_model") == key(SAME, b"/api/generate")
+
+
+def test_routes_do_not_share_keys() -> None:
+    body = {"model": "m", "prompt": "p", "messages": [1], "input": "p"}
+    paths = (b"/api/generate", b"/api/chat", b"/api/embed", b"/api/embeddings")
+    assert len({key(body, path) for path in paths}) == len(paths)
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (b"/api/generate", {"model": "m"}),
+        (b"/api/generate", {"model": "m", "prompt": ""}),
+        (b"/api/generate", {"model": "m", "prompt": None}),
+        (b"/api/chat", {"model": "m", "messages": []}),
+        (b"/api/embed", {"model": "m"}),
+    ],
+)
+def test_a_request_that_loads_has_no_key(path: bytes, body: object) -> None:
+    assert key(body, path) is None
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"model":"m","prompt":"p","Stream":false}',
+        b'{"model":"m","prompt":"p","\\u017ftream":false}',
+        b'{"MODEL":"m","prompt":"p"}',
+        b'{"model":"m","prompt":"p","stream":"yes"}',
+        b'{"model":"m","prompt":"p","stream":1}',
+        b'{"model":"m","prompt":"p","Options":{"seed":1}}',
+    ],
+)
+def test_only_ollama_can_tell_what_an_odd_body_means(body: bytes) -> None:
+    question = asked(b"/call_model", body)
+    assert (question.key, question.relayed) == (None, True)
+    assert question.body() == json.dumps(json.loads(body), separators=(",", ":")).encode()
+
+
+def test_upstream_is_asked_for_a_stream_in_the_clients_order() -> None:
+    body = asked(b"/call_model", b'{ "prompt":"\\u00e9", "model":"m", "stream":false}').body()
+    assert body == b'{"prompt":"\\u00e9","model":"m","stream":true}'
+
+
+def test_a_load_is_asked_for_as_its_client_wants_it() -> None:
+    assert json.loads(asked(b"/call_model", {"model": "m"}).body())["stream"] is False
+    assert json.loads(asked(b"/api/generate", {"model": "m"}).body())["stream"] is True
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[1]",
+        b"{",
+        b'"x"',
+        b"null",
+        b'{"a": NaN}',
+        b'{"a": -Infinity}',
+        b'{"a": 1e999}',
+        b'{"a": %b}' % (b"1" * 5000),
+        b'{"a": %b%b}' % (b"[" * 200_000, b"]" * 200_000),
+        b'{"a": "\xff"}',
+        b'\xef\xbb\xbf{"model": "m"}',
+        '{"model": "m"}'.encode("utf-16"),
+        b'{"model": "m"} x',
+    ],
+)
+def test_what_pythons_json_stumbles_over_is_the_clients_fault(body: bytes) -> None:
+    for path in (b"/call_model", b"/api/embed"):
+        with pytest.raises(HTTPError) as caught:
+            asked(path, body)
+        assert caught.value.status == 400
+
+
+@given(st.binary(max_size=60))
+def test_any_body_is_read_or_refused(body: bytes) -> None:
+    try:
+        question = asked(b"/api/generate", body)
+    except HTTPError as error:
+        status = error.status
+    else:
+        status = 200 if isinstance(json.loads(question.body()), dict) else 0
+    assert status in {200, 400}
+
+
+@pytest.mark.parametrize(
+    ("options", "deterministic"),
+    [
+        (None, False),
+        ({}, False),
+        ({"temperature": 0}, True),
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.1}, False),
+        ({"temperature": False}, False),
+        ({"seed": 0}, True),
+        ({"seed": 42, "temperature": 1}, True),
+        ({"seed": "42"}, False),
+        ("seed", False),
+    ],
+)
+def test_what_is_deterministic(options: object, deterministic: bool) -> None:
+    assert is_deterministic(options) is deterministic
+
+
+# Models, and the forms of errors.
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("llama2", "llama2:latest"),
+        ("llama2:latest", "llama2:latest"),
+        ("Llama2:7B", "llama2:7b"),
+        ("library/llama2", "llama2:latest"),
+        ("registry.ollama.ai/library/llama2:7b", "llama2:7b"),
+        ("me/llama2", "me/llama2:latest"),
+        ("host:5000/me/llama2", "host:5000/me/llama2:latest"),
+        ("", ""),
+        (5, ""),
+    ],
+)
+def test_models_are_named_as_ollama_lists_them(name: object, listed: str) -> None:
+    assert normalised(name) == listed
+
+
+def test_digests_are_read_off_the_trace() -> None:
+    found = digests(response("tags")[2])
+    assert found == {
+        "gemma3:270m": "751f8a18b021dc6763503bffd3f2d2b27576618005c29a17509a4a325fa7a3c6"
+    }
+    assert digests(b'{"models":[]}') == {}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{}",
+        b"[]",
+        b'{"models":null}',
+        b'{"models":{}}',
+        b'{"models":[{"name":"a"}]}',
+        b'{"models":[{"name":"a","digest":"1"},{"name":"","digest":"2"}]}',
+        b'{"models":[{"name":"a","digest":null}]}',
+        b'{"models":[{"name":"a","digest":"1"},5]}',
+    ],
+)
+def test_a_list_that_is_not_well_formed_throughout_says_nothing(body: bytes) -> None:
+    assert digests(body) is None
+
+
+def test_the_version_is_read_and_cut() -> None:
+    assert version(response("version")[2]) == "0.0.0"
+    assert version(b"<html>") == "unknown"
+    assert len(version(json.dumps({"version": "9" * 500}).encode())) == 40
+
+
+def test_errors_have_the_form_of_the_trace() -> None:
+    message = "model 'nope' not found"
+    ours = json.loads(Form.OPENAI.body(404, message))
+    theirs = json.loads(response("openai-chat-unknown-model")[2])
+    assert shape(ours) == shape(theirs)
+    assert ours["error"]["message"] == message
+    assert json.loads(Form.OLLAMA.body(404, "x")) == {"error": "x"}
+    ours = json.loads(Form.ANTHROPIC.body(401, "x"))
+    assert ours == {"type": "error", "error": {"type": "authentication_error", "message": "x"}}
+
+
+def test_a_path_with_slashes_too_many_gets_a_hint() -> None:
+    assert "/api/generate is one" in TABLE.hint(b"//api//generate")
+    assert "/api/generate is one" in TABLE.hint(b"/api/generate/")
+    assert TABLE.hint(b"/api/../api/generate") == ""
