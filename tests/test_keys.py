@@ -3,12 +3,16 @@
 import asyncio
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from client import KEY, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
+
+from settings import Settings, SettingsError
+from startup import open_keys
 
 Headers = dict[str, str]
 
@@ -209,7 +213,7 @@ def _fifo(path: Path) -> None:
 
 @pytest.mark.parametrize("make", [_missing, _folder, _fifo])
 async def test_a_key_file_that_is_none_fails_the_start(
-    launch: Start, tmp_path: Path, make: "type[object]"
+    launch: Start, tmp_path: Path, make: Callable[[Path], None]
 ) -> None:
     path = tmp_path / "keys.txt"
     make(path)
@@ -221,10 +225,7 @@ async def test_a_key_file_that_is_none_fails_the_start(
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can try it as another user")
-async def test_a_key_file_that_may_not_be_read_fails_the_start(tmp_path: Path) -> None:
-    from settings import Settings, SettingsError
-    from startup import open_keys
-
+def test_a_key_file_that_may_not_be_read_fails_the_start(tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     path.write_text(KEY)
     path.chmod(0o600)

@@ -1,11 +1,11 @@
 """Starting, stopping, and the command line."""
 
 import asyncio
-import json
 import os
 import re
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -35,7 +35,7 @@ async def test_a_port_in_use_is_one_clear_line(launch: Start) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ollprox = await launch("--", LISTEN_PORT=port)
+        ollprox = await launch(fails=True, LISTEN_PORT=port)
         assert await ollprox.process.wait() == 1
     (line,) = ollprox.text().splitlines()
     assert "port in use" in line
@@ -49,7 +49,7 @@ async def test_a_port_in_use_is_one_clear_line(launch: Start) -> None:
 async def test_a_wrong_setting_is_one_line_and_status_2(
     launch: Start, name: str, value: str
 ) -> None:
-    ollprox = await launch("--", **{name: value})
+    ollprox = await launch(fails=True, **{name: value})
     assert await ollprox.process.wait() == 2
     (line,) = ollprox.text().splitlines()
     assert line.startswith(f"ollprox: {name}")
@@ -168,8 +168,6 @@ async def test_probes_are_logged_at_debug_alone(
 async def test_a_log_that_nobody_reads_does_not_stop_the_proxy(
     ollama: StandIn, key_file: Path
 ) -> None:
-    import sys
-
     read, write = os.pipe()
     environ = {
         "PATH": os.environ["PATH"],
@@ -197,8 +195,6 @@ async def test_a_log_that_nobody_reads_does_not_stop_the_proxy(
 
 
 async def test_settings_come_from_the_env_file_too(tmp_path: Path) -> None:
-    import sys
-
     for file in ROOT.glob("*.py"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / ".env").write_text("LISTEN_PORT=8123\nCACHE_TTL=7\n")
@@ -211,4 +207,3 @@ async def test_settings_come_from_the_env_file_too(tmp_path: Path) -> None:
     out = (await process.communicate())[0].decode()
     assert ":8123" in out
     assert "for 8 s" in out
-    assert json.dumps(out)
