@@ -1,0 +1,17 @@
+FROM python:3.13-slim AS build
+WORKDIR /app
+COPY requirements.txt ./
+RUN pip install --no-cache-dir --require-hashes --target /packages -r requirements.txt
+COPY *.py ./
+# The root is read-only when it runs, so compile now.
+RUN python -m compileall -q /app /packages
+
+FROM python:3.13-slim
+ENV PYTHONPATH=/packages PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
+WORKDIR /app
+COPY --from=build /packages /packages
+COPY --from=build /app /app
+# The first user of most hosts, so that a key file that only its owner may read can be read.
+USER 1000:1000
+HEALTHCHECK --interval=10s --timeout=5s --start-period=5s CMD ["python", "ollprox.py", "--ping"]
+CMD ["python", "ollprox.py"]
