@@ -25,6 +25,8 @@ from http11 import Headers, HTTPError, Response, Truncated
 log = logging.getLogger("ollprox.flight")
 
 MAX_LINE = 32 << 20  # bytes of a line that is waited for; a longer one is passed on in parts
+SLICE = 256 << 10  # bytes that a reader takes off the tape at once
+FOLD = sys.maxsize  # the position of a reader that waits for no piece, but for the fold
 PIECE_OVERHEAD = 64  # bytes charged for a piece beside its own: object and list slot
 
 
@@ -58,11 +60,20 @@ class Notes(Protocol):
     too_large: bool
     """There can be no fold any more."""
 
+    held: int
+    """Bytes held for the fold."""
+
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
 
     def close(self) -> str | None:
         """Note upstream's clean end; say what is missing if the answer was cut."""
+
+    def forget(self) -> None:
+        """Hold nothing for a fold any more."""
+
+    def recall(self, pieces: list[bytes]) -> None:
+        """Note a whole tape again, if it was forgotten."""
 
     def fold(self) -> bytes:
         """Return the answer as one object. Raises HTTPError if there is none."""
@@ -109,6 +120,7 @@ class Flight:
         self._store = store
         self._pieces: list[bytes] = []
         self._size = 0  # bytes on the tape
+        self._held = 0  # bytes of the budget that the notes have
         self._room: asyncio.Future[None] | None = None  # the recorder waits for its readers
         self._task = asyncio.get_running_loop().create_task(self._record())
 
@@ -135,14 +147,26 @@ class Flight:
                 self._abandon()
             self.wake_recorder()
 
-    def since(self, position: int) -> bytes:
-        """Return all pieces from `position` on, as one."""
-        pieces = self._pieces[position - self.start :]
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+    def since(self, position: int) -> list[bytes]:
+        """Return the pieces from `position` on, up to a slice of the tape."""
+        first = last = position - self.start
+        size = 0
+        while last < len(self._pieces) and size < SLICE:
+            size += len(self._pieces[last])
+            last += 1
+        return self._pieces[first:last]
 
     def whole(self) -> bytes:
         """Return the tape as one piece."""
         return b"".join(self._pieces)
+
+    def recalled_notes(self) -> Notes:
+        """Return the notes, for a fold; the head has come, and the tape is whole."""
+        assert self.notes is not None
+        assert self.start == 0 or self._is_folded()
+        self.notes.recall(self._pieces)
+        self._count_notes(self.notes)
+        return self.notes
 
     def wake_recorder(self) -> None:
         """Let the recorder look again whether there is room."""
@@ -159,8 +183,8 @@ class Flight:
             complete = self.notes is not None and self.notes.finished
             self._finish(Ending.COMPLETE if complete else Ending.ABANDONED)
         self._task.cancel()
-        self._flights.budget.release(self._size)
-        self._size = 0
+        self._flights.budget.release(self._size + self._held)
+        self._size = self._held = 0
         self._pieces = []
 
     async def _record(self) -> None:
@@ -174,7 +198,7 @@ class Flight:
                 assert not isinstance(response.body, bytes)
                 async for piece in _lines(response.body, notes.delimiter):
                     notes.feed(piece)
-                    await self._append(piece)
+                    await self._append(piece, notes)
                 if (missing := notes.close()) is not None:
                     raise HTTPError(502, missing)
         except HTTPError as error:
@@ -198,23 +222,35 @@ class Flight:
             return
         if ending is Ending.COMPLETE and self.start == 0 and self._store is not None:
             budget = self._flights.budget
-            budget.release(self._size)  # what is stored is what is on the tape
+            size = self._size + self._held
+            budget.release(size)  # what is stored is what is on the tape
             if self._store(self):
                 self.stored = True
                 self._flights.ground_older(self)
-            budget.reserve(self._size, must=True)
+            budget.reserve(size, must=True)
         self.ending = ending
         self._flights.remove(self)
         self._wake_readers(everyone=True)
 
-    async def _append(self, piece: bytes) -> None:
+    async def _append(self, piece: bytes, notes: Notes) -> None:
         size = len(piece) + PIECE_OVERHEAD
+        if self._size + size + notes.held > self._flights.window and not self._is_folded():
+            notes.forget()  # with its fold it is too large to be stored
+        self._count_notes(notes)
         while not self._make_room(size):
             self._room = asyncio.get_running_loop().create_future()
             await self._room
         self._pieces.append(piece)
         self._size += size
-        self._wake_readers(everyone=self.notes is not None and self.notes.too_large)
+        self._wake_readers(everyone=notes.too_large)
+
+    def _is_folded(self) -> bool:
+        """Whether a reader waits for the fold."""
+        return any(reader.position == FOLD for reader in self.readers)
+
+    def _count_notes(self, notes: Notes) -> None:
+        self._flights.budget.reserve(notes.held - self._held, must=True)
+        self._held = notes.held
 
     def _make_room(self, size: int) -> bool:
         """Reserve room for a piece, dropping what the fastest reader has read."""
@@ -241,17 +277,21 @@ class Flight:
 
 async def _lines(body: AsyncIterator[bytes], delimiter: bytes) -> AsyncIterator[bytes]:
     """Cut a body into pieces that end at the end of a line; all of a read go together."""
-    rest = b""
+    rest = bytearray()
     async for data in body:
-        piece = rest + data
-        cut = piece.rfind(delimiter) + len(delimiter) if delimiter in piece else 0
-        if not delimiter or len(piece) - cut > MAX_LINE:
-            cut = len(piece)
-        rest = piece[cut:]
-        if cut:
-            yield piece[:cut]
+        if not delimiter or (not rest and data.endswith(delimiter)):
+            yield data
+            continue
+        unseen = max(0, len(rest) - len(delimiter) + 1)
+        rest += data
+        found = rest.rfind(delimiter, unseen)
+        if found >= 0 or len(rest) > MAX_LINE:
+            cut = found + len(delimiter) if found >= 0 else len(rest)
+            piece = bytes(memoryview(rest)[:cut])
+            del rest[:cut]
+            yield piece
     if rest:
-        yield rest
+        yield bytes(rest)
 
 
 class Reader:
@@ -274,7 +314,7 @@ class Reader:
             await self._wait()
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Read to the end; each step gives all that has come since.
+        """Read to the end; each step gives what has come since, up to a slice.
 
         Raises:
             HTTPError: upstream broke off.
@@ -286,10 +326,10 @@ class Reader:
             if self.position < flight.start:
                 raise Truncated
             if self.position < flight.end:
-                piece = flight.since(self.position)
-                self.position = flight.end
+                pieces = flight.since(self.position)
+                self.position += len(pieces)
                 flight.wake_recorder()
-                yield piece
+                yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
             elif flight.ending is not None:
                 self._raise_failure()
                 return
@@ -304,13 +344,13 @@ class Reader:
 
         """
         flight = self.flight
-        self.position = sys.maxsize  # it waits for no piece and holds no recorder up
+        notes = flight.recalled_notes()
+        self.position = FOLD
         flight.wake_recorder()
-        while flight.ending is None and not (flight.notes and flight.notes.too_large):
+        while flight.ending is None and not notes.too_large:
             await self._wait()
         self._raise_failure()
-        assert flight.notes is not None
-        return flight.notes.fold()
+        return notes.fold()
 
     def _raise_failure(self) -> None:
         if (error := self.flight.error) is not None:

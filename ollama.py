@@ -212,6 +212,7 @@ class BaseNotes:
     delimiter = b""
     finished = False
     too_large = False
+    held = 0
     keep = False
     """At a clean end, the answer is whole and may be stored."""
 
@@ -221,6 +222,12 @@ class BaseNotes:
     def close(self) -> str | None:
         """Take any clean end."""
         return None
+
+    def forget(self) -> None:
+        """Hold nothing, as ever."""
+
+    def recall(self, pieces: list[bytes]) -> None:
+        """Hold nothing, as ever."""
 
     def fold(self) -> bytes:
         """Refuse: there is none."""
@@ -264,11 +271,27 @@ class LineNotes(BaseNotes):
         self._chat = chat
         self._max_object = max_object
         self._last: dict[str, Any] = {}
+        self._valid = True
+        self._begin_fold()
+
+    def _begin_fold(self) -> None:
+        self._folding = True
         self._texts: dict[str, list[str]] = {}
         self._tool_calls: list[Any] = []
         self._logprobs: list[str] = []
-        self._size = 0  # bytes held for the fold, roughly
-        self._valid = True
+        self.held = 0
+
+    def forget(self) -> None:
+        """Hold nothing for a fold any more; what is fed is still judged."""
+        self._begin_fold()
+        self._folding = False
+
+    def recall(self, pieces: list[bytes]) -> None:
+        """Note a whole tape again, if it was forgotten."""
+        if not self._folding and not self.too_large:
+            self._begin_fold()
+            for piece in pieces:
+                self.feed(piece)
 
     @property
     def finished(self) -> bool:  # type: ignore[override]  # told by what has come
@@ -278,12 +301,18 @@ class LineNotes(BaseNotes):
     @property
     def keep(self) -> bool:  # type: ignore[override]  # told by what has come
         """Whether it is an answer, and not the loading of a model."""
-        return self.finished and not self.too_large and self._last.get("done_reason") not in _LOADS
+        return self.finished and self._folding and self._last.get("done_reason") not in _LOADS
 
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
+        texts = [text for text in piece.split(b"\n") if text]
+        if not self._folding:
+            del texts[:-1]
         try:
-            lines = json.loads(b"[%b]" % b",".join(filter(None, piece.split(b"\n"))))
+            if len(texts) == 1:
+                lines = [json.loads(texts[0])]
+            else:  # one call is faster than many
+                lines = json.loads(b"[%b]" % b",".join(texts))
         except (ValueError, RecursionError):
             self._valid = False
             return
@@ -292,10 +321,11 @@ class LineNotes(BaseNotes):
                 self._valid = False
                 return
             self._last = line
-            self._note(line)
-        if self._size > self._max_object:
+            if self._folding:
+                self._note(line)
+        if self.held > self._max_object:
             self.too_large = True
-            self._texts, self._tool_calls, self._logprobs = {}, [], []
+            self.forget()
 
     def _note(self, line: dict[str, Any]) -> None:
         said = line.get("message") if self._chat else line
@@ -304,13 +334,13 @@ class LineNotes(BaseNotes):
                 text = said.get(name)
                 if text and isinstance(text, str):
                     self._texts.setdefault(name, []).append(text)
-                    self._size += len(text)
+                    self.held += len(text)
             if self._chat and isinstance(calls := said.get("tool_calls"), list):
                 self._tool_calls += calls
-                self._size += len(_dump(calls))
+                self.held += len(_dump(calls))
         if isinstance(logprobs := line.get("logprobs"), list) and logprobs:
             self._logprobs.append(_dump(logprobs)[1:-1].decode())
-            self._size += len(self._logprobs[-1])
+            self.held += len(self._logprobs[-1])
 
     def close(self) -> str | None:
         """Say what is missing at upstream's clean end."""

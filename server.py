@@ -246,7 +246,7 @@ class _Client(asyncio.Protocol):
         try:
             return await self._answer(Request(head, lambda limit: self._read(head, limit)), record)
         except (Gone, ConnectionError):
-            record.status = record.status or GONE
+            record.status = GONE
             raise
         except asyncio.CancelledError:
             record.status = GONE if self._eof else record.status
@@ -265,6 +265,8 @@ class _Client(asyncio.Protocol):
         except Truncated:
             await self._cut(head)
             return False
+        except (Gone, ConnectionError):
+            raise
         except Exception:
             log.exception("a request failed by a fault of OllProx")
             failure = HTTPError(500, "OllProx failed; its log says more")
@@ -423,14 +425,16 @@ class _Client(asyncio.Protocol):
             Gone: it has read nothing for `write_timeout`.
 
         """
-        while (writable := self._writable) is not None:
+        while self._writable is not None:
             waiting = self.transport.get_write_buffer_size()
             try:
                 async with asyncio.timeout(self._server.limits.write_timeout):
-                    await writable
+                    await self._writable
             except TimeoutError:
                 if self.transport.get_write_buffer_size() >= waiting:
                     raise Gone from None
+                if self._writable is not None:  # it reads, if slowly: wait once more
+                    self._writable = self._loop.create_future()
         if self.transport.is_closing():
             raise Gone
 

@@ -57,18 +57,26 @@ Start = Callable[..., Awaitable[Program]]
 
 @pytest_asyncio.fixture
 async def launch(tmp_path: Path) -> AsyncIterator[Start]:
-    """Start OllProx with settings; it is stopped, and its log searched, at the test's end."""
+    """Start OllProx with settings; it is stopped, and its log searched, at the test's end.
+
+    Where its memory is `measured` it runs without Python's development mode.
+    """
     programs: list[Program] = []
 
-    async def start(*arguments: str, fails: bool = False, **settings: object) -> Program:
+    async def start(
+        *arguments: str, fails: bool = False, measured: bool = False, **settings: object
+    ) -> Program:
         log = tmp_path / f"ollprox-{len(programs)}.log"
         environ = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME", "LANG"}}
         environ |= {item.name.upper(): "" for item in fields(Settings)}  # whatever .env says
         environ |= {"LISTEN_HOST": "127.0.0.1", "LISTEN_PORT": "0", "PYTHONASYNCIODEBUG": "1"}
         environ |= {name: str(value) for name, value in settings.items()}
+        mode = [] if measured else ["-X", "dev"]
+        if measured:
+            del environ["PYTHONASYNCIODEBUG"]
         with log.open("wb") as file:
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-X", "dev", str(ROOT / "ollprox.py"), *arguments),
+                *(sys.executable, *mode, str(ROOT / "ollprox.py"), *arguments),
                 env=environ,
                 cwd=tmp_path,
                 stdout=file,

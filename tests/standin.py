@@ -40,6 +40,10 @@ class Seen:
         return {k.lower(): v for k, v in self.headers}.get(name.lower())
 
 
+class Cut(Exception):
+    """The connection ends here, as the script says or because the client has gone."""
+
+
 @dataclass
 class Script:
     """How the stand-in behaves; a test changes it as it goes."""
@@ -58,6 +62,7 @@ class Script:
     )
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
     respond: Callable[[Seen, asyncio.StreamWriter], Awaitable[None]] | None = None
+    gate: Callable[[], Awaitable[object]] | None = None  # awaited before each line
 
 
 class StandIn:
@@ -109,7 +114,7 @@ class StandIn:
                 self.seen.append(seen)
                 await self._notify()
                 await self._answer_or_see_leave(seen, reader, writer)
-        except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
+        except (Cut, ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
             self._tasks.discard(task)
@@ -156,10 +161,13 @@ class StandIn:
                 seen.gone = True
                 answer.cancel()
             await asyncio.wait({answer})
+        error = None if answer.cancelled() else answer.exception()
+        if isinstance(error, ConnectionError):
+            seen.gone = True
         if seen.gone:
             await self._notify()
-            raise ConnectionResetError
-        if not answer.cancelled() and (error := answer.exception()):
+            raise Cut
+        if error is not None:
             raise error
 
     async def _answer(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
@@ -169,7 +177,7 @@ class StandIn:
         elif script.raw is not None and seen.path not in {"/api/version", "/api/tags"}:
             writer.write(script.raw)
             await writer.drain()
-            raise ConnectionResetError
+            raise Cut
         elif (trace := self._traces.get(trace_key(seen.method, seen.path, seen.body))) is not None:
             for pause, part in trace:
                 await asyncio.sleep(pause * script.pace)
@@ -287,9 +295,11 @@ class StandIn:
             if index == script.break_after:
                 await writer.drain()
                 writer.transport.abort()
-                raise ConnectionResetError
+                raise Cut
             if index == script.error_after:
                 line = {"error": RUNNER_DIED}
+            if script.gate is not None:
+                await script.gate()
             await asyncio.sleep(script.pace)
             writer.write(_chunk(_dump(line) + b"\n"))
             await writer.drain()

@@ -1,0 +1,501 @@
+"""One answer, many readers: joining, leaving, falling behind, breaking, asking afresh."""
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+from pathlib import Path
+
+import pytest
+from client import KEY, Answer, Client, ask, question, request
+from conftest import Program, Start
+from standin import RUNNER_DIED, StandIn
+
+OTHER_KEY = "another-key-for-tests"
+
+
+@pytest.fixture
+def two_keys(tmp_path: Path) -> Path:
+    path = tmp_path / "two-keys.txt"
+    path.write_text(f"{KEY}  # tester\n{OTHER_KEY}  # other\n")
+    return path
+
+
+# Collapsed forwarding.
+
+
+async def test_a_late_reader_gets_the_first_lines_while_the_answer_is_held(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 3
+    async with Client(ollprox.port) as early, Client(ollprox.port) as late:
+        first = await early.begin("POST", "/api/generate", question())
+        early_chunks = early.chunks(first)
+        got = b""
+        while got.count(b"\n") < 3:
+            got += await anext(early_chunks)
+        second = await late.begin("POST", "/api/generate", question())
+        late_chunks = late.chunks(second)
+        assert await anext(late_chunks) == got  # all that is there, at once
+        ollama.script.let_go.set()
+        assert [chunk async for chunk in early_chunks]
+        assert [chunk async for chunk in late_chunks]
+    assert first.body == second.body
+    assert (first.complete, second.complete) == (True, True)
+    assert first.cache_status == "OllProx; fwd=miss"
+    assert second.cache_status == "OllProx; fwd=miss; collapsed"
+    assert len(ollama.asked()) == 1
+
+
+async def test_any_mix_of_requests_at_once_makes_one_upstream_request(
+    launch: Start, ollama: StandIn, two_keys: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=two_keys)
+    ollama.script.hold_head = True
+    kinds = [
+        ("/call_model", None, KEY),
+        ("/call_model", True, OTHER_KEY),
+        ("/api/generate", None, OTHER_KEY),
+        ("/api/generate", False, KEY),
+    ]
+    tasks = []
+    for number in range(40):
+        path, stream, key = kinds[number % 4]
+        body = question() if stream is None else question(stream=stream)
+        tasks.append(asyncio.create_task(ask(ollprox.port, "POST", path, body, {"APIKEY": key})))
+    await ollama.until(lambda: bool(ollama.asked()))
+    await settled(ollprox, 40)
+    ollama.script.let_go.set()
+    answers = await asyncio.gather(*tasks)
+    assert len(ollama.asked()) == 1
+    assert len({answer.body for answer in answers}) == 2  # the stream, and the object
+    statuses = [answer.cache_status.replace("; stored", "") for answer in answers]
+    assert sorted(statuses) == ["OllProx; fwd=miss"] + ["OllProx; fwd=miss; collapsed"] * 39
+
+
+async def settled(ollprox: Program, connections: int) -> None:
+    """Wait until OllProx has so many connections, and has read what they sent."""
+
+    def queued() -> list[str]:
+        rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        ours = f":{ollprox.port:04X}"
+        return [row[4] for row in rows if row[1].endswith(ours) and row[3] == "01"]
+
+    while len(states := queued()) < connections or any(not s.endswith(":00000000") for s in states):
+        await asyncio.sleep(0.01)
+    await asyncio.sleep(0.05)  # what was read is handled within the same turn of the loop
+
+
+# Leaving.
+
+
+async def test_the_client_that_began_leaves_and_the_rest_get_the_whole_answer(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 2
+    async with Client(ollprox.port) as stays:
+        async with Client(ollprox.port) as leaves:
+            await leaves.begin("POST", "/api/generate", question())
+            answer = await stays.begin("POST", "/api/generate", question())
+        await ollprox.says("status=499|bytes=.*total")
+        assert not ollama.asked()[0].gone
+        ollama.script.let_go.set()
+        await stays.rest(answer)
+    assert answer.complete
+    assert len(answer.lines()) == 6
+    assert len(ollama.asked()) == 1
+
+
+@pytest.mark.parametrize("where", ["before the head", "in the middle"])
+@pytest.mark.parametrize("stream", [True, False])
+async def test_when_the_last_reader_leaves_ollama_is_told_at_once(
+    ollprox: Program, ollama: StandIn, where: str, stream: bool
+) -> None:
+    if where == "before the head":
+        ollama.script.hold_head = True
+    else:
+        ollama.script.hold_before = 2
+    body = question(stream=stream)
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/api/generate", body))
+        await ollama.until(lambda: bool(ollama.asked()))
+        if stream and where == "in the middle":
+            await client.head()
+        begun = time.monotonic()
+    await ollama.until(lambda: ollama.asked()[0].gone)
+    assert time.monotonic() - begun < 5  # 0.2 s is promised; the machine may be busy
+    ollama.script.let_go.set()
+    again = await ask(ollprox.port, "POST", "/api/generate", body)
+    assert "fwd=miss" in again.cache_status
+    assert len(ollama.asked()) == 2
+
+
+async def test_leaving_after_the_last_line_keeps_the_answer(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async def all_but_the_end(seen: object, writer: asyncio.StreamWriter) -> None:
+        lines = ollama.lines({"model": "llama2"}, chat=False)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n")
+        writer.write(b"Transfer-Encoding: chunked\r\n\r\n")
+        for line in lines:
+            data = json.dumps(line).encode() + b"\n"
+            writer.write(b"%x\r\n%b\r\n" % (len(data), data))
+        await ollama.script.let_go.wait()
+
+    ollama.script.respond = all_but_the_end
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        async for _ in client.chunks(answer):
+            if b'"done": true' in answer.body:
+                break
+    await ollama.until(lambda: ollama.asked()[0].gone)
+    ollama.script.respond = None
+    hit = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert "hit" in hit.cache_status
+    assert hit.body == answer.body
+
+
+# Falling behind.
+
+
+async def test_a_stalled_reader_is_dropped_and_the_others_are_not_slowed(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 20_000] * 300  # 6 MB
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES="256K"
+    )
+    async with Client(ollprox.port) as stalled, Client(ollprox.port) as reads:
+        ollama.script.hold_before = 1
+        slow = await stalled.begin("POST", "/api/generate", question())
+        answer = await reads.begin("POST", "/api/generate", question())
+        ollama.script.let_go.set()
+        await reads.rest(answer)  # while the other reads nothing
+        assert answer.complete
+        assert len(answer.lines()) == 301
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await stalled.rest(slow)
+        assert not slow.complete  # visibly truncated
+    again = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert again.cache_status == "OllProx; fwd=miss"  # it had lost its beginning
+
+
+async def test_much_for_a_stalled_client_costs_little_memory(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 100_000] * 2000  # 200 MB
+    ollprox = await launch(
+        measured=True, OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, WRITE_TIMEOUT=2
+    )
+    await ask(ollprox.port, "POST", "/call_model", {"model": "llama2"})
+    before = resident(ollprox.pid)
+    async with Client(ollprox.port) as stalled:
+        await stalled.begin("POST", "/api/generate", question())
+        await ollama.until(lambda: ollama.asked()[1].gone)  # dropped, so Ollama was told
+        assert resident(ollprox.pid, "VmHWM") - before < 16 << 20
+    await ollprox.says("path=/api/generate .*status=499")
+
+
+def resident(pid: int, field: str = "VmRSS") -> int:
+    """A process's resident memory in bytes, now or at most."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
+
+# Breaking.
+
+
+async def cut(client: Client, answer: Answer) -> None:
+    """Read a stream that must not have an end."""
+    with contextlib.suppress(asyncio.IncompleteReadError):
+        await client.rest(answer)
+    assert not answer.complete
+
+
+async def test_a_stream_that_breaks_ends_in_an_error_line_and_without_an_end(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before, ollama.script.break_after = 2, 3
+    async with Client(ollprox.port) as one, Client(ollprox.port) as two:
+        first = await one.begin("POST", "/api/generate", question())
+        second = await two.begin("POST", "/api/generate", question())
+        single = asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question()))
+        await settled(ollprox, 3)
+        ollama.script.let_go.set()
+        await cut(one, first)
+        await cut(two, second)
+    assert first.body == second.body
+    assert [line.get("response") for line in first.lines()] == ["Paris", " is", " the", None]
+    assert f"127.0.0.1:{ollama.port}" in first.lines()[-1]["error"]
+    answer = await single
+    assert (answer.status, list(answer.json())) == (502, ["error"])
+    assert len(ollama.asked()) == 1
+    ollama.script.break_after = None
+    again = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert again.cache_status == "OllProx; fwd=miss"
+
+
+async def test_a_broken_stream_in_http_1_0_is_reset(ollprox: Program, ollama: StandIn) -> None:
+    ollama.script.break_after = 3
+    async with Client(ollprox.port) as client:
+        text = request("POST", "/api/generate", question()).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+        await client.send(text)
+        with pytest.raises(ConnectionResetError):
+            await client.rest(await client.head())
+
+
+async def test_ollamas_own_error_is_passed_on_with_its_end(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.error_after = 2
+    answer = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert answer.complete
+    assert answer.lines()[-1] == {"error": RUNNER_DIED}
+    single = await ask(ollprox.port, "POST", "/call_model", question())
+    assert (single.status, single.json()) == (500, {"error": RUNNER_DIED})
+    assert len(ollama.asked()) == 2  # neither was stored
+
+
+@pytest.mark.parametrize("lines", [0, 2])
+async def test_an_end_without_a_last_line_counts_as_broken(
+    ollprox: Program, ollama: StandIn, lines: int
+) -> None:
+    body = b"".join(b'{"response":"%d","done":false}\n' % number for number in range(lines))
+    ollama.script.raw = (
+        b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n%b"
+        % (len(body), body)
+    )
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await cut(client, answer)
+    assert len(answer.lines()) == lines + 1
+    assert "error" in answer.lines()[-1]
+    single = await ask(ollprox.port, "POST", "/call_model", question())
+    assert single.status == 502
+    assert len(ollama.asked()) == 2
+
+
+# Asking for a fresh answer.
+
+
+async def fresh(port: int, says: str, body: object = None) -> Answer:
+    return await ask(port, "POST", "/call_model", body or question(), {"Cache-Control": says})
+
+
+async def test_what_is_there_is_not_taken_by_a_request_that_wants_a_fresh_answer(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    port = ollprox.port
+    assert (await fresh(port, "only-if-cached")).status == 504
+    assert ollama.asked() == []
+    stored = await fresh(port, "max-age=60")
+    assert stored.cache_status == "OllProx; fwd=miss; stored"
+    assert "hit" in (await fresh(port, "max-age=60, only-if-cached")).cache_status
+    for says in ("no-cache", "max-age=0", "No-Cache, foo=bar"):
+        renewed = await fresh(port, says)
+        assert renewed.cache_status == "OllProx; fwd=request; stored"
+        assert (await fresh(port, "x")).body == renewed.body != stored.body
+    private = await fresh(port, "no-store")
+    assert private.cache_status == "OllProx; fwd=request"
+    assert (await fresh(port, "x")).body == renewed.body
+    assert len(ollama.asked()) == 5
+    assert (await fresh(port, "no-store, only-if-cached")).status == 504
+    pragma = await ask(port, "POST", "/call_model", question(), {"Pragma": "no-cache"})
+    assert "fwd=request" in pragma.cache_status
+
+
+async def test_max_age_takes_nothing_older(ollprox: Program, ollama: StandIn) -> None:
+    await ask(ollprox.port, "POST", "/call_model", question())
+    await asyncio.sleep(1.1)
+    assert "fwd=request" in (await fresh(ollprox.port, "max-age=1")).cache_status
+    assert "hit" in (await fresh(ollprox.port, "max-age=1")).cache_status
+
+
+async def test_flights_that_may_be_joined_and_those_that_may_not(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 1
+    body = question(stream=True)
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def begin(says: str) -> tuple[Client, Answer]:
+            client = await stack.enter_async_context(Client(ollprox.port))
+            headers = {"Cache-Control": says} if says else {}
+            return client, await client.begin("POST", "/call_model", body, headers)
+
+        begun = [
+            await begin(says)
+            for says in ("no-store", "", "", "no-cache", "max-age=60", "only-if-cached", "no-store")
+        ]
+        assert [answer.cache_status for _, answer in begun] == [
+            "OllProx; fwd=request",
+            "OllProx; fwd=miss",  # the private one cannot be joined
+            "OllProx; fwd=miss; collapsed",
+            "OllProx; fwd=request",
+            "OllProx; fwd=miss; collapsed",  # to the youngest
+            "OllProx; fwd=miss; collapsed",
+            "OllProx; fwd=request",
+        ]
+        ollama.script.let_go.set()
+        bodies = [(await client.rest(answer)).body for client, answer in begun]
+    assert bodies[1] == bodies[2]
+    assert bodies[3] == bodies[4] == bodies[5]
+    assert len(set(bodies)) == 4
+    assert len(ollama.asked()) == 4
+    hit = await ask(ollprox.port, "POST", "/call_model", body)
+    assert hit.body == bodies[3]  # that of the flight which began last
+
+
+async def test_with_a_ttl_of_zero_flights_are_still_shared(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_TTL=0)
+    ollama.script.hold_head = True
+    tasks = [
+        asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question())) for _ in range(3)
+    ]
+    await settled(ollprox, 3)
+    ollama.script.let_go.set()
+    assert len({answer.body for answer in await asyncio.gather(*tasks)}) == 1
+    assert len(ollama.asked()) == 1
+
+
+# Models that change.
+
+
+async def test_an_answer_does_not_outlive_its_model(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH=0.05)
+    other = {"model": "gemma3:270m", "prompt": "Why?"}
+    await ollama.until(lambda: any(seen.path == "/api/tags" for seen in ollama.seen))
+    for body in (question(), other):
+        await ask(ollprox.port, "POST", "/call_model", body)
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        flying = await client.begin("POST", "/api/generate", question("under way"))
+        ollama.script.models = {**ollama.script.models, "llama2:latest": "b" * 64}
+        await ollprox.says("1 models have changed: 1 stored answers dropped")
+        ollama.script.let_go.set()
+        joined = await ask(ollprox.port, "POST", "/api/generate", question("under way"))
+        assert joined.cache_status == "OllProx; fwd=miss"  # the flight was grounded
+        await client.rest(flying)
+        assert flying.complete
+    assert "fwd=miss" in (await ask(ollprox.port, "POST", "/call_model", question())).cache_status
+    assert "hit" in (await ask(ollprox.port, "POST", "/call_model", other)).cache_status
+    ollama.script.models = {"llama2:latest": "b" * 64}
+    await ollprox.says("1 models have changed: 1 stored answers dropped\n[^$]*1 models have")
+    assert "hit" in (await ask(ollprox.port, "POST", "/call_model", question())).cache_status
+
+
+async def test_a_list_that_is_not_well_formed_changes_nothing(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH=0.05)
+    await ollama.until(lambda: any(seen.path == "/api/tags" for seen in ollama.seen))
+    await ask(ollprox.port, "POST", "/call_model", question())
+    for status, body in ((200, b'{"models":null}'), (500, b'{"models":[]}'), (200, b"")):
+
+        async def respond(
+            seen: object, writer: asyncio.StreamWriter, status: int = status, body: bytes = body
+        ) -> None:
+            writer.write(b"HTTP/1.1 %d X\r\nContent-Length: %d\r\n\r\n" % (status, len(body)))
+            writer.write(body)
+
+        ollama.script.respond = respond
+        count = len(ollama.seen)
+        await ollama.until(lambda count=count: len(ollama.seen) > count + 1)  # type: ignore[misc]
+        hit = await ask(ollprox.port, "POST", "/call_model", question())
+        assert "hit" in hit.cache_status
+
+
+# What may be shared.
+
+
+async def test_only_deterministic_requests_are_kept_where_that_is_set(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_ONLY_DETERMINISTIC="true"
+    )
+    for options, outcome in (({}, "bypass"), ({"temperature": 0}, "hit"), ({"seed": 7}, "hit")):
+        for _ in range(2):
+            last = await ask(ollprox.port, "POST", "/call_model", question(options=options))
+        assert outcome in last.cache_status
+
+
+async def test_answers_are_kept_apart_by_key_where_that_is_set(
+    launch: Start, ollama: StandIn, two_keys: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=two_keys, CACHE_PER_KEY="yes")
+    for key in (KEY, OTHER_KEY):
+        for outcome in ("miss", "hit"):
+            headers = {"APIKEY": key}
+            answer = await ask(ollprox.port, "POST", "/call_model", question(), headers)
+            assert outcome in answer.cache_status
+    assert len(ollama.asked()) == 2
+
+
+# A hit.
+
+
+async def test_a_large_hit_is_written_in_slices_and_waits_for_its_reader(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.tokens = ["x" * 10_000] * 300  # 3 MB, within CACHE_MAX_ENTRY_BYTES
+    miss = await ask(ollprox.port, "POST", "/api/generate", question())
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/api/generate", question()))
+        await asyncio.sleep(0.2)
+        assert (await ask(ollprox.port, "GET", "/health")).status == 200
+        hit = await client.rest(await client.head())
+    assert "hit" in hit.cache_status
+    assert hit.body == miss.body
+
+
+# All at once.
+
+
+async def test_a_hundred_clients_join_leave_and_stall(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """Of one answer: they join at different lines, half leave at random, one reads nothing."""
+    lines = 40
+    chance = random.Random(7)
+    ollama.script.tokens = [f"token {number} " for number in range(lines)]
+    step = asyncio.Semaphore(0)
+    ollama.script.gate = step.acquire
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+
+    async def client(number: int) -> bytes | None:
+        leaves_after = chance.randrange(1, lines) if number % 2 else None
+        async with Client(ollprox.port) as connection:
+            answer = await connection.begin("POST", "/api/generate", question())
+            begun.release()
+            if number == 50:
+                await ended.wait()  # stalled
+            async for _ in connection.chunks(answer):
+                if leaves_after is not None and answer.body.count(b"\n") >= leaves_after:
+                    return None
+            assert answer.complete
+            return answer.body
+
+    begun, ended = asyncio.Semaphore(0), asyncio.Event()
+    tasks = []
+    step.release()
+    for number in range(100):
+        tasks.append(asyncio.create_task(client(number)))
+        await begun.acquire()
+        if number % 3 == 0:
+            step.release()  # one more line
+    for _ in range(lines + 2):
+        step.release()
+    first = await tasks[0]
+    ended.set()
+    bodies = {body for body in await asyncio.gather(*tasks) if body is not None}
+    assert bodies == {first}
+    assert first
+    assert first.count(b"\n") == lines + 1
+    assert len(ollama.asked()) == 1
+    assert sum(seen.gone for seen in ollama.seen) == 0
