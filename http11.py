@@ -20,8 +20,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 Pairs = list[tuple[bytes, bytes]]
 
-TakeCredential = Callable[[Pairs], tuple[bytes | None, Pairs]]
-"""Takes the credentials out of a head's headers: their digest, and the other headers."""
+TakeCredential = Callable[[bytes, Pairs], tuple[bytes | None, bytes, Pairs]]
+"""Takes the credentials out of a head's path and headers: their digest, and what is left."""
 
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
 MAX_CHUNK_LINE = 1024  # bytes: a chunk's size and its extensions
@@ -145,6 +145,8 @@ class Request:
     head: Head
     read: Callable[[int], Awaitable[bytes]]
     """Read the whole body, of so many bytes at most. Raises HTTPError 413."""
+    pieces: Callable[[], AsyncIterator[bytes]]
+    """Read the body, of any size, as it comes."""
 
 
 M = TypeVar("M", Head, ResponseHead)
@@ -203,11 +205,11 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
     if not isinstance(event, h11.Request):
         raise BadHead(400, "the request's head is malformed")
     connection_tokens = _tokens(pairs, b"connection")
-    credential, headers = take_credential(list(event.headers))
     expect = next((value.lower() for name, value in pairs if name == b"expect"), None)
     if expect not in {None, b"100-continue"}:
         raise BadHead(417, "the only expectation that OllProx meets is 100-continue")
     path, _, query = target.partition(b"?")
+    credential, path, headers = take_credential(path, list(event.headers))
     return Head(
         method=method,
         path=path,
@@ -385,13 +387,17 @@ def frame_head(status: int, headers: Headers) -> bytes:
     return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
-def frame_request(method: bytes, target: bytes, headers: Headers, body: bytes) -> bytes:
-    """Write a whole request with a body of known length."""
+def frame_request(
+    method: bytes, target: bytes, headers: Headers, length: int | None, *, chunked: bool = False
+) -> bytes:
+    """Write a request's head, for a body of so many bytes, in chunks, or for none."""
     lines = [b"%b %b HTTP/1.1" % (method, target)]
     lines += [b"%b: %b" % pair for pair in headers]
-    if body or method not in {b"GET", b"HEAD"}:
-        lines.append(b"Content-Length: %d" % len(body))
-    return b"\r\n".join(lines) + b"\r\n\r\n" + body
+    if chunked:
+        lines.append(b"Transfer-Encoding: chunked")
+    elif length is not None:
+        lines.append(b"Content-Length: %d" % length)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def frame_chunk(piece: bytes) -> bytes:

@@ -6,6 +6,7 @@ only salted digests. Run as a program, this makes keys, digests and salts.
 """
 
 import argparse
+import base64
 import hashlib
 import logging
 import os
@@ -15,8 +16,10 @@ import stat
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 from settings import SettingsError, load
 
@@ -30,6 +33,8 @@ _KEY_HEADERS = (b"apikey", b"x-api-key", b"authorization")
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
 _KEY = re.compile(rb"[\x21-\x7e\x80-\xff]+")
 _LABEL = re.compile(rb"\s+#")
+_KEY_PATH = re.compile(rb"/key/([^/]*)(/.*|)", re.DOTALL)
+_BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+) *", re.IGNORECASE)
 _BEARER = re.compile(rb"bearer +(.*)", re.IGNORECASE | re.DOTALL)
 
 Pair = tuple[bytes, bytes]
@@ -211,37 +216,55 @@ def shorten(reports: Sequence[str]) -> list[str]:
     return [*reports[:MAX_REPORTED], *([f"and {more} more such lines"] if more > 0 else [])]
 
 
-def take_credential(salt: bytes, headers: Iterable[Pair]) -> tuple[bytes | None, list[Pair]]:
-    """Take the credentials out of a head's headers, whose names are in lower case.
+def take_credential(
+    salt: bytes, in_path: bool, path: bytes, headers: Iterable[Pair]
+) -> tuple[bytes | None, bytes, list[Pair]]:
+    """Take the credentials out of a head, whose headers' names are in lower case.
+
+    Args:
+        salt: of the digests.
+        in_path: a key in the path counts, and decides before any header. It is cut off in
+            any case.
+        path: of the request, without its query.
+        headers: of the request.
 
     Returns:
-        The salted digest of the key that was presented, or None for none; and the headers
-        without any that held a key. A header that comes twice with different values
-        presents what no key matches.
+        The salted digest of the key that was presented, or None for none; the path without
+        `/key/KEY`; and the headers without any that held a key. A header that comes twice
+        with different values presents what no key matches.
 
     """
     found: dict[bytes, set[bytes]] = {}
     rest: list[Pair] = []
+    if (match := _KEY_PATH.fullmatch(path)) is not None:
+        path = match[2] or b"/"
+        if in_path and (key := unquote_to_bytes(match[1])):
+            found[b""] = {key}
     for name, value in headers:
         if name in _KEY_HEADERS:
             if key := _key_in(name, value):
                 found.setdefault(name, set()).add(key)
         else:
             rest.append((name, value))
-    for name in _KEY_HEADERS:
+    for name in (b"", *_KEY_HEADERS):
         if keys := found.get(name):
             # No key holds a line end, so two at once match none.
             digest = salted_digest(salt, b"\n".join(sorted(keys)))
             everything = set().union(*found.values())
-            return digest, [pair for pair in rest if not _holds(pair[1], everything)]
-    return None, rest
+            return digest, path, [pair for pair in rest if not _holds(pair[1], everything)]
+    return None, path, rest
 
 
 def _key_in(name: bytes, value: bytes) -> bytes:
+    """Return the key in a header; with Basic (RFC 7617) it is the password."""
     if name != b"authorization":
         return value
-    match = _BEARER.fullmatch(value)
-    return match[1].strip() if match else b""
+    if match := _BEARER.fullmatch(value):
+        return match[1].strip()
+    if match := _BASIC.fullmatch(value):
+        with suppress(ValueError):
+            return base64.b64decode(match[1], validate=True).partition(b":")[2]
+    return b""
 
 
 def _holds(value: bytes, keys: set[bytes]) -> bool:

@@ -65,7 +65,10 @@ class Form(enum.Enum):
     def line(self, content_type: bytes, message: str) -> bytes:
         """Write the line, or event, that ends a stream which broke."""
         body = self.body(502, message)
-        return b"data: %b\n\n" % body if content_type.startswith(SSE) else body + b"\n"
+        if not content_type.startswith(SSE):
+            return body + b"\n"
+        event = b"event: error\n" if self is Form.ANTHROPIC else b""
+        return event + b"data: %b\n\n" % body
 
 
 @dataclass(slots=True)
@@ -451,6 +454,14 @@ def _notes(response: Response, streamed: BaseNotes, whole: BaseNotes) -> BaseNot
     return streamed if kind.startswith((NDJSON, SSE)) else whole
 
 
+def progress_notes(response: Response) -> BaseNotes:
+    """Begin to note what is only relayed: progress, lists, errors."""
+    kind = content_type(response.headers)
+    if kind.startswith(NDJSON):
+        return PlainLines(b"\n")
+    return PlainLines(b"\n\n") if kind.startswith(SSE) else BaseNotes()
+
+
 @dataclass(frozen=True, slots=True)
 class Native:
     """`/api/generate` and `/api/chat`: always asked for as a stream, and folded."""
@@ -521,11 +532,8 @@ class AsItCame:
 
     def notes(self, response: Response) -> BaseNotes:
         """Begin to note an answer."""
-        kind = content_type(response.headers)
         if not self.says:
-            return _notes(
-                response, PlainLines(b"\n" if kind.startswith(NDJSON) else b"\n\n"), BaseNotes()
-            )
+            return progress_notes(response)
         return _notes(response, EventNotes(), WholeNotes())
 
 
@@ -548,7 +556,7 @@ class RouteTable:
 
     def find(self, path: bytes) -> tuple[Route, bytes] | None:
         """Return a path's route and the path to ask upstream for."""
-        if (route := self.rows.get(path)) is not None:
+        if (route := self.rows.get(path)) is not None and not route.rest:
             return route, route.target or path
         for prefix, route in self.rows.items():
             rest = path.removeprefix(prefix)
@@ -572,6 +580,47 @@ class RouteTable:
 
 
 _V1 = b"/v1/"
+VERSION = b"/api/version"  # what OllProx asks for itself
+TAGS = b"/api/tags"
+
+
+def _v1_rows(post: tuple[bytes, ...], get: tuple[bytes, ...]) -> dict[bytes, Route]:
+    """The routes of the APIs that Ollama has in common with others."""
+    codecs = {
+        b"/v1/chat/completions": AsItCame("messages", sse=True),
+        b"/v1/completions": AsItCame("prompt", sse=True),
+        b"/v1/embeddings": AsItCame("input", "*"),
+        b"/v1/responses": AsItCame(),
+    }
+    return {
+        **{path: Route(post, path, codec, form=Form.OPENAI) for path, codec in codecs.items()},
+        b"/v1/messages": Route(post, b"/v1/messages", AsItCame(), form=Form.ANTHROPIC),
+        b"/v1/models": Route(get, b"/v1/models", form=Form.OPENAI),
+        b"/v1/models/": Route(get, b"/v1/models/", form=Form.OPENAI, rest=_MODEL),
+    }
+
+
+def _admin_rows(post: tuple[bytes, ...]) -> dict[bytes, Route]:
+    """The routes that manage models: their bodies pass as they are."""
+    blobs = b"/api/blobs/"
+    return {
+        **{
+            path: Route(methods, path, access=Access.ADMIN)
+            for path, methods in {
+                b"/api/pull": post,
+                b"/api/push": post,
+                b"/api/create": post,
+                b"/api/copy": post,
+                b"/api/delete": (b"DELETE",),
+            }.items()
+        },
+        blobs: Route((b"HEAD", b"POST"), blobs, access=Access.ADMIN, rest=_BLOB),
+    }
+
+
+# A model's name as Ollama allows it, with its slashes as they are or as %2F.
+_MODEL = rb"(?i:[a-z0-9][\w.:@-]*)(?i:(?:/|%2f)[a-z0-9][\w.:@-]*){0,3}"
+_BLOB = rb"sha256[:-][0-9a-f]{64}"
 
 
 def route_table(max_object: int) -> RouteTable:
@@ -586,14 +635,17 @@ def route_table(max_object: int) -> RouteTable:
             b"/api/chat": Route(post, b"/api/chat", chat, streams=True),
             b"/api/embed": Route(post, b"/api/embed", AsItCame("input", "*")),
             b"/api/embeddings": Route(post, b"/api/embeddings", AsItCame("prompt", "*")),
+            b"/api/show": Route(post, b"/api/show", AsItCame()),
+            b"/": Route(get, b"/"),
+            b"/api/version": Route(get, VERSION),
+            b"/api/tags": Route(get, TAGS),
+            b"/api/ps": Route(get, b"/api/ps"),
+            **_v1_rows(post, get),
+            **_admin_rows(post),
             b"/health": Route(get, None, access=Access.OPEN, own="health"),
             b"/ready": Route(get, None, access=Access.OPEN, own="ready"),
         }
     )
-
-
-VERSION = b"/api/version"  # what OllProx asks for itself
-TAGS = b"/api/tags"
 
 
 def version(body: bytes) -> str:

@@ -6,6 +6,7 @@ and runs the process. `python ollprox.py --help` tells how to start it.
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import logging
 import math
@@ -22,9 +23,18 @@ import ollama
 import startup
 from cache import Cache
 from flight import Flight, Flights, Reader
-from http11 import Head, Headers, HTTPError, Request, Response, Truncated, parse_request_head
+from http11 import (
+    Head,
+    Headers,
+    HTTPError,
+    Request,
+    Response,
+    Truncated,
+    end_to_end,
+    parse_request_head,
+)
 from keystore import KeyStore, take_credential
-from ollama import Access, Question, Route, RouteTable
+from ollama import Access, Form, Question, Route, RouteTable
 from server import Limits, Server
 from settings import Settings, SettingsError, address, load
 from telemetry import AccessLog, LineWriter, Record, setup_logging
@@ -104,6 +114,7 @@ class Proxy:
         self.routes = routes
         self.cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
         self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
+        self.models_changed = asyncio.Event()  # a model was managed: read the digests again
         self._digests: dict[str, str] = {}  # each model's, as upstream last listed them
         self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
         self._probing = asyncio.Lock()
@@ -115,24 +126,34 @@ class Proxy:
     @asynccontextmanager
     async def handle(self, request: Request, record: Record) -> AsyncIterator[Response]:
         """Answer a request. The head decides who is let in; then the body is read."""
-        route, target = self._admit(request.head, record)
+        head = request.head
+        record.headers = self._cors(head)
+        if head.method == b"OPTIONS" and record.headers:
+            yield self._preflight(head)
+            return
+        route, target = self._admit(head, record)
         if route.own:
             yield await self._own[route.own]()
             return
+        record.headers += _VIA
+        if route.access is Access.ADMIN:
+            async with self._manage(request, target, record) as response:
+                yield response
+            return
         question = await self._read_question(route, request)
         record.model = question.model or "-"
-        wishes = Wishes.of(request.head)
+        wishes = Wishes.of(head)
         key = self._scoped_key(question, record)
         if key is not None and (answer := self._look_up(key, wishes, record)) is not None:
             yield self._hit(answer, question, record)
             return
-        flight = self._join_or_begin(key, wishes, question, request.head, route, target, record)
+        flight = self._join_or_begin(key, wishes, question, head, route, target, record)
         with flight.join() as reader:
-            yield await self._replay(reader, question, route, record)
+            yield await self._replay(reader, question, route.form, record)
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
         """Write an error in the form of the API that was called."""
-        form = ollama.Form.OLLAMA if head is None else self.routes.form(head.path)
+        form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
         return Response(error.status, ((b"Content-Type", ollama.JSON), *error.headers), body)
 
@@ -140,22 +161,28 @@ class Proxy:
 
     def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
         """Check key, path and method by the head alone; return the route and its target."""
-        record.method = head.method.decode()
+        record.method = head.method.decode() if head.method in _METHODS else "other"
+        if _goes_in_a_circle(head):
+            raise HTTPError(508, "OLLAMA_HOST leads back to OllProx; give it Ollama's own address")
         found = self.routes.find(head.path)
-        route = found[0] if found else None
-        record.path = head.path.decode() if found else "-"
-        if route is None or route.access is not Access.OPEN:
+        if found is None:
             self._authenticate(head, record)
-        if found is None or route is None:
             hint = self.routes.hint(head.path)
             raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
+        route, target = found
+        record.path = head.path.decode()
         record.quiet = route.access is Access.OPEN
+        if head.method == b"OPTIONS":
+            raise _wrong_method(route)  # a browser that may not ask; no key comes with it
+        label = "" if route.access is Access.OPEN else self._authenticate(head, record)
         if head.method not in route.methods:
-            allowed = b", ".join(route.methods)
-            raise HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
-        return route, found[1]
+            raise _wrong_method(route)
+        if route.access is Access.ADMIN and label not in self.settings.admin_labels:
+            raise HTTPError(403, "managing models is for keys whose label is in ADMIN_LABELS")
+        return route, target
 
-    def _authenticate(self, head: Head, record: Record) -> None:
+    def _authenticate(self, head: Head, record: Record) -> str:
+        """Return the label of the caller's key. Raises HTTPError 401."""
         digest = head.credential
         label = self.keys.label(digest)
         if digest is not None:
@@ -167,14 +194,40 @@ class Proxy:
                 f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
                 f" http://localhost:{self.settings.listen_port}/call_model -d"
                 """ '{"model": "llama2", "prompt": "Hello"}'""",
-                ((b"WWW-Authenticate", b"Bearer"),),
+                _CHALLENGES,
             )
+        return label
+
+    def _cors(self, head: Head) -> Headers:
+        """Return the headers that let a listed origin's page read the response."""
+        origins = self.settings.cors_origins
+        origin = head.get(b"origin") if origins else None
+        if origin is None or ("*" not in origins and origin.decode("latin-1") not in origins):
+            return ()
+        return (
+            (b"Access-Control-Allow-Origin", origin),
+            (b"Access-Control-Expose-Headers", b"Cache-Status, Age, X-Request-ID"),
+            (b"Vary", b"Origin"),
+        )
+
+    def _preflight(self, head: Head) -> Response:
+        """Answer what a browser asks before a request; no key comes with it."""
+        found = self.routes.find(head.path)
+        methods = b", ".join(found[0].methods) if found else b"GET, POST"
+        wanted = head.get(b"access-control-request-headers") or b""
+        allowed = [
+            (b"Access-Control-Allow-Methods", methods),
+            (b"Access-Control-Max-Age", b"600"),
+        ]
+        if _HEADER_NAMES.fullmatch(wanted):
+            allowed.append((b"Access-Control-Allow-Headers", wanted))
+        return Response(204, tuple(allowed), b"")
 
     async def _read_question(self, route: Route, request: Request) -> Question:
         """Read the body and what it asks, where the route has one."""
         head = request.head
         if route.codec is None:
-            return Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
+            return _NO_QUESTION
         if head.length is None and not head.chunked:
             raise HTTPError(411, "send the body with a Content-Length, or chunked")
         return route.codec.question(await request.read(self.settings.max_body_bytes), route)
@@ -238,13 +291,30 @@ class Proxy:
             record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
         if wishes.private:
             key = None
+        headers = _FORWARDED if question.key is not None else _passed_on(head)
         return self.flights.begin(
             key,
-            partial(self.upstream.exchange, head.method, target, _FORWARDED, question.body()),
-            route.codec.notes if route.codec else _no_notes,
+            partial(self.upstream.exchange, head.method, target, headers, question.body()),
+            route.codec.notes if route.codec else ollama.progress_notes,
             partial(self._store, key, question) if key is not None else None,
             ollama.normalised(question.model),
         )
+
+    @asynccontextmanager
+    async def _manage(
+        self, request: Request, target: bytes, record: Record
+    ) -> AsyncIterator[Response]:
+        """Pass a request that manages models on as it comes, and its progress back."""
+        head = request.head
+        record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+        body = request.pieces() if head.has_body else b""
+        exchange = partial(
+            self.upstream.exchange, head.method, target, _passed_on(head), body, head.length
+        )
+        flight = self.flights.begin(None, exchange, ollama.progress_notes, None)
+        with flight.join() as reader:
+            yield await self._replay(reader, _NO_QUESTION, Form.OLLAMA, record)
+        self.models_changed.set()
 
     def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
         """Keep a complete answer; tell whether it was kept."""
@@ -263,7 +333,7 @@ class Proxy:
         return self.cache.put(key, answer, size, time.monotonic() - flight.born)
 
     async def _replay(
-        self, reader: Reader, question: Question, route: Route, record: Record
+        self, reader: Reader, question: Question, form: Form, record: Record
     ) -> Response:
         """Read a flight's tape as its client wants it."""
         await reader.head()
@@ -275,7 +345,7 @@ class Proxy:
             _say_stored(flight, record)
             return Response(200, _as_object(flight.headers), folded)
         if lines:
-            return Response(flight.status, flight.headers, _stream(reader, route.form, kind))
+            return Response(flight.status, flight.headers, _stream(reader, form, kind))
         body = await _gather(reader, self.settings.cache_max_entry_bytes)
         if isinstance(body, bytes):
             _say_stored(flight, record)
@@ -336,11 +406,42 @@ class Proxy:
         return b"".join(pieces)
 
 
-_FORWARDED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"))
+_VIA: Headers = ((b"Via", b"1.1 OllProx"),)  # RFC 9110 section 7.6.3
+_FORWARDED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"), *_VIA)
+# Headers that go no further: they are about this connection, or about who the client is;
+# and codings, in which OllProx could not read an answer.
+_STOPPED = frozenset(
+    b"host expect via origin referer cookie proxy-authorization accept-encoding forwarded"
+    b" x-real-ip".split()
+)
+_CHALLENGES: Headers = (  # two fields: some clients do not understand both in one
+    (b"WWW-Authenticate", b'Basic realm="OllProx"'),
+    (b"WWW-Authenticate", b"Bearer"),
+)
+_METHODS = frozenset(b"GET HEAD POST PUT PATCH DELETE OPTIONS".split())
+_HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
+_NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 
 
-def _no_notes(response: Response) -> ollama.BaseNotes:
-    return ollama.BaseNotes()
+def _passed_on(head: Head) -> Headers:
+    """Return what upstream gets of a client's headers, where its answer is the client's alone."""
+    kept = end_to_end(head.headers, without=_STOPPED)
+    via = head.get(b"via")
+    ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
+    return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)
+
+
+def _goes_in_a_circle(head: Head) -> bool:
+    """Whether a request has been here before."""
+    via = head.get(b"via")
+    return via is not None and any(
+        member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
+    )
+
+
+def _wrong_method(route: Route) -> HTTPError:
+    allowed = b", ".join(route.methods)
+    return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
 
 
 def _as_object(headers: Headers) -> Headers:
@@ -354,7 +455,7 @@ def _say_stored(flight: Flight, record: Record) -> None:
         record.cache_status += b"; stored"
 
 
-async def _stream(reader: Reader, form: ollama.Form, kind: bytes) -> AsyncIterator[bytes]:
+async def _stream(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[bytes]:
     """Replay lines; where upstream breaks off, say so in a last one and stay cut."""
     last = b"\n"
     try:
@@ -402,7 +503,10 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     server = Server(
         proxy.handle,
         proxy.render_error,
-        partial(parse_request_head, take_credential=partial(take_credential, keys.salt)),
+        partial(
+            parse_request_head,
+            take_credential=partial(take_credential, keys.salt, settings.api_key_in_path),
+        ),
         AccessLog(writer, settings.log_level),
         Limits(write_timeout=settings.write_timeout),
     )
@@ -421,7 +525,10 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         asyncio.create_task(_say_upstream(proxy)),
     ]
     if settings.model_refresh:
-        chores.append(asyncio.create_task(_each(settings.model_refresh, proxy.refresh_models)))
+        changed = proxy.models_changed
+        chores.append(
+            asyncio.create_task(_each(settings.model_refresh, proxy.refresh_models, changed))
+        )
     await signals.first.wait()
     log.info(
         "stopping: %d clients have %g s to finish", len(server.clients), settings.drain_timeout
@@ -437,14 +544,23 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     return 0
 
 
-async def _each(seconds: float, chore: Callable[[], Awaitable[None]]) -> None:
-    """Do a chore again and again, first at once; a fault of it is logged and survived."""
+async def _each(
+    seconds: float, chore: Callable[[], Awaitable[None]], soon: asyncio.Event | None = None
+) -> None:
+    """Do a chore again and again, first at once, and at once when it is due `soon`.
+
+    A fault of it is logged and survived.
+    """
+    soon = soon or asyncio.Event()
     while True:
+        soon.clear()
         try:
             await chore()
         except Exception:
             log.exception("a chore failed by a fault of OllProx")
-        await asyncio.sleep(seconds)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await soon.wait()
 
 
 async def _expire(server: Server) -> None:

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import partial
 from typing import Any
 
 from http11 import (
@@ -56,8 +57,11 @@ class Limits:
     linger_timeout: float = 5.0  # for a client to take an answer that it did not wait for
 
 
-class Gone(Exception):
+class Gone(HTTPError):
     """The client hung up, or reads nothing."""
+
+    def __init__(self) -> None:
+        super().__init__(GONE, "the client has gone")
 
 
 class Server:
@@ -134,7 +138,6 @@ class _Client(asyncio.Protocol):
     def __init__(self, server: Server) -> None:
         self._server = server
         self._buffer = bytearray()
-        self._wanted = 0  # bytes that the task waits for, more than READ_AHEAD maybe
         self._waiter: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None  # while the client reads slowly
         self._eof = False
@@ -157,9 +160,9 @@ class _Client(asyncio.Protocol):
         self.task = self._loop.create_task(self._run())
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; stop reading when more have come than are wanted."""
+        """Take bytes; stop reading while many wait to be taken."""
         self._buffer += data
-        if len(self._buffer) > self._wanted + READ_AHEAD and self._reading:
+        if len(self._buffer) > READ_AHEAD and self._reading:
             self._reading = False
             self.transport.pause_reading()
         self._wake()
@@ -244,7 +247,8 @@ class _Client(asyncio.Protocol):
         self._answering = True
         self._unread = head.has_body
         try:
-            return await self._answer(Request(head, lambda limit: self._read(head, limit)), record)
+            request = Request(head, partial(self._read, head), partial(self._pieces, head))
+            return await self._answer(request, record)
         except (Gone, ConnectionError):
             record.status = GONE
             raise
@@ -260,13 +264,13 @@ class _Client(asyncio.Protocol):
         try:
             async with self._server.handler(request, record) as response:
                 return await self._send(head, response, record)
+        except (Gone, ConnectionError):
+            raise
         except HTTPError as error:
             failure = error
         except Truncated:
             await self._cut(head)
             return False
-        except (Gone, ConnectionError):
-            raise
         except Exception:
             log.exception("a request failed by a fault of OllProx")
             failure = HTTPError(500, "OllProx failed; its log says more")
@@ -283,7 +287,6 @@ class _Client(asyncio.Protocol):
 
         """
         buffer, limits = self._buffer, self._server.limits
-        self._wanted = 0
         checked = 0
         while True:
             if not checked and buffer.startswith(b"\r\n"):
@@ -315,36 +318,40 @@ class _Client(asyncio.Protocol):
         await self._waiter
 
     async def _read(self, head: Head, limit: int) -> bytes:
-        """Read the body under way; see `Request.read`."""
+        """Read the body under way whole; see `Request.read`."""
         too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
         if head.length is not None and head.length > limit:
             raise too_large
-        if head.expects_continue and not self._buffer and self._unread:
-            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if not head.chunked:
-            length = head.length or 0
-            while len(self._buffer) < length:
-                await self._more_body(length)
-            body = bytes(memoryview(self._buffer)[:length])
-            del self._buffer[:length]
-        else:
-            decoder, pieces, size = ChunkedDecoder(), [], 0
-            while True:
-                pieces.append(decoder.decode(self._buffer))
-                size += len(pieces[-1])
-                if size > limit:
-                    raise too_large
-                if decoder.done:
-                    break
-                await self._more_body(0)
-            body = b"".join(pieces)
-        self._unread = False
-        return body
+        parts, size = [], 0
+        async for part in self._pieces(head):
+            parts.append(part)
+            if (size := size + len(part)) > limit:
+                raise too_large
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _more_body(self, wanted: int) -> None:
+    async def _pieces(self, head: Head) -> AsyncIterator[bytes]:
+        """Read the body under way as it comes; see `Request.pieces`."""
+        if head.expects_continue and self._unread and not self._buffer:
+            self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        decoder = ChunkedDecoder() if head.chunked else None
+        left = head.length or 0
+        while self._unread:
+            if decoder is not None:
+                part = decoder.decode(self._buffer)
+                self._unread = not decoder.done
+            else:
+                part = bytes(memoryview(self._buffer)[:left])
+                del self._buffer[: len(part)]
+                left -= len(part)
+                self._unread = left > 0
+            if part:
+                yield part
+            elif self._unread:
+                await self._more_body()
+
+    async def _more_body(self) -> None:
         if self._eof:
             raise Gone
-        self._wanted = wanted
         seconds = self._server.limits.body_timeout
         try:
             async with asyncio.timeout(seconds):
@@ -382,6 +389,7 @@ class _Client(asyncio.Protocol):
         if not any(name.lower() == b"date" for name, _ in headers):
             headers.append((b"Date", http_date()))
         headers.append((b"Cache-Status", record.cache_status))
+        headers += record.headers
         if length is not None and response.status != 204:
             headers.append((b"Content-Length", b"%d" % length))
         elif length is None and not head.http10:

@@ -18,6 +18,7 @@ from dotenv import dotenv_values
 
 ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -87,6 +88,17 @@ def _switch(text: str) -> bool:
     raise ValueError("must be true or false")
 
 
+def _labels(text: str) -> tuple[str, ...]:
+    return tuple(label for part in text.split(",") if (label := part.strip()))
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    origins = _labels(text.lower())
+    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
+        raise ValueError("must be * or a list of origins, such as https://chat.example:8443")
+    return origins
+
+
 def _setting(default: Any, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
     return field(default=default, metadata={"parse": parse}, repr=not secret)
 
@@ -100,6 +112,9 @@ class Settings:
     listen_host: str = _setting("0.0.0.0", _host)
     listen_port: int = _setting(8000, _listen_port)
     api_key_file: str = _setting("", str)
+    api_key_in_path: bool = _setting(False, _switch)
+    admin_labels: tuple[str, ...] = _setting((), _labels)
+    cors_origins: tuple[str, ...] = _setting((), _origins)
     api_key_salt: str = _setting("", str, secret=True)
     key_refresh: float = _setting(10.0, _seconds)
     cache_ttl: float = _setting(3600.0, _seconds_or_off)

@@ -38,6 +38,7 @@ class Record:
     status: int = 0
     outcome: str = "-"  # hit, miss, collapsed or bypass
     cache_status: bytes = b"OllProx"  # RFC 9211
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # of the response, whatever it will be
     bytes_sent: int = 0
     first_byte: float | None = None
     quiet: bool = False  # a probe, of interest at DEBUG alone

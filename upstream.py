@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 from http11 import (
+    LAST_CHUNK,
     BadHead,
     ChunkedDecoder,
     Headers,
@@ -19,6 +20,7 @@ from http11 import (
     Response,
     ResponseHead,
     end_to_end,
+    frame_chunk,
     frame_request,
     parse_response_head,
 )
@@ -28,6 +30,8 @@ MAX_IDLE_TIME = 60.0  # seconds; Ollama itself keeps them for ever
 MAX_HEAD = 64 << 10  # bytes of a response's head; Ollama's have about 120
 READ_SIZE = 64 << 10  # bytes
 MAX_INTERIM = 8  # 1xx heads before the response
+
+_BODILESS = frozenset({b"GET", b"HEAD"})  # methods that need not say that no body follows
 
 
 class _CountingReader(asyncio.StreamReader):
@@ -48,6 +52,7 @@ class _Connection:
         self.writer = writer
         self.buffer = bytearray()
         self.whole = False  # the response under way has come to its end
+        self.uploaded = True  # the request's body was sent to its end
         self.idle_since = 0.0
         self._taken = 0  # bytes read off the stream
 
@@ -61,6 +66,11 @@ class _Connection:
             and not self.writer.is_closing()
             and now - self.idle_since < MAX_IDLE_TIME
         )
+
+    @property
+    def answered(self) -> bool:
+        """Whether bytes have come that were not read yet."""
+        return self.reader.fed != self._taken or self.reader.at_eof()
 
     async def more(self) -> bool:
         """Wait for bytes; False at the end of the stream."""
@@ -110,27 +120,45 @@ class Upstream:
 
     @asynccontextmanager
     async def exchange(
-        self, method: bytes, target: bytes, headers: Headers, body: bytes
+        self,
+        method: bytes,
+        target: bytes,
+        headers: Headers,
+        body: bytes | AsyncIterator[bytes],
+        length: int | None = None,
     ) -> AsyncIterator[Response]:
         """Send a request; the response's body can be read inside the block.
 
         Leaving the block before the body's end aborts the connection, which is how Ollama
-        is told to stop. `headers` are end-to-end headers without Host and length.
+        is told to stop. `headers` are end-to-end headers without Host and length. A body that
+        comes as it goes is sent in chunks unless its `length` is known, and only once.
 
         Raises:
             HTTPError: 502 not reachable, not HTTP or closed early; 504 too slow. The body
                 raises these as well.
 
         """
-        message = frame_request(method, target, ((b"Host", self.address.encode()), *headers), body)
-        connection, head = await self._send(message)
+        headers = ((b"Host", self.address.encode()), *headers)
+        if isinstance(body, bytes):
+            length = len(body) if body or method not in _BODILESS else None
+            message = frame_request(method, target, headers, length) + body
+            connection, head = await self._send(message)
+        else:
+            message = frame_request(method, target, headers, length, chunked=length is None)
+            connection = await self._connect()
+            connection.uploaded = False
+            try:
+                head = await self._try(connection, message, body, chunked=length is None)
+            except _Stale:
+                raise self._closed() from None
         bodiless = method == b"HEAD" or head.status in {204, 304}
         connection.whole = bodiless or head.length == 0
         try:
             pieces = self._body(connection, head)
             yield Response(head.status, end_to_end(head.headers), pieces, head.length)
         finally:
-            if connection.whole and head.keep_alive and not connection.buffer:
+            reusable = connection.whole and connection.uploaded and head.keep_alive
+            if reusable and not connection.buffer:
                 self._keep(connection)
             else:
                 await connection.abort()
@@ -149,9 +177,16 @@ class Upstream:
         try:
             return fresh, await self._try(fresh, message)
         except _Stale:
-            raise self._failure("closed the connection without an answer") from None
+            raise self._closed() from None
 
-    async def _try(self, connection: _Connection, message: bytes) -> ResponseHead:
+    async def _try(
+        self,
+        connection: _Connection,
+        message: bytes,
+        body: AsyncIterator[bytes] | None = None,
+        *,
+        chunked: bool = False,
+    ) -> ResponseHead:
         """Send on one connection; abort it unless a head comes.
 
         Raises:
@@ -160,11 +195,35 @@ class Upstream:
         """
         try:
             with self._failures():
+                if body is not None:
+                    await self._upload(connection, message, body, chunked=chunked)
+                    message = b""
                 async with self._timeout(self._first_byte_timeout, "sent no answer"):
                     return await self._head(connection, message)
         except BaseException:
             await connection.abort()
             raise
+
+    async def _upload(
+        self,
+        connection: _Connection,
+        message: bytes,
+        body: AsyncIterator[bytes],
+        *,
+        chunked: bool,
+    ) -> None:
+        """Send a body as it comes, unless upstream answers before its end."""
+        with suppress(ConnectionError):  # what upstream said before may still be read
+            connection.writer.write(message)
+            async for piece in body:
+                connection.writer.write(frame_chunk(piece) if chunked else piece)
+                async with self._timeout(self._idle_timeout, "took nothing more of the request"):
+                    await connection.writer.drain()
+                if connection.answered:
+                    return
+            if chunked:
+                connection.writer.write(LAST_CHUNK)
+            connection.uploaded = True
 
     async def _head(self, connection: _Connection, message: bytes) -> ResponseHead:
         try:
@@ -275,6 +334,9 @@ class Upstream:
         except TimeoutError as error:
             status = 502 if what == "could not be reached" else 504
             raise self._failure(f"{what} within {seconds:g} s", status) from error
+
+    def _closed(self) -> HTTPError:
+        return self._failure("closed the connection without an answer")
 
     def _failure(self, what: str, status: int = 502) -> HTTPError:
         return HTTPError(

@@ -21,8 +21,8 @@ from http11 import (
 )
 
 
-def nobody(headers: Pairs) -> tuple[bytes | None, Pairs]:
-    return None, headers
+def nobody(path: bytes, headers: Pairs) -> tuple[bytes | None, bytes, Pairs]:
+    return None, path, headers
 
 
 def parsed(text: bytes) -> Head:
@@ -336,11 +336,11 @@ def test_h11_reads_the_responses_that_we_frame() -> None:
 
 def test_h11_reads_the_requests_that_we_frame() -> None:
     server = h11.Connection(h11.SERVER)
-    server.receive_data(frame_request(b"POST", b"/api/generate", ((b"Host", b"a"),), b"{}"))
+    server.receive_data(frame_request(b"POST", b"/api/generate", ((b"Host", b"a"),), 2) + b"{}")
     request, data, end = (server.next_event() for _ in range(3))
     assert isinstance(request, h11.Request)
     assert (request.method, request.target) == (b"POST", b"/api/generate")
     assert isinstance(data, h11.Data)
     assert data.data == b"{}"
     assert isinstance(end, h11.EndOfMessage)
-    assert b"Content-Length" not in frame_request(b"GET", b"/", (), b"")
+    assert b"Content-Length" not in frame_request(b"GET", b"/", (), None)

@@ -1,3 +1,4 @@
+import base64
 import logging
 import os
 import subprocess
@@ -85,7 +86,7 @@ def test_a_hundred_thousand_lines() -> None:
 
 
 def presented(*headers: tuple[bytes, bytes]) -> bytes | None:
-    return take_credential(SALT, headers)[0]
+    return take_credential(SALT, False, b"/", headers)[0]
 
 
 def digest(key: bytes) -> bytes:
@@ -121,7 +122,42 @@ def test_no_header_that_held_a_key_passes_on() -> None:
         (b"x-note", b"see " + LONG),
         (b"accept", b"*/*"),
     ]
-    assert take_credential(SALT, headers)[1] == [(b"accept", b"*/*")]
+    assert take_credential(SALT, False, b"/", headers)[2] == [(b"accept", b"*/*")]
+
+
+def basic(text: bytes) -> tuple[bytes, bytes]:
+    return b"authorization", b"Basic " + base64.b64encode(text)
+
+
+def test_with_basic_the_key_is_the_password() -> None:
+    assert presented(basic(b"anyone:the:key")) == digest(b"the:key")
+    assert presented(basic(b":key")) == digest(b"key")
+    assert presented(basic(b"key")) is None
+    assert presented(basic(b"user:")) is None
+    assert presented((b"authorization", b"Basic not*base64")) is None
+    assert presented((b"authorization", b"Basic QQ=A")) is None
+
+
+@pytest.mark.parametrize(
+    ("path", "left", "key"),
+    [
+        (b"/key/K/api/tags", b"/api/tags", b"K"),
+        (b"/key/K/", b"/", b"K"),
+        (b"/key/K", b"/", b"K"),
+        (b"/key/a%2Fb%20c/api/tags", b"/api/tags", b"a/b c"),
+        (b"/key//api/tags", b"/api/tags", None),
+        (b"/keys/K/api/tags", b"/keys/K/api/tags", None),
+        (b"/key", b"/key", None),
+        (b"/key/K/key/L/api", b"/key/L/api", b"K"),
+    ],
+)
+def test_a_key_in_the_path_is_cut_off_and_counts_where_that_is_set(
+    path: bytes, left: bytes, key: bytes | None
+) -> None:
+    header = [(b"apikey", b"other")]
+    expected = digest(key) if key else digest(b"other")
+    assert take_credential(SALT, True, path, header)[:2] == (expected, left)
+    assert take_credential(SALT, False, path, header)[:2] == (digest(b"other"), left)
 
 
 # Reading the file again.
