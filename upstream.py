@@ -67,11 +67,6 @@ class _Connection:
             and now - self.idle_since < MAX_IDLE_TIME
         )
 
-    @property
-    def answered(self) -> bool:
-        """Whether bytes have come that were not read yet."""
-        return self.reader.fed != self._taken or self.reader.at_eof()
-
     async def more(self) -> bool:
         """Wait for bytes; False at the end of the stream."""
         data = await self.reader.read(READ_SIZE)
@@ -148,7 +143,7 @@ class Upstream:
             connection = await self._connect()
             connection.uploaded = False
             try:
-                head = await self._try(connection, message, body, chunked=length is None)
+                head = await self._try_upload(connection, message, body, chunked=length is None)
             except _Stale:
                 raise self._closed() from None
         bodiless = method == b"HEAD" or head.status in {204, 304}
@@ -179,14 +174,7 @@ class Upstream:
         except _Stale:
             raise self._closed() from None
 
-    async def _try(
-        self,
-        connection: _Connection,
-        message: bytes,
-        body: AsyncIterator[bytes] | None = None,
-        *,
-        chunked: bool = False,
-    ) -> ResponseHead:
+    async def _try(self, connection: _Connection, message: bytes) -> ResponseHead:
         """Send on one connection; abort it unless a head comes.
 
         Raises:
@@ -195,14 +183,33 @@ class Upstream:
         """
         try:
             with self._failures():
-                if body is not None:
-                    await self._upload(connection, message, body, chunked=chunked)
-                    message = b""
                 async with self._timeout(self._first_byte_timeout, "sent no answer"):
                     return await self._head(connection, message)
         except BaseException:
             await connection.abort()
             raise
+
+    async def _try_upload(
+        self, connection: _Connection, message: bytes, body: AsyncIterator[bytes], *, chunked: bool
+    ) -> ResponseHead:
+        """Send a body while it comes, until it ends or upstream answers; else as `_try`."""
+        upload = asyncio.create_task(self._upload(connection, message, body, chunked=chunked))
+        answer = asyncio.create_task(self._head(connection, b""))
+        try:
+            with self._failures():
+                await asyncio.wait({upload, answer}, return_when=asyncio.FIRST_COMPLETED)
+                if upload.done():
+                    upload.result()
+                    async with self._timeout(self._first_byte_timeout, "sent no answer"):
+                        return await answer
+                return answer.result()
+        except BaseException:
+            await connection.abort()
+            raise
+        finally:
+            upload.cancel()
+            answer.cancel()
+            await asyncio.gather(upload, answer, return_exceptions=True)
 
     async def _upload(
         self,
@@ -212,15 +219,13 @@ class Upstream:
         *,
         chunked: bool,
     ) -> None:
-        """Send a body as it comes, unless upstream answers before its end."""
+        """Send a body as it comes."""
         with suppress(ConnectionError):  # what upstream said before may still be read
             connection.writer.write(message)
             async for piece in body:
                 connection.writer.write(frame_chunk(piece) if chunked else piece)
                 async with self._timeout(self._idle_timeout, "took nothing more of the request"):
                     await connection.writer.drain()
-                if connection.answered:
-                    return
             if chunked:
                 connection.writer.write(LAST_CHUNK)
             connection.uploaded = True

@@ -53,6 +53,7 @@ class Script:
     thinking: list[str] = field(default_factory=list)
     tool_calls: list[Object] = field(default_factory=list)
     hold_before: int | None = None  # the index of the line that waits for `let_go`
+    hold_end: bool = False  # wait for `let_go` before the body's end
     hold_head: bool = False  # wait for `let_go` before the head
     break_after: int | None = None  # lines after which the connection is cut
     error_after: int | None = None  # lines after which the runner dies
@@ -62,6 +63,7 @@ class Script:
     )
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
     respond: Callable[[Seen, asyncio.StreamWriter], Awaitable[None]] | None = None
+    swallow: Callable[[asyncio.StreamReader, int | None], Awaitable[None]] | None = None
     gate: Callable[[], Awaitable[object]] | None = None  # awaited before each line
 
 
@@ -138,7 +140,10 @@ class StandIn:
         if named.get("expect") == "100-continue":
             writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         body = b""
-        if named.get("transfer-encoding") == "chunked":
+        if self.script.swallow is not None and path.startswith("/api/blobs/"):
+            declared = named.get("content-length")
+            await self.script.swallow(reader, None if declared is None else int(declared))
+        elif named.get("transfer-encoding") == "chunked":
             while size := int((await reader.readline()).strip(), 16):
                 body += await reader.readexactly(size)
                 await reader.readline()
@@ -186,7 +191,9 @@ class StandIn:
         else:
             await self._api(seen, writer)
 
-    async def _api(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+    async def _api(  # noqa: C901 - a table, written as a match
+        self, seen: Seen, writer: asyncio.StreamWriter
+    ) -> None:
         match seen.method, seen.path:
             case (("GET" | "HEAD"), "/"):
                 _send(writer, 200, b"Ollama is running", "text/plain; charset=utf-8", seen)
@@ -200,8 +207,103 @@ class StandIn:
                 await self._generate(seen, writer, chat=seen.path == "/api/chat")
             case "POST", "/api/embed" | "/api/embeddings":
                 self._embed(seen, writer)
+            case "POST", "/api/show":
+                _send_json(writer, 200, {"modelfile": "# none", "details": {}}, seen)
+            case _ if seen.path.startswith("/v1/"):
+                await self._v1(seen, writer)
+            case _ if seen.path.startswith("/api/blobs/") or seen.path in _MANAGING:
+                await self._manage(seen, writer)
             case _:
                 _send(writer, 404, b"404 page not found", "text/plain", seen)
+
+    async def _manage(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+        if seen.path not in {"/api/pull", "/api/push", "/api/create"}:
+            writer.write(f"HTTP/1.1 200 OK\r\nDate: {DATE}\r\nContent-Length: 0\r\n\r\n".encode())
+            return
+        writer.write(_head(200, "application/x-ndjson", ("Transfer-Encoding", "chunked")))
+        steps = ("pulling manifest", "verifying sha256 digest", "success")
+        await self._chunks([_dump({"status": step}) + b"\n" for step in steps], writer)
+
+    async def _v1(self, seen: Seen, writer: asyncio.StreamWriter) -> None:
+        listed = [
+            {"id": name, "object": "model", "created": 1795424298, "owned_by": "library"}
+            for name in self.script.models
+        ]
+        if seen.path == "/v1/models":
+            _send_json(writer, 200, {"object": "list", "data": listed}, seen)
+        elif (name := seen.path.removeprefix("/v1/models/")) != seen.path:
+            _send_json(writer, 200, {**listed[0], "id": name}, seen)
+        else:
+            asked = seen.json()
+            if not self._knows(asked.get("model")):
+                message = f"model '{asked.get('model', '')}' not found"
+                error = {"message": message, "type": "api_error", "param": None, "code": None}
+                _send_json(writer, 404, {"error": error}, seen)
+            elif asked.get("stream"):
+                writer.write(_head(200, "text/event-stream", ("Transfer-Encoding", "chunked")))
+                await self._chunks(self._events(asked, seen.path), writer)
+            else:
+                _send_json(writer, 200, self._v1_object(asked, seen.path), seen)
+
+    def _events(self, asked: Object, path: str) -> list[bytes]:
+        """A stream as the traces show it; those of `responses` and `messages` only roughly."""
+        if path in {"/v1/responses", "/v1/messages"}:
+            return [b'event: x\ndata: {"n":%d}\n\n' % number for number in range(3)]
+        chat = path == "/v1/chat/completions"
+        common = {
+            "id": "chatcmpl-796" if chat else "cmpl-893",
+            "object": "chat.completion.chunk" if chat else "text_completion",
+            "created": 1795425061,
+            "model": asked["model"],
+            "system_fingerprint": "fp_ollama",
+        }
+
+        def event(text: str, reason: str | None) -> Object:
+            said = {"delta": {"role": "assistant", "content": text}} if chat else {"text": text}
+            return {**common, "choices": [{"index": 0, **said, "finish_reason": reason}]}
+
+        events = [event(token, None) for token in self.script.tokens] + [event("", "stop")]
+        if (asked.get("stream_options") or {}).get("include_usage"):
+            events.append({**common, "choices": [], "usage": USAGE})
+        return [b"data: %b\n\n" % _dump(e) for e in events] + [b"data: [DONE]\n\n"]
+
+    def _v1_object(self, asked: Object, path: str) -> Object:
+        text = "".join(self.script.tokens)
+        common = {"created": 1795425064, "model": asked["model"], "usage": USAGE}
+        match path:
+            case "/v1/chat/completions":
+                said: Object = {"message": {"role": "assistant", "content": text}}
+                kind, name = "chat.completion", "chatcmpl-914"
+            case "/v1/completions":
+                said, kind, name = {"text": text}, "text_completion", "cmpl-418"
+            case "/v1/embeddings":
+                data = [{"object": "embedding", "embedding": [0.25, -0.5], "index": 0}]
+                usage = {"prompt_tokens": 1, "total_tokens": 1}
+                return {"object": "list", "data": data, "model": asked["model"], "usage": usage}
+            case _:
+                return {"id": "r", "type": "message", "content": text}
+        choice = {"index": 0, **said, "finish_reason": "stop"}
+        return {"id": name, "object": kind, "choices": [choice], **common}
+
+    async def _chunks(self, pieces: list[bytes], writer: asyncio.StreamWriter) -> None:
+        """Send a stream's pieces, one a chunk, as the script says."""
+        script = self.script
+        for index, piece in enumerate(pieces):
+            if index == script.hold_before:
+                await writer.drain()
+                await script.let_go.wait()
+            if index == script.break_after:
+                await writer.drain()
+                writer.transport.abort()
+                raise Cut
+            if script.gate is not None:
+                await script.gate()
+            await asyncio.sleep(script.pace)
+            writer.write(_chunk(piece))
+            await writer.drain()
+        if script.hold_end:
+            await script.let_go.wait()
+        writer.write(b"0\r\n\r\n")
 
     def _models(self) -> list[Object]:
         return [
@@ -288,24 +390,10 @@ class StandIn:
     async def _stream(self, asked: Object, chat: bool, writer: asyncio.StreamWriter) -> None:
         script = self.script
         writer.write(_head(200, "application/x-ndjson", ("Transfer-Encoding", "chunked")))
-        for index, line in enumerate(self.lines(asked, chat)):
-            if index == script.hold_before:
-                await writer.drain()
-                await script.let_go.wait()
-            if index == script.break_after:
-                await writer.drain()
-                writer.transport.abort()
-                raise Cut
-            if index == script.error_after:
-                line = {"error": RUNNER_DIED}
-            if script.gate is not None:
-                await script.gate()
-            await asyncio.sleep(script.pace)
-            writer.write(_chunk(_dump(line) + b"\n"))
-            await writer.drain()
-            if index == script.error_after:
-                break
-        writer.write(b"0\r\n\r\n")
+        lines = self.lines(asked, chat)
+        if script.error_after is not None:
+            lines[script.error_after :] = [{"error": RUNNER_DIED}]
+        await self._chunks([_dump(line) + b"\n" for line in lines], writer)
 
     async def _whole(
         self, asked: Object, chat: bool, seen: Seen, writer: asyncio.StreamWriter
@@ -345,6 +433,8 @@ class StandIn:
             _send_json(writer, 200, {"embedding": [0.5670403838157654, 0.009260174]}, seen)
 
 
+USAGE = {"prompt_tokens": 12, "completion_tokens": 5, "total_tokens": 17}
+_MANAGING = {"/api/pull", "/api/push", "/api/create", "/api/copy", "/api/delete"}
 RUNNER_DIED = "an error was encountered while running the model: unexpected EOF"
 
 
