@@ -19,7 +19,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
-import ollama
+import ollama_api as api
 import startup
 from cache import Cache
 from flight import Flight, Flights, Reader
@@ -34,7 +34,7 @@ from http11 import (
     parse_request_head,
 )
 from keystore import KeyStore, take_credential
-from ollama import Access, Form, Question, Route, RouteTable
+from ollama_api import Access, Form, Question, Route, RouteTable
 from server import Limits, Server
 from settings import Settings, SettingsError, address, load
 from telemetry import AccessLog, LineWriter, Record, setup_logging
@@ -155,7 +155,7 @@ class Proxy:
         """Write an error in the form of the API that was called."""
         form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
-        return Response(error.status, ((b"Content-Type", ollama.JSON), *error.headers), body)
+        return Response(error.status, ((b"Content-Type", api.JSON), *error.headers), body)
 
     # Who gets in, and what is asked.
 
@@ -295,9 +295,9 @@ class Proxy:
         return self.flights.begin(
             key,
             partial(self.upstream.exchange, head.method, target, headers, question.body()),
-            route.codec.notes if route.codec else ollama.progress_notes,
+            route.codec.notes if route.codec else api.progress_notes,
             partial(self._store, key, question) if key is not None else None,
-            ollama.normalised(question.model),
+            api.normalised(question.model),
         )
 
     @asynccontextmanager
@@ -311,7 +311,7 @@ class Proxy:
         exchange = partial(
             self.upstream.exchange, head.method, target, _passed_on(head), body, head.length
         )
-        flight = self.flights.begin(None, exchange, ollama.progress_notes, None)
+        flight = self.flights.begin(None, exchange, api.progress_notes, None)
         with flight.join() as reader:
             yield await self._replay(reader, _NO_QUESTION, Form.OLLAMA, record)
         self.models_changed.set()
@@ -319,7 +319,7 @@ class Proxy:
     def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
         """Keep a complete answer; tell whether it was kept."""
         notes = flight.notes
-        if flight.status != 200 or not isinstance(notes, ollama.BaseNotes) or not notes.keep:
+        if flight.status != 200 or not isinstance(notes, api.BaseNotes) or not notes.keep:
             return False
         body = flight.whole()
         folded = body if question.relayed else notes.fold()
@@ -338,8 +338,8 @@ class Proxy:
         """Read a flight's tape as its client wants it."""
         await reader.head()
         flight = reader.flight
-        kind = ollama.content_type(flight.headers)
-        lines = kind.startswith((ollama.NDJSON, ollama.SSE))
+        kind = api.content_type(flight.headers)
+        lines = kind.startswith((api.NDJSON, api.SSE))
         if lines and flight.status == 200 and not (question.stream or question.relayed):
             folded = await reader.fold()
             _say_stored(flight, record)
@@ -354,7 +354,7 @@ class Proxy:
     # What OllProx answers by itself.
 
     async def _health(self) -> Response:
-        return Response(200, ((b"Content-Type", ollama.JSON),), b'{"status":"ok"}')
+        return Response(200, ((b"Content-Type", api.JSON),), b'{"status":"ok"}')
 
     async def _ready(self) -> Response:
         async with self._probing:
@@ -363,20 +363,20 @@ class Proxy:
                 self._probed = (time.monotonic(), isinstance(version, str))
         if not self._probed[1]:
             raise HTTPError(503, "Ollama does not answer")
-        return Response(200, ((b"Content-Type", ollama.JSON),), b'{"status":"ready"}')
+        return Response(200, ((b"Content-Type", api.JSON),), b'{"status":"ready"}')
 
     async def probe(self) -> str | HTTPError:
         """Ask upstream for its version."""
         try:
-            body = await self._fetch(ollama.VERSION, PROBE_TIMEOUT)
+            body = await self._fetch(api.VERSION, PROBE_TIMEOUT)
         except HTTPError as error:
             return error
-        return ollama.version(body)
+        return api.version(body)
 
     async def refresh_models(self) -> None:
         """Drop the answers of every model that is another one now, or gone."""
         try:
-            found = ollama.digests(await self._fetch(ollama.TAGS, TAGS_TIMEOUT))
+            found = api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
         except HTTPError as error:
             log.debug("the list of models could not be read: %s", error.message)
             return
@@ -447,7 +447,7 @@ def _wrong_method(route: Route) -> HTTPError:
 def _as_object(headers: Headers) -> Headers:
     """Give the headers of a stream the type of a single object."""
     rest = tuple(pair for pair in headers if pair[0].lower() != b"content-type")
-    return ((b"Content-Type", ollama.JSON), *rest)
+    return ((b"Content-Type", api.JSON), *rest)
 
 
 def _say_stored(flight: Flight, record: Record) -> None:
@@ -499,7 +499,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         first_byte_timeout=settings.first_byte_timeout,
         idle_timeout=settings.idle_timeout,
     )
-    proxy = Proxy(settings, keys, upstream, ollama.route_table(settings.max_object_bytes))
+    proxy = Proxy(settings, keys, upstream, api.route_table(settings.max_object_bytes))
     server = Server(
         proxy.handle,
         proxy.render_error,

@@ -48,6 +48,7 @@ class Cut(Exception):
 class Script:
     """How the stand-in behaves; a test changes it as it goes."""
 
+    created_at: str = ""  # the same for all lines; empty: the time
     pace: float = 0.0  # seconds between lines
     tokens: list[str] = field(default_factory=lambda: ["Paris", " is", " the", " capital", "."])
     thinking: list[str] = field(default_factory=list)
@@ -189,7 +190,13 @@ class StandIn:
                 writer.write(part)
                 await writer.drain()
         else:
+            await self._held(seen)
             await self._api(seen, writer)
+
+    async def _held(self, seen: Seen) -> None:
+        """Hold what a model would say, where the script says so."""
+        if self.script.hold_head and seen.method == "POST" and seen.path not in _MANAGING:
+            await self.script.let_go.wait()
 
     async def _api(  # noqa: C901 - a table, written as a match
         self, seen: Seen, writer: asyncio.StreamWriter
@@ -337,8 +344,6 @@ class StandIn:
             line = self._line(asked, chat, "", {"done": True, "done_reason": reason})
             _send_json(writer, 200, line, seen)
             return
-        if self.script.hold_head:
-            await self.script.let_go.wait()
         if asked.get("stream") is False:
             await self._whole(asked, chat, seen, writer)
         else:
@@ -379,7 +384,7 @@ class StandIn:
     def _line(
         self, asked: Object, chat: bool, text: str, rest: Object, thinking: str = ""
     ) -> Object:
-        line: Object = {"model": asked["model"], "created_at": _now()}
+        line: Object = {"model": asked["model"], "created_at": self.script.created_at or _now()}
         thought = {"thinking": thinking} if thinking else {}
         if chat:
             line["message"] = {"role": "assistant", "content": text, **thought}

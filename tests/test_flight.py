@@ -9,7 +9,7 @@ import pytest
 from cache import Cache
 from flight import PIECE_OVERHEAD, Ending, Flight, Flights
 from http11 import HTTPError, Response, Truncated
-from ollama import BaseNotes, LineNotes
+from ollama_api import BaseNotes, LineNotes
 
 DONE = b'{"response":"","done":true}\n'
 

@@ -16,7 +16,7 @@ from flight import Flights
 from http11 import Head, Response
 from http11 import Request as HttpRequest
 from keystore import KeyStore
-from ollama import Access, AsItCame, Form, Route, route_table
+from ollama_api import Access, AsItCame, Form, Route, route_table
 from ollprox import Proxy
 from settings import Settings
 from telemetry import Record
@@ -86,7 +86,7 @@ def test_no_path_stands_outside_the_table() -> None:
     root = Path(__file__).parent.parent
     for file in root.glob("*.py"):
         text = file.read_text()
-        if file.name != "ollama.py":
+        if file.name != "ollama_api.py":
             for path in ("/api/", "/v1/"):
                 assert f'"{path}' not in text, file
 

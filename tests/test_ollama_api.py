@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from standin import Script, StandIn
 
 from http11 import HTTPError, Response
-from ollama import (
+from ollama_api import (
     BaseNotes,
     Form,
     Question,
