@@ -25,6 +25,7 @@ from conftest import Program, Start
 from langchain_ollama import ChatOllama, OllamaEmbeddings, OllamaLLM
 from standin import RUNNER_DIED, StandIn
 
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")  # clients leave sockets
 MODEL = "llama2"
 MESSAGES: list[Any] = [{"role": "user", "content": "Say hi."}]
 NODE = Path(__file__).parent / "node"
@@ -194,7 +195,7 @@ def _no_proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)
     yield
-    with warnings.catch_warnings():  # clients leave sockets to be collected
+    with warnings.catch_warnings():  # and so that none is left for other tests
         warnings.simplefilter("ignore")
         gc.collect()
 
