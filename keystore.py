@@ -15,7 +15,8 @@ import secrets
 import stat
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,10 @@ MAX_FILE_BYTES = 64 << 20  # a key file; a million keys fit
 MIN_KEY_CHARS = 16  # a shorter plain key is warned about
 MAX_REPORTED = 10  # lines reported one by one, after that only their number
 CLOCK_TICK_NS = 2_000_000_000  # a file changed this recently may change again unseen
+
+MAX_WRONG = 10  # wrong keys that one address may try in a window
+WRONG_WINDOW = 60.0  # seconds
+MAX_ADDRESSES = 10_000  # addresses that are remembered for it
 
 # In this order the first that carries a key decides.
 _KEY_HEADERS = (b"apikey", b"x-api-key", b"authorization")
@@ -203,6 +208,28 @@ class KeyStore:
         if result.reports != self._reports:
             self._reports = result.reports
             yield from ((logging.WARNING, f"API_KEY_FILE {r}") for r in shorten(result.reports))
+
+
+class WrongKeys:
+    """Count the wrong keys that each address tries, to slow down who guesses.
+
+    A valid key is never asked of this: one address may be a whole school.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._tried: OrderedDict[str, tuple[float, int]] = OrderedDict()
+
+    def count(self, address: str) -> tuple[int, float]:
+        """Count one more; return how many there were in this window, and its seconds left."""
+        now = self._clock()
+        began, count = self._tried.pop(address, (now, 0))
+        if now - began >= WRONG_WINDOW:
+            began, count = now, 0
+        self._tried[address] = began, count + 1
+        if len(self._tried) > MAX_ADDRESSES:
+            self._tried.popitem(last=False)
+        return count + 1, began + WRONG_WINDOW - now
 
 
 def reason(error: OSError) -> str:

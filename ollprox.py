@@ -33,7 +33,7 @@ from http11 import (
     end_to_end,
     parse_request_head,
 )
-from keystore import KeyStore, take_credential
+from keystore import MAX_WRONG, KeyStore, WrongKeys, take_credential
 from ollama_api import Access, Form, Question, Route, RouteTable
 from server import Limits, Server
 from settings import Settings, SettingsError, address, load
@@ -116,6 +116,7 @@ class Proxy:
         self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
         self.models_changed = asyncio.Event()  # a model was managed: read the digests again
         self._digests: dict[str, str] = {}  # each model's, as upstream last listed them
+        self._wrong_keys = WrongKeys()
         self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
         self._probing = asyncio.Lock()
         self._own: dict[str, Callable[[], Awaitable[Response]]] = {
@@ -188,6 +189,8 @@ class Proxy:
         if digest is not None:
             record.caller = label or digest.hex()[:8]
         if label is None:
+            if digest is not None:
+                self._slow_down(record)
             wrong = "there is no API key" if digest is None else "the API key is not valid"
             raise HTTPError(
                 401,
@@ -197,6 +200,18 @@ class Proxy:
                 _CHALLENGES,
             )
         return label
+
+    def _slow_down(self, record: Record) -> None:
+        """Count a wrong key. Raises HTTPError 429 beyond a few a minute from one address."""
+        count, left = self._wrong_keys.count(record.client)
+        if count == MAX_WRONG + 1:
+            log.warning("%s has sent %d wrong API keys within a minute", record.client, count)
+        if count > MAX_WRONG:
+            raise HTTPError(
+                429,
+                "too many wrong API keys from this address; a valid one is served at once",
+                ((b"Retry-After", b"%d" % math.ceil(left)),),
+            )
 
     def _cors(self, head: Head) -> Headers:
         """Return the headers that let a listed origin's page read the response."""
@@ -498,6 +513,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         connect_timeout=settings.connect_timeout,
         first_byte_timeout=settings.first_byte_timeout,
         idle_timeout=settings.idle_timeout,
+        tls=startup.upstream_tls(settings),
     )
     proxy = Proxy(settings, keys, upstream, api.route_table(settings.max_object_bytes))
     server = Server(
@@ -508,14 +524,25 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
             take_credential=partial(take_credential, keys.salt, settings.api_key_in_path),
         ),
         AccessLog(writer, settings.log_level),
-        Limits(write_timeout=settings.write_timeout),
+        Limits(
+            max_head=settings.max_head_bytes,
+            head_timeout=settings.head_timeout,
+            keepalive_timeout=settings.keepalive_timeout,
+            body_timeout=settings.body_timeout,
+            write_timeout=settings.write_timeout,
+            max_connections=settings.max_connections,
+        ),
     )
+    certificate = startup.Certificate(settings) if settings.tls_cert_file else None
+    tls = certificate.context if certificate else None
+    asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
     try:
-        port = await server.listen(settings.listen_host, settings.listen_port)
+        port = await server.listen(settings.listen_host, settings.listen_port, tls)
     except OSError as error:
         return startup.cannot_listen(settings, error)
     signals = startup.Signals()
-    print(f"OllProx {__version__} listens on http://{address(settings.listen_host, port)}")
+    where = f"{settings.listen_scheme}://{address(settings.listen_host, port)}"
+    print(f"OllProx {__version__} listens on {where}")
     print(startup.describe(settings, keys), flush=True)
     if not keys.labels:
         print(startup.make_key(keys, port), flush=True)
@@ -524,6 +551,8 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
         asyncio.create_task(_say_upstream(proxy)),
     ]
+    if certificate:
+        chores.append(asyncio.create_task(_each(settings.key_refresh, certificate.poll)))
     if settings.model_refresh:
         changed = proxy.models_changed
         chores.append(
@@ -605,9 +634,11 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             keys = startup.open_keys(settings)
             if chosen.check:
-                print(f"would listen on http://{settings.listen_address}")
+                startup.check_tls(settings)
+                print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
                 print(startup.describe(settings, keys))
                 return 0
+            startup.raise_file_limit()
             return asyncio.run(run(settings, keys, writer))
         finally:
             writer.close()

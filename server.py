@@ -7,6 +7,7 @@ the time of a body, how long it may take to read what is written to it.
 import asyncio
 import logging
 import socket
+import ssl
 import struct
 import time
 from collections.abc import AsyncIterator, Callable
@@ -41,6 +42,7 @@ RenderError = Callable[[HTTPError, Head | None, Record], Response]
 """Writes an error in the form of the API that was called."""
 
 SLICE = 256 << 10  # bytes written at once; nginx and Go hand on 32 to 128 KiB
+MAX_SURPLUS = 256  # clients beyond `max_connections` that are told so; more are cut off
 READ_AHEAD = 64 << 10  # bytes taken from a client before they are asked for
 GONE = 499  # nginx's status for a client that hung up; logged, never sent
 
@@ -51,9 +53,10 @@ class Limits:
 
     max_head: int = 16 << 10
     head_timeout: float = 10.0  # from a head's first byte to its last
-    keepalive_timeout: float = 75.0  # without a request
+    keepalive_timeout: float = 75.0  # between two requests
     body_timeout: float = 60.0  # without a byte of a body
     write_timeout: float = 60.0  # without a byte read by the client
+    max_connections: int = 1024  # clients at once; more are refused
     linger_timeout: float = 5.0  # for a client to take an answer that it did not wait for
 
 
@@ -93,11 +96,11 @@ class Server:
         self.draining = False
         self._listener: asyncio.Server | None = None
 
-    async def listen(self, host: str, port: int) -> int:
+    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Start to accept clients; return the port. Raises OSError."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
-            lambda: _Client(self), host, port, backlog=1024, reuse_address=True
+            lambda: _Client(self), host, port, backlog=1024, reuse_address=True, ssl=tls
         )
         listening: int = self._listener.sockets[0].getsockname()[1]
         return listening
@@ -144,6 +147,8 @@ class _Client(asyncio.Protocol):
         self._reading = True
         self._answering = False  # between a request's head and the end of its response
         self._unread = False  # bytes of the body under way are still to come
+        self._served = False  # a request was answered
+        self._tls = False
         self.deadline = float("inf")
         self._address = "-"
         self._loop = asyncio.get_running_loop()
@@ -156,8 +161,12 @@ class _Client(asyncio.Protocol):
         self.transport = transport
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if isinstance(peer, tuple) else "-"
-        self._server.clients.add(self)
-        self.task = self._loop.create_task(self._run())
+        self._tls = transport.get_extra_info("ssl_object") is not None
+        clients, most = self._server.clients, self._server.limits.max_connections
+        clients.add(self)
+        self.task = self._loop.create_task(self._run(surplus=len(clients) > most))
+        if len(clients) > most + MAX_SURPLUS:
+            transport.abort()
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; stop reading while many wait to be taken."""
@@ -173,7 +182,7 @@ class _Client(asyncio.Protocol):
         self._wake()
         if self._answering:
             self.task.cancel()
-        return True
+        return not self._tls  # which cannot be half-closed
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of a client."""
@@ -220,11 +229,14 @@ class _Client(asyncio.Protocol):
 
     # The way of a request.
 
-    async def _run(self) -> None:
+    async def _run(self, *, surplus: bool) -> None:
         try:
-            while await self._cycle():
-                if self._buffer:
-                    await asyncio.sleep(0)  # pipelined requests leave the others a turn
+            if surplus:
+                self._refuse(_surplus(self._server.limits.max_connections))
+            else:
+                while await self._cycle():
+                    if self._buffer:
+                        await asyncio.sleep(0)  # pipelined requests leave the others a turn
             await self._linger()
         except (Gone, ConnectionError):
             self.transport.abort()
@@ -257,6 +269,7 @@ class _Client(asyncio.Protocol):
             raise
         finally:
             self._answering = False
+            self._served = True
             self._server.done(record)
 
     async def _answer(self, request: Request, record: Record) -> bool:
@@ -304,7 +317,8 @@ class _Client(asyncio.Protocol):
             if self._eof or (self._server.draining and not buffer):
                 return None
             if not checked:
-                wait = limits.head_timeout if buffer else limits.keepalive_timeout
+                idle = self._served and not buffer
+                wait = limits.keepalive_timeout if idle else limits.head_timeout
                 self.deadline = self._loop.time() + wait
             checked = len(buffer)
             await self._more()
@@ -495,6 +509,14 @@ class _Client(asyncio.Protocol):
                 self._buffer.clear()
                 async with asyncio.timeout(self._server.limits.linger_timeout):
                     await self._more()
+
+
+def _surplus(most: int) -> HTTPError:
+    return HTTPError(
+        503,
+        f"OllProx serves {most} connections at once (MAX_CONNECTIONS)",
+        ((b"Retry-After", b"1"),),
+    )
 
 
 _date: tuple[int, bytes] = (0, b"")

@@ -58,6 +58,12 @@ def _positive_size(text: str) -> int:
     return value
 
 
+def _count(text: str) -> int:
+    if not re.fullmatch(r"\d{1,9}", text, re.ASCII) or int(text) == 0:
+        raise ValueError("must be a number above 0")
+    return int(text)
+
+
 def _port(text: str) -> int:
     if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or not 1 <= int(text) <= 65535:
         raise ValueError("must be a port from 1 to 65535")
@@ -109,6 +115,7 @@ class Settings:
 
     ollama_host: str = _setting("127.0.0.1", str)
     ollama_port: int = _setting(11434, _port)
+    ollama_tls: bool = field(default=False)  # OLLAMA_HOST was an https URL
     listen_host: str = _setting("0.0.0.0", _host)
     listen_port: int = _setting(8000, _listen_port)
     api_key_file: str = _setting("", str)
@@ -125,6 +132,14 @@ class Settings:
     model_refresh: float = _setting(30.0, _seconds_or_off)
     max_body_bytes: int = _setting(32 << 20, _positive_size)
     max_object_bytes: int = _setting(32 << 20, _positive_size)
+    max_head_bytes: int = _setting(16 << 10, _positive_size)
+    max_connections: int = _setting(1024, _count)
+    head_timeout: float = _setting(10.0, _seconds)
+    body_timeout: float = _setting(60.0, _seconds)
+    keepalive_timeout: float = _setting(75.0, _seconds)
+    tls_cert_file: str = _setting("", str)
+    tls_key_file: str = _setting("", str)
+    ollama_ca_file: str = _setting("", str)
     connect_timeout: float = _setting(5.0, _seconds)
     first_byte_timeout: float = _setting(1800.0, _seconds)
     idle_timeout: float = _setting(300.0, _seconds)
@@ -134,8 +149,18 @@ class Settings:
 
     @property
     def key_path(self) -> Path:
-        """Where the key file is; relative paths start at the program's folder."""
-        return ROOT / Path(self.api_key_file).expanduser()
+        """Where the key file is."""
+        return program_path(self.api_key_file)
+
+    @property
+    def upstream_url(self) -> str:
+        """Upstream as a URL."""
+        return f"{'https' if self.ollama_tls else 'http'}://{self.upstream_address}"
+
+    @property
+    def listen_scheme(self) -> str:
+        """What our own URLs begin with."""
+        return "https" if self.tls_cert_file else "http"
 
     @property
     def upstream_address(self) -> str:
@@ -157,7 +182,7 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     """
     values = {**_read_env_file(env_file), **environ}
     chosen: dict[str, Any] = {}
-    for item in fields(Settings):
+    for item in (item for item in fields(Settings) if item.metadata):
         name = item.name.upper()
         text = values.get(name, "")
         if not text.strip():
@@ -171,6 +196,8 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
     entry = chosen.get("cache_max_entry_bytes", Settings().cache_max_entry_bytes)
     settings = Settings(**{**chosen, "cache_max_entry_bytes": min(entry, budget)})
+    if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
+        raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
     _refuse_ourselves(settings)
     return settings
 
@@ -197,14 +224,16 @@ def _upstream(text: str, port: int | None) -> dict[str, Any]:
         host, explicit = url.hostname or "", url.port
     except ValueError:
         raise wrong from None
-    if url.scheme != "http" or url.username is not None or explicit == 0:
+    if url.scheme not in {"http", "https"} or url.username is not None or explicit == 0:
         raise wrong
     if url.path not in {"", "/"} or url.query or url.fragment or not host.isascii():
         raise wrong
     if not re.fullmatch(r"[\w.:%-]*", host, re.ASCII):
         raise wrong
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return {"ollama_host": host, "ollama_port": explicit or port or Settings().ollama_port}
+    tls = url.scheme == "https"
+    default = 443 if tls else Settings().ollama_port
+    return {"ollama_host": host, "ollama_port": explicit or port or default, "ollama_tls": tls}
 
 
 def _refuse_ourselves(settings: Settings) -> None:
@@ -227,6 +256,11 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host.lower().rstrip(".") == "localhost"
+
+
+def program_path(text: str) -> Path:
+    """Return a path of the settings; relative ones start at the program's folder."""
+    return ROOT / Path(text).expanduser()
 
 
 def address(host: str, port: int) -> str:

@@ -1,17 +1,22 @@
 """Start and stop: check the key file, say what will be done, take signals."""
 
 import asyncio
+import contextlib
 import errno
 import http.client
 import logging
+import math
 import os
+import resource
 import signal
 import socket
+import ssl
 import sys
 from pathlib import Path
+from typing import Any
 
 from keystore import KeyStore, new_key, reason
-from settings import ROOT, Settings, SettingsError
+from settings import ROOT, Settings, SettingsError, program_path
 
 log = logging.getLogger("ollprox")
 
@@ -89,10 +94,106 @@ def describe(settings: Settings, keys: KeyStore) -> str:
     cache = f"at most {settings.cache_max_bytes} bytes, {settings.cache_max_entry_bytes} an answer"
     kept = f"{cache}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
     return (
-        f"forwards to   http://{settings.upstream_address}\n"
+        f"forwards to   {settings.upstream_url}\n"
         f"API keys      {len(keys.labels)} from {source}\n"
         f"cache         {kept}"
     )
+
+
+def raise_file_limit() -> None:
+    """Allow as many open files as the system does: each client is one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
+    """Return how upstream's certificate is verified; None for plain HTTP.
+
+    Raises:
+        SettingsError: OLLAMA_CA_FILE cannot be used.
+
+    """
+    if not settings.ollama_tls:
+        return None
+    path = program_path(settings.ollama_ca_file) if settings.ollama_ca_file else None
+    try:
+        return ssl.create_default_context(cafile=path)
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"OLLAMA_CA_FILE: {path}: {_tls_reason(error)}") from None
+
+
+def check_tls(settings: Settings) -> None:
+    """Try the certificates. Raises SettingsError."""
+    upstream_tls(settings)
+    if settings.tls_cert_file:
+        Certificate(settings)
+
+
+class Certificate:
+    """Our own certificate and its key, read again when either changes.
+
+    Raises:
+        SettingsError: TLS_CERT_FILE or TLS_KEY_FILE cannot be used.
+
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._paths = program_path(settings.tls_cert_file), program_path(settings.tls_key_file)
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.minimum_version = ssl.TLSVersion.TLSv1_2
+        self._seen = self._state()
+        try:
+            self.context.load_cert_chain(*self._paths)
+        except (OSError, ValueError) as error:
+            raise SettingsError(
+                f"TLS_CERT_FILE, TLS_KEY_FILE: {self._paths[0]}, {self._paths[1]}:"
+                f" {_tls_reason(error)}: name a certificate chain and its key, as PEM files"
+            ) from None
+
+    async def poll(self) -> None:
+        """Take a renewed certificate; one that cannot be used leaves the last in force."""
+        state = self._state()
+        if state == self._seen:
+            return
+        self._seen = state
+        try:
+            self.context.load_cert_chain(*self._paths)
+        except (OSError, ValueError) as error:
+            log.error("the renewed certificate cannot be used: %s", _tls_reason(error))
+        else:
+            log.info("the certificate was read again")
+
+    def _state(self) -> list[tuple[int, int, int] | None]:
+        state: list[tuple[int, int, int] | None] = []
+        for path in self._paths:
+            try:
+                status = path.stat()
+            except OSError:
+                state.append(None)
+            else:
+                state.append((status.st_mtime_ns, status.st_size, status.st_ino))
+        return state
+
+
+def _tls_reason(error: Exception) -> str:
+    return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
+
+
+class LoopErrors:
+    """Log what the event loop cannot handle; running out of files once a minute, in one line."""
+
+    def __init__(self) -> None:
+        self._said = -math.inf
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log one such error."""
+        error = context.get("exception")
+        if not isinstance(error, OSError):
+            log.error("%s", context.get("message"), exc_info=error)
+        elif loop.time() - self._said > 60:
+            self._said = loop.time()
+            log.error("%s: %s", context.get("message"), reason(error))
 
 
 class Signals:
@@ -133,6 +234,12 @@ def ping(settings: Settings) -> int:
     """Ask the OllProx of these settings whether it is alive; 0 if so, 1 if not."""
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.listen_host, settings.listen_host)
     connection = http.client.HTTPConnection(host, settings.listen_port, timeout=3)
+    if settings.tls_cert_file:  # our own certificate, asked for by an address: not verified
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        connection = http.client.HTTPSConnection(
+            host, settings.listen_port, timeout=3, context=context
+        )
     try:
         connection.request("GET", "/health")
         status = connection.getresponse().status

@@ -5,6 +5,7 @@ more on a fresh one, but only while no byte of a response has come.
 """
 
 import asyncio
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -91,6 +92,7 @@ class Upstream:
         connect_timeout: seconds to connect in.
         first_byte_timeout: seconds until the head of a response is there.
         idle_timeout: seconds between two pieces of a response.
+        tls: how to verify its certificate; None for plain HTTP.
 
     """
 
@@ -103,6 +105,7 @@ class Upstream:
         connect_timeout: float,
         first_byte_timeout: float,
         idle_timeout: float,
+        tls: ssl.SSLContext | None = None,
     ) -> None:
         self.address = address
         self._host = host
@@ -110,6 +113,7 @@ class Upstream:
         self._connect_timeout = connect_timeout
         self._first_byte_timeout = first_byte_timeout
         self._idle_timeout = idle_timeout
+        self._tls = tls
         self._idle: list[_Connection] = []
         self._parse = KnownHeads(parse_response_head)
 
@@ -301,7 +305,7 @@ class Upstream:
         with self._failures():
             async with self._timeout(self._connect_timeout, "could not be reached"):
                 transport, _ = await loop.create_connection(
-                    lambda: protocol, self._host, self._port
+                    lambda: protocol, self._host, self._port, ssl=self._tls
                 )
         return _Connection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 

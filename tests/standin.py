@@ -215,7 +215,9 @@ class StandIn:
             case "POST", "/api/embed" | "/api/embeddings":
                 self._embed(seen, writer)
             case "POST", "/api/show":
-                _send_json(writer, 200, {"modelfile": "# none", "details": {}}, seen)
+                _send_json(
+                    writer, 200, {"modelfile": "# none", "details": {}, "model_info": {}}, seen
+                )
             case _ if seen.path.startswith("/v1/"):
                 await self._v1(seen, writer)
             case _ if seen.path.startswith("/api/blobs/") or seen.path in _MANAGING:
