@@ -189,7 +189,9 @@ class LoopErrors:
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log one such error."""
         error = context.get("exception")
-        if not isinstance(error, OSError):
+        if isinstance(error, ssl.SSLError):
+            log.debug("%s: %s", context.get("message"), _tls_reason(error))
+        elif not isinstance(error, OSError):
             log.error("%s", context.get("message"), exc_info=error)
         elif loop.time() - self._said > 60:
             self._said = loop.time()

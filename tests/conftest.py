@@ -85,7 +85,7 @@ async def launch(tmp_path: Path) -> AsyncIterator[Start]:
         program = Program(process, log)
         if not arguments and not fails:
             programs.append(program)
-            program.port = int((await program.says(r"listens on http://\S+:(\d+)"))[1])
+            program.port = int((await program.says(r"listens on https?://\S+:(\d+)"))[1])
         return program
 
     yield start

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import ssl
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -81,8 +82,10 @@ class StandIn:
         self._tasks: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server
 
-    async def start(self, host: str = "127.0.0.1", port: int = 0) -> int:
-        self._server = await asyncio.start_server(self._serve, host, port, limit=1 << 26)
+    async def start(
+        self, host: str = "127.0.0.1", port: int = 0, tls: ssl.SSLContext | None = None
+    ) -> int:
+        self._server = await asyncio.start_server(self._serve, host, port, limit=1 << 26, ssl=tls)
         self.port = self._server.sockets[0].getsockname()[1]
         return self.port
 

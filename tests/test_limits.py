@@ -1,0 +1,301 @@
+"""Bounds: each is hit, while a normal client from the same address keeps its answers."""
+
+import asyncio
+import contextlib
+import os
+import resource
+import ssl
+import subprocess
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from client import KEY, Client, ask, question, raw, request
+from conftest import Program, Start
+from standin import StandIn
+
+from keystore import MAX_ADDRESSES, MAX_WRONG, WrongKeys
+
+
+@contextlib.asynccontextmanager
+async def served(ollprox: Program) -> AsyncIterator[None]:
+    """A client with a valid key, from the same address, asks all the while."""
+    stop = asyncio.Event()
+    answers: list[int] = []
+
+    async def keep_asking() -> None:
+        async with Client(ollprox.port) as client:
+            while not stop.is_set() or not answers:
+                answer = await client.ask("POST", "/call_model", question())
+                answers.append(answer.status)
+                await asyncio.sleep(0.01)
+
+    task = asyncio.create_task(keep_asking())
+    try:
+        while not answers:
+            await asyncio.sleep(0.01)
+        yield
+    finally:
+        stop.set()
+        await task
+    assert set(answers) == {200}
+
+
+async def test_a_head_too_large_is_431(launch: Start, ollama: StandIn, key_file: Path) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_HEAD_BYTES="2K")
+    async with served(ollprox):
+        whole = await raw(ollprox.port, request("GET", "/api/tags", headers={"X": "a" * 3000}))
+        endless = await raw(ollprox.port, b"GET /" + b"a" * 3000)
+    assert whole.startswith(b"HTTP/1.1 431 ")
+    assert endless.startswith(b"HTTP/1.1 431 ")
+    assert b"2048 bytes" in whole
+
+
+async def test_a_head_too_slow_is_408(launch: Start, ollama: StandIn, key_file: Path) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.2)
+    async with served(ollprox):
+        reply = await raw(ollprox.port, b"POST /call_model HTTP/1.1\r\nHost: a\r\n")
+        silent = await raw(ollprox.port, b"")
+    assert reply.startswith(b"HTTP/1.1 408 ")
+    assert silent == b""
+
+
+async def test_dripping_a_head_does_not_prolong_it(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.5)
+    async with Client(ollprox.port) as client:
+        with contextlib.suppress(ConnectionError):
+            while not client.reader.at_eof():
+                await client.send(b"X")
+                await asyncio.sleep(0.02)
+    await ollprox.says("status=408")
+
+
+async def test_a_body_too_slow_is_408(launch: Start, ollama: StandIn, key_file: Path) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, BODY_TIMEOUT=0.2)
+    for headers in ({"Content-Length": "100"}, {"Transfer-Encoding": "chunked"}):
+        async with served(ollprox):
+            reply = await raw(ollprox.port, request("POST", "/call_model", b"", headers) + b"1")
+        assert reply.startswith(b"HTTP/1.1 408 ")
+    assert len(ollama.asked()) == 1
+
+
+async def test_an_idle_connection_is_closed(launch: Start, ollama: StandIn, key_file: Path) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEEPALIVE_TIMEOUT=0.2)
+    async with Client(ollprox.port) as client:
+        assert (await client.ask("POST", "/call_model", question())).status == 200
+        assert await client.reader.read() == b""
+
+
+async def test_a_reader_that_reads_nothing_is_dropped(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 100_000] * 150  # more than the kernel buffers
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        WRITE_TIMEOUT=0.5,
+        CACHE_MAX_ENTRY_BYTES="64M",
+    )
+    await ask(ollprox.port, "POST", "/api/generate", question("large"))
+    ollama.script.tokens = ["small"]
+    async with served(ollprox), Client(ollprox.port) as client:
+        await client.send(request("POST", "/api/generate", question("large")))
+        await ollprox.says("status=499 cache=hit")
+
+
+async def test_connections_beyond_the_limit_are_told_so(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_CONNECTIONS=3)
+    async with served(ollprox), Client(ollprox.port) as one, Client(ollprox.port) as two:
+        await one.ask("GET", "/health")
+        await two.ask("GET", "/health")
+        answer = await ask(ollprox.port, "GET", "/health")
+        assert (answer.status, answer.headers["retry-after"]) == (503, "1")
+        assert answer.headers["connection"] == "close"
+    async with asyncio.timeout(5):
+        while (await ask(ollprox.port, "GET", "/health")).status != 200:
+            await asyncio.sleep(0.01)
+
+
+async def test_running_out_of_files_is_one_line_and_no_end(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    async with served(ollprox):
+        used = len(os.listdir(f"/proc/{ollprox.pid}/fd"))
+        _, hard = resource.prlimit(ollprox.pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(ollprox.pid, resource.RLIMIT_NOFILE, (used + 2, hard))
+        clients = [await asyncio.open_connection("127.0.0.1", ollprox.port) for _ in range(8)]
+        await ollprox.says("ERROR .*out of system resource")
+        resource.prlimit(ollprox.pid, resource.RLIMIT_NOFILE, (hard, hard))
+        for _, writer in clients:
+            writer.close()
+        assert (await ask(ollprox.port, "GET", "/health")).status == 200
+    assert ollprox.text().count("ERROR") == 1
+
+
+async def test_the_limit_of_files_is_raised_at_the_start(ollprox: Program) -> None:
+    soft, hard = resource.prlimit(ollprox.pid, resource.RLIMIT_NOFILE)
+    assert soft == hard
+
+
+async def test_wrong_keys_are_slowed_down_and_valid_ones_never(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async with served(ollprox):
+        answers = [
+            await ask(ollprox.port, "GET", "/api/tags", headers={"APIKEY": f"wrong {number}"})
+            for number in range(MAX_WRONG + 5)
+        ]
+        assert [a.status for a in answers] == [401] * MAX_WRONG + [429] * 5
+        assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+        missing = await ask(ollprox.port, "GET", "/api/tags", headers={"APIKEY": ""})
+        assert missing.status == 401
+        assert (await ask(ollprox.port, "GET", "/api/tags")).status == 200
+    await ollprox.stop()
+    assert ollprox.text().count("WARNING") == 1
+
+
+def test_the_window_of_wrong_keys_ends_and_the_table_is_bounded() -> None:
+    now = [0.0]
+    wrong = WrongKeys(lambda: now[0])
+    assert [wrong.count("a")[0] for _ in range(3)] == [1, 2, 3]
+    now[0] = 59.5
+    assert wrong.count("a") == (4, 0.5)
+    now[0] = 60
+    assert wrong.count("a") == (1, 60)
+    for number in range(MAX_ADDRESSES + 10):
+        wrong.count(f"b{number}")
+    assert len(wrong._tried) == MAX_ADDRESSES
+    assert wrong.count("a")[0] == 1
+
+
+# TLS.
+
+
+def certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    """Make a certificate for localhost, signed by itself."""
+    cert, key = folder / f"{name}.pem", folder / f"{name}.key"
+    command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"]
+    command += ["-nodes", "-days", "2", "-subj", f"/CN={name}", "-keyout", str(key)]
+    command += ["-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
+
+
+async def https(port: int, trusted: Path, data: bytes) -> tuple[bytes, str]:
+    """Ask over TLS; return the response, and whom the certificate names."""
+    context = ssl.create_default_context(cafile=trusted)
+    reader, writer = await asyncio.open_connection(
+        "127.0.0.1", port, ssl=context, server_hostname="localhost"
+    )
+    subject = writer.get_extra_info("peercert")["subject"][0][0][1]
+    writer.write(data)
+    reply = await reader.read()
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    return reply, subject
+
+
+async def test_tls_serves_https_and_takes_a_renewed_certificate(
+    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path, "first")
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        TLS_CERT_FILE=cert,
+        TLS_KEY_FILE=key,
+        KEY_REFRESH=0.1,
+    )
+    assert "listens on https://" in ollprox.text()
+    ping = await launch("--ping", LISTEN_PORT=ollprox.port, TLS_CERT_FILE=cert, TLS_KEY_FILE=key)
+    assert await ping.process.wait() == 0
+    close = {"Connection": "close"}
+    reply, subject = await https(
+        ollprox.port, cert, request("POST", "/call_model", question(), close)
+    )
+    assert reply.startswith(b"HTTP/1.1 200 OK")
+    assert subject == "first"
+    assert await raw(ollprox.port, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n") == b""  # no TLS
+    second_cert, second_key = certificate(tmp_path, "second")
+    second_key.rename(key)
+    second_cert.rename(cert)
+    await ollprox.says("the certificate was read again")
+    reply, subject = await https(ollprox.port, cert, request("GET", "/health", headers=close))
+    assert (reply[:15], subject) == (b"HTTP/1.1 200 OK", "second")
+    cert.write_text("broken")
+    await ollprox.says("the renewed certificate cannot be used")
+
+
+async def test_a_streams_client_over_tls_is_noticed_to_leave(
+    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path, "first")
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, TLS_CERT_FILE=cert, TLS_KEY_FILE=key
+    )
+    ollama.script.hold_head = True
+    context = ssl.create_default_context(cafile=cert)
+    _, writer = await asyncio.open_connection(
+        "127.0.0.1", ollprox.port, ssl=context, server_hostname="localhost"
+    )
+    writer.write(request("POST", "/call_model", question()))
+    await ollama.until(lambda: bool(ollama.asked()))
+    writer.close()
+    with contextlib.suppress(OSError):
+        await writer.wait_closed()
+    await ollama.until(lambda: ollama.asked()[0].gone)
+
+
+async def test_upstreams_certificate_is_verified(
+    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path, "upstream")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    secure = StandIn()
+    port = await secure.start(tls=context)
+    for trusted, status in (("", 502), (cert, 200)):
+        ollprox = await launch(
+            OLLAMA_HOST=f"https://localhost:{port}", API_KEY_FILE=key_file, OLLAMA_CA_FILE=trusted
+        )
+        answer = await ask(ollprox.port, "POST", "/call_model", question())
+        assert answer.status == status
+        if status == 502:
+            assert "certificate" in answer.json()["error"].lower()
+    assert len(secure.asked()) == 1
+    await secure.stop()
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"TLS_CERT_FILE": "/nope.pem"}, "TLS_CERT_FILE"),
+        ({"TLS_CERT_FILE": "/nope.pem", "TLS_KEY_FILE": "/nope.key"}, "TLS_CERT_FILE"),
+        ({"OLLAMA_HOST": "https://x", "OLLAMA_CA_FILE": "/nope.pem"}, "OLLAMA_CA_FILE"),
+    ],
+)
+async def test_certificates_that_cannot_be_used_fail_the_start(
+    launch: Start, settings: dict[str, str], name: str
+) -> None:
+    for arguments in ((), ("--check",)):
+        ollprox = await launch(*arguments, fails=True, **settings)
+        assert await ollprox.process.wait() == 2
+        (line,) = ollprox.text().splitlines()
+        assert line.startswith(f"ollprox: {name}")
+
+
+async def test_time_to_leave(ollprox: Program) -> None:
+    """An idle proxy keeps nobody: half-closed clients are gone clients."""
+    async with Client(ollprox.port) as client:
+        begun = time.monotonic()
+        client.writer.write_eof()
+        assert await client.reader.read() == b""
+    assert time.monotonic() - begun < 5
+    assert KEY not in ollprox.text()
