@@ -315,6 +315,7 @@ class ChunkedDecoder:
         self.done = False
         self._left = 0  # bytes still to come of the chunk under way and its CRLF
         self._last = False  # the chunk of size 0 has come
+        self._failure: BadHead | None = None  # to be raised by the next call
 
     def decode(self, buffer: bytearray) -> bytes:
         """Take what can be decoded off the front of `buffer` and return its data.
@@ -323,7 +324,18 @@ class ChunkedDecoder:
             BadHead: the framing is malformed.
 
         """
+        if self._failure is not None:
+            raise self._failure
         pieces: list[bytes] = []
+        try:
+            self._decode(buffer, pieces)
+        except BadHead as error:
+            if not pieces:
+                raise
+            self._failure = error  # after what came before it
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _decode(self, buffer: bytearray, pieces: list[bytes]) -> None:
         position, end = 0, len(buffer)
         with memoryview(buffer) as view:
             while position < end and not self._last:
@@ -342,7 +354,6 @@ class ChunkedDecoder:
         del buffer[:position]
         if self._last:
             self._take_trailers(buffer)
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def _take(self, view: memoryview, position: int, taken: int, pieces: list[bytes]) -> int:
         """Take bytes of a chunk and of the CRLF after it."""

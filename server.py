@@ -238,7 +238,7 @@ class _Client(asyncio.Protocol):
                     if self._buffer:
                         await asyncio.sleep(0)  # pipelined requests leave the others a turn
             await self._linger()
-        except (Gone, ConnectionError):
+        except (Gone, OSError):
             self.transport.abort()
         finally:
             if not self.transport.is_closing():
@@ -261,7 +261,7 @@ class _Client(asyncio.Protocol):
         try:
             request = Request(head, partial(self._read, head), partial(self._pieces, head))
             return await self._answer(request, record)
-        except (Gone, ConnectionError):
+        except (Gone, OSError):
             record.status = GONE
             raise
         except asyncio.CancelledError:
@@ -277,7 +277,7 @@ class _Client(asyncio.Protocol):
         try:
             async with self._server.handler(request, record) as response:
                 return await self._send(head, response, record)
-        except (Gone, ConnectionError):
+        except (Gone, OSError):
             raise
         except HTTPError as error:
             failure = error
@@ -501,7 +501,7 @@ class _Client(asyncio.Protocol):
         if not self._unread or self._eof:
             return
         if self.transport.can_write_eof():
-            self.transport.write_eof()
+            self.transport.write_eof()  # may find the connection reset: an OSError
         loop = asyncio.get_running_loop()
         until = loop.time() + self._server.limits.head_timeout
         with suppress(TimeoutError):

@@ -76,6 +76,7 @@ class StandIn:
         self.script = script or Script()
         self.seen: list[Seen] = []
         self.connections = 0
+        self.generating = 0  # answers that are being made
         self.port = 0
         self.changed = asyncio.Condition()
         self._traces = load_traces(traces) if traces else {}
@@ -160,6 +161,16 @@ class StandIn:
         self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
         """Answer, unless the client hangs up first: then the generation stops."""
+        self.generating += 1
+        try:
+            await self._answer_until_it_leaves(seen, reader, writer)
+        finally:
+            self.generating -= 1
+            await self._notify()
+
+    async def _answer_until_it_leaves(
+        self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         answer = asyncio.create_task(self._answer(seen, writer))
         while not answer.done():
             watch = asyncio.create_task(_until_eof(reader, answer))
@@ -174,7 +185,6 @@ class StandIn:
         if isinstance(error, ConnectionError):
             seen.gone = True
         if seen.gone:
-            await self._notify()
             raise Cut
         if error is not None:
             raise error

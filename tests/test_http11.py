@@ -234,8 +234,8 @@ def decode(data: bytes, step: int) -> tuple[bytes, bool, bytes]:
     decoder, buffer, out = ChunkedDecoder(), bytearray(), b""
     for start in range(0, len(data), step):
         buffer += data[start : start + step]
-        if not decoder.done:
-            out += decoder.decode(buffer)
+        while not decoder.done and (part := decoder.decode(buffer)):
+            out += part
     return out, decoder.done, bytes(buffer)
 
 

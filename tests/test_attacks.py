@@ -1,0 +1,224 @@
+"""Requests that are not what they seem, as raw bytes; what matters is what upstream sees."""
+
+import asyncio
+import contextlib
+import re
+
+import pytest
+from client import KEY, Client, question, raw, request
+from conftest import Program
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from standin import StandIn
+from test_http11 import BAD_BODIES, BAD_HEADS
+
+BODY = b'{"model":"llama2","prompt":"Why?"}'
+SMUGGLED = request("POST", "/api/generate", question("smuggled"))
+STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
+
+
+def with_key(head: bytes) -> bytes:
+    """Put a valid key into a head, so that nothing but its form can be its fault."""
+    line_end = head.find(b"\n") + 1
+    return head[:line_end] + f"APIKEY: {KEY}\r\n".encode() + head[line_end:]
+
+
+async def statuses(port: int, data: bytes) -> list[int]:
+    """Send bytes; return the status of each response that came before the close."""
+    return [int(status) for status in STATUS.findall(await raw(port, data))]
+
+
+async def test_a_malformed_head_is_refused_and_nothing_after_it_is_taken_for_a_request(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    for head in BAD_HEADS:
+        for attack in (with_key(head) + SMUGGLED, with_key(head) + BODY + SMUGGLED):
+            assert await statuses(ollprox.port, attack) == [400], attack
+    assert ollama.asked() == []
+
+
+async def test_a_malformed_chunked_body_is_refused_likewise(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    head = request("POST", "/call_model", b"", {"Transfer-Encoding": "chunked"})
+    for body in BAD_BODIES:
+        assert await statuses(ollprox.port, head + body + SMUGGLED) == [400], body
+    assert ollama.asked() == []
+
+
+POST = b"POST /call_model HTTP/1.1\r\nHost: a\r\n"
+
+
+@pytest.mark.parametrize(
+    "attack",
+    [
+        # CL.TE, TE.CL and TE.TE, in the classic forms.
+        POST + b"Content-Length: 6\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\nG",
+        POST + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n5c\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: x\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunked\r\nTransfer-encoding: identity\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding:\tchunked, identity\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding: chunk\r\n\r\n0\r\n\r\n",
+        POST + b'Transfer-Encoding: "chunked"\r\n\r\n0\r\n\r\n',
+        POST + b"Transfer-Encoding\x00: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"X: x\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"X: x\r\n\rTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Transfer-Encoding:\r\n chunked\r\n\r\n0\r\n\r\n",
+        POST + b"Content-Length: 0\r\nContent-Length: 34\r\n\r\n",
+        POST + b"Content-Length: 34,34\r\n\r\n",
+        POST + b"Content-Length: 34;x\r\n\r\n",
+        POST + b"Content-Length: 3 4\r\n\r\n",
+        POST + b"Content-Length: 34\x0b\r\n\r\n",
+        POST + b"Content-Length : 34\r\n\r\n",
+        POST + b"Content-Length: 18446744073709551650\r\n\r\n",
+    ],
+)
+async def test_desynchronising_requests(ollprox: Program, ollama: StandIn, attack: bytes) -> None:
+    assert await statuses(ollprox.port, with_key(attack) + BODY + SMUGGLED) == [400]
+    assert ollama.asked() == []
+
+
+async def test_the_body_of_a_refused_request_is_never_taken_for_a_request(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    inner = SMUGGLED
+    length = {"Content-Length": str(len(inner))}
+    chunked = {"Transfer-Encoding": "chunked"}
+    framed = b"%x\r\n%b\r\n0\r\n\r\n" % (len(inner), inner)
+    for method, path, more, status in (
+        ("POST", "/call_model", {"APIKEY": "wrong"}, 401),
+        ("POST", "/nope", {}, 404),
+        ("PUT", "/call_model", {}, 405),
+        ("GET", "/api/tags", {}, 200),
+        ("POST", "/api/pull", {}, 403),
+        ("GET", "/health", {}, 200),
+        ("OPTIONS", "/call_model", {}, 405),
+        ("POST", "/call_model", {"Via": "1.1 OllProx"}, 508),
+    ):
+        for body, framing in ((inner, length), (framed, chunked)):
+            data = request(method, path, b"", {**framing, **more}) + body
+            assert await statuses(ollprox.port, data) == [status], (method, path)
+    assert ollama.asked("/api/generate") == []
+
+
+async def test_a_body_that_is_read_ends_where_it_says(ollprox: Program, ollama: StandIn) -> None:
+    """What follows it is the next request, and no more."""
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/call_model", BODY + b"  ") + SMUGGLED)
+        first = await client.rest(await client.head())
+        second = await client.rest(await client.head())
+    assert (first.status, second.status) == (200, 200)
+    assert [seen.json()["prompt"] for seen in ollama.asked()] == ["Why?", "smuggled"]
+
+
+async def test_an_upgrade_is_ignored(ollprox: Program, ollama: StandIn) -> None:
+    headers = {
+        "Connection": "Upgrade, HTTP2-Settings",
+        "Upgrade": "h2c",
+        "HTTP2-Settings": "AAMAAABkAAQAoAAAAAIAAAAA",
+    }
+    async with Client(ollprox.port) as client:
+        assert (await client.ask("GET", "/api/ps", headers=headers)).status == 200
+    assert ollama.asked()[0].header("upgrade") is None
+    assert ollama.asked()[0].header("http2-settings") is None
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    assert await statuses(ollprox.port, preface) == [400]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/api/../api/delete",
+        "/api/./generate",
+        "/api/%2e%2e/api/delete",
+        "/api%2Fgenerate",
+        "//api//generate",
+        "/api/generate/",
+        "/API/generate",
+        "/api/generate;x",
+        "/api/generate%00",
+        "/api/generate%20",
+        "/api\\generate",
+        "/call_model/../api/delete",
+    ],
+)
+async def test_paths_are_looked_up_exactly(ollprox: Program, ollama: StandIn, path: str) -> None:
+    async with Client(ollprox.port) as client:
+        answer = await client.ask("POST", path, question())
+    assert answer.status == 404
+    slashes = "//" in path or path.endswith("/")
+    assert ("/api/generate is one" in answer.json()["error"]) is slashes
+    assert ollama.asked() == []
+
+
+async def test_bytes_that_are_no_http_are_refused_at_once(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    for data in (
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",  # a TLS greeting
+        b"\x00\x00\x00\x00",
+        b"SSH-2.0-OpenSSH_9.6\r\n\r\n",
+        b"GET / HTTP/1.1\nHost: a\n\n",
+        b"\r\n\r\n\r\n",
+        b"<xml/>\n",
+        b"\xff" * 100,
+    ):
+        async with asyncio.timeout(5):
+            assert await statuses(ollprox.port, data) == [400], data
+    assert ollama.asked() == []
+
+
+GOOD = request("POST", "/call_model", BODY)
+
+
+@settings(
+    max_examples=40,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(cut=st.integers(1, len(GOOD) - 1), garbage=st.binary(max_size=30))
+async def test_a_request_cut_anywhere_is_never_half_taken(
+    ollprox: Program, ollama: StandIn, cut: int, garbage: bytes
+) -> None:
+    """Cut at any byte and closed, it reaches nobody; cut and continued, it is whole."""
+    ollama.seen.clear()
+    async with Client(ollprox.port) as client:
+        await client.send(GOOD[:cut] + garbage)
+    async with Client(ollprox.port) as client:
+        await client.send(GOOD[:cut])
+        await asyncio.sleep(0)
+        await client.send(GOOD[cut:])
+        answer = await client.rest(await client.head())
+    assert answer.status == 200
+    for seen in ollama.asked():
+        assert seen.json() == {"model": "llama2", "prompt": "Why?", "stream": True}
+
+
+async def test_requests_byte_by_byte(ollprox: Program) -> None:
+    async with Client(ollprox.port) as client:
+        for index in range(len(GOOD)):
+            await client.send(GOOD[index : index + 1])
+        assert (await client.rest(await client.head())).status == 200
+
+
+async def test_clients_that_leave_reset_or_half_close_at_any_moment(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.pace = 0.005
+    for index in range(40):
+        reader, writer = await asyncio.open_connection("127.0.0.1", ollprox.port)
+        sent = len(GOOD) * (index % 10 + 1) // 10
+        writer.write(request("POST", "/api/generate", question(str(index)))[:sent])
+        await asyncio.sleep(0.002 * (index % 7))
+        if index % 3 == 0:
+            writer.transport.abort()
+        elif index % 3 == 1:
+            writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
+    async with Client(ollprox.port) as client:
+        assert (await client.ask("POST", "/call_model", question())).status == 200
+    await ollama.until(lambda: not ollama.generating)

@@ -1,0 +1,245 @@
+"""Upstream fails in every way: the right answer, nothing stored, nothing hung, full recovery."""
+
+import asyncio
+import contextlib
+import json
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+from client import Client, ask, question
+from conftest import Program, Start
+from standin import Cut, Seen, StandIn
+
+LINES = [
+    b'{"model":"m","response":"a","done":false}\n',
+    b'{"model":"m","response":"b","done":false}\n',
+    b'{"model":"m","response":"","done":true,"done_reason":"stop"}\n',
+]
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
+TAIL = b"Transfer-Encoding: chunked\r\n\r\n"
+CHUNKED = HEAD + TAIL
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
+WHOLE = CHUNKED + b"".join(map(chunk, LINES)) + b"0\r\n\r\n"
+Respond = Callable[[Seen, asyncio.StreamWriter], Awaitable[None]]
+
+
+def says(data: bytes, *, reset: bool = False, then: bytes | None = None) -> Respond:
+    """Send bytes, and close or reset the connection, or say something more on it."""
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(data)
+        await writer.drain()
+        if then is not None:
+            writer.write(then)
+            return
+        if reset:
+            await asyncio.sleep(0.02)  # so that what was said is not lost with the reset
+            writer.transport.abort()
+        raise Cut
+
+    return respond
+
+
+# What upstream does; the status for a single object; the status of a stream, and its lines.
+FAULTS = {
+    "closed before the head": (says(b""), 502, 502, 0),
+    "reset before the head": (says(b"", reset=True), 502, 502, 0),
+    "closed in the head": (says(HEAD), 502, 502, 0),
+    "reset in the head": (says(HEAD, reset=True), 502, 502, 0),
+    "garbage": (says(b"\x00\x01garbage\r\n\r\n"), 502, 502, 0),
+    "not HTTP": (says(b"SSH-2.0-OpenSSH\r\n\r\n"), 502, 502, 0),
+    "a head of 1 MB": (says(HEAD + b"X: " + b"x" * (1 << 20) + b"\r\n\r\n"), 502, 502, 0),
+    "bare LF": (says(b"HTTP/1.1 200 OK\nContent-Length: 0\n\n"), 502, 502, 0),
+    "length and chunks": (
+        says(HEAD + b"Content-Length: 5\r\n" + CHUNKED[len(HEAD) :]),
+        502,
+        502,
+        0,
+    ),
+    "two lengths": (says(HEAD + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\n"), 502, 502, 0),
+    "folded": (says(HEAD + b"X: a\r\n b\r\nContent-Length: 0\r\n\r\n"), 502, 502, 0),
+    "switching": (says(b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"), 502, 502, 0),
+    "endless interim": (says(b"HTTP/1.1 100 Continue\r\n\r\n" * 50), 502, 502, 0),
+    "no body": (says(CHUNKED), 502, 200, 0),
+    "closed in a chunk": (says(CHUNKED + chunk(LINES[0]) + b"50\r\n{"), 502, 200, 1),
+    "reset in a chunk": (says(CHUNKED + chunk(LINES[0]) + b"50\r\n{", reset=True), 502, 200, 1),
+    "closed between chunks": (says(CHUNKED + chunk(LINES[0])), 502, 200, 1),
+    "reset between chunks": (says(CHUNKED + chunk(LINES[0]), reset=True), 502, 200, 1),
+    "a bad chunk": (says(CHUNKED + chunk(LINES[0]) + b"zz\r\n"), 502, 200, 1),
+    "a lax chunk size": (says(CHUNKED + chunk(LINES[0]) + b"3 \r\nabc\r\n"), 502, 200, 1),
+    "an end without a last line": (says(CHUNKED + chunk(LINES[0]) + b"0\r\n\r\n"), 502, 200, 1),
+    "a length too long": (says(HEAD + b"Content-Length: 999\r\n\r\n" + LINES[0]), 502, 200, 1),
+    "no length, cut": (says(HEAD + b"\r\n" + LINES[0]), 502, 200, 1),
+    "no JSON": (says(CHUNKED + chunk(b"<html>\n") + b"0\r\n\r\n"), 502, 200, None),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_a_fault_is_answered_not_stored_and_recovered_from(
+    ollprox: Program, ollama: StandIn, name: str
+) -> None:
+    respond, single_status, stream_status, lines = FAULTS[name]
+    ollama.script.respond = only_questions(respond, ollama)
+    single = await ask(ollprox.port, "POST", "/call_model", question())
+    assert (single.status, list(single.json())) == (single_status, ["error"])
+    assert f"127.0.0.1:{ollama.port}" in single.json()["error"] or "Ollama" in str(single.json())
+    async with Client(ollprox.port) as client:
+        stream = await client.begin("POST", "/api/generate", question())
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            await client.rest(stream)
+    assert stream.status == stream_status
+    assert stream.complete is (stream_status != 200)
+    assert "error" in json.loads(stream.body.splitlines()[-1])
+    if lines is not None and stream_status == 200:
+        assert stream.body.splitlines(keepends=True)[:-1] == LINES[:lines]
+    ollama.script.respond = None
+    again = await ask(ollprox.port, "POST", "/call_model", question())
+    assert (again.status, again.cache_status) == (200, "OllProx; fwd=miss; stored")
+
+
+def only_questions(respond: Respond, ollama: StandIn) -> Respond:
+    """Leave the readings of versions and models alone."""
+
+    async def chosen(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        if seen.method == "GET":
+            await ollama._api(seen, writer)
+        else:
+            await respond(seen, writer)
+
+    return chosen
+
+
+OKAY = {
+    "interim first": b"HTTP/1.1 102 Processing\r\n\r\nHTTP/1.1 103 Hints\r\nLink: x\r\n\r\n"
+    + WHOLE,
+    "one chunk": CHUNKED + chunk(b"".join(LINES)) + b"0\r\n\r\n",
+    "many chunks a line": CHUNKED
+    + b"".join(chunk(bytes([byte])) for byte in b"".join(LINES))
+    + b"0\r\nX-Trailer: y\r\n\r\n",
+    "extensions": CHUNKED
+    + b"".join(map(chunk, LINES)).replace(b"\r\n{", b";a=b\r\n{")
+    + b"0\r\n\r\n",
+    "a length": HEAD + b"Content-Length: %d\r\n\r\n" % len(b"".join(LINES)) + b"".join(LINES),
+    "until the close": HEAD + b"\r\n" + b"".join(LINES),
+    "HTTP/1.0": HEAD.replace(b"1.1", b"1.0") + b"\r\n" + b"".join(LINES),
+    "no last newline": CHUNKED + chunk(b"".join(LINES)[:-1]) + b"0\r\n\r\n",
+    "cut after the last line": WHOLE.removesuffix(b"0\r\n\r\n"),
+}
+
+
+@pytest.mark.parametrize("name", OKAY)
+async def test_what_is_unusual_and_still_right(
+    ollprox: Program, ollama: StandIn, name: str
+) -> None:
+    ollama.script.respond = only_questions(says(OKAY[name]), ollama)
+    stream = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert stream.complete
+    assert stream.body.rstrip() == b"".join(LINES).rstrip()
+    single = await ask(ollprox.port, "POST", "/call_model", question())
+    assert single.json()["response"] == "ab"
+    assert "hit" in single.cache_status
+
+
+async def test_bytes_after_a_response_are_not_the_next_one(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """Response smuggling: the surplus must not answer somebody else's request."""
+    surplus = b"HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\npoison"
+    for attack in (
+        says(WHOLE + surplus, then=b""),
+        says(WHOLE, then=surplus),
+        says(HEAD + b"Content-Length: 0\r\n\r\n" + surplus, then=b""),
+    ):
+        ollama.script.respond = only_questions(attack, ollama)
+        async with Client(ollprox.port) as client:
+            answer = await client.begin("POST", "/api/generate", question(str(id(attack))))
+            await client.rest(answer)
+        await asyncio.sleep(0.05)  # a surplus that comes late is there by now
+        ollama.script.respond = None
+        answer = await ask(ollprox.port, "GET", "/api/ps")
+        assert b"poison" not in answer.body
+        assert answer.json()["models"]
+
+
+async def test_a_kept_connection_gone_stale_is_retried_once_and_silently(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    await ask(ollprox.port, "POST", "/call_model", question("first"))
+    asked: list[int] = []
+
+    async def close_when_asked(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        asked.append(id(writer))
+        if len(asked) == 1:
+            raise Cut  # as if it had been closed while the request was on its way
+        await ollama._api(seen, writer)
+
+    ollama.script.respond = only_questions(close_when_asked, ollama)
+    answer = await ask(ollprox.port, "POST", "/call_model", question("second"))
+    assert answer.status == 200
+    assert len(asked) == 2
+    asked.clear()
+
+    async def always_close(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        asked.append(1)
+        raise Cut
+
+    ollama.script.respond = only_questions(always_close, ollama)
+    answer = await ask(ollprox.port, "POST", "/call_model", question("third"))
+    assert answer.status == 502
+    assert len(asked) <= 2
+
+
+async def test_no_retry_once_a_byte_of_the_response_has_come(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    await ask(ollprox.port, "POST", "/call_model", question("first"))
+    count = len(ollama.asked())
+    ollama.script.respond = only_questions(says(b"H"), ollama)
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
+    assert len(ollama.asked()) == count + 1
+
+
+async def test_a_name_that_is_not_resolved_is_502(launch: Start, key_file: Path) -> None:
+    ollprox = await launch(OLLAMA_HOST="no-such-host.invalid", API_KEY_FILE=key_file)
+    answer = await ask(ollprox.port, "POST", "/call_model", question())
+    assert answer.status == 502
+    assert "no-such-host.invalid:11434" in answer.json()["error"]
+
+
+async def test_a_stall_in_the_middle_ends_the_stream(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, IDLE_TIMEOUT=0.2, MODEL_REFRESH=0
+    )
+    ollama.script.hold_before = 2
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await client.rest(answer)
+    assert not answer.complete
+    assert "within 0.2 s" in answer.lines()[-1]["error"]
+    await ollama.until(lambda: ollama.asked()[0].gone)
+
+
+async def test_faults_leak_no_files(ollprox: Program, ollama: StandIn) -> None:
+    def files() -> int:
+        return len(os.listdir(f"/proc/{ollprox.pid}/fd"))
+
+    await ask(ollprox.port, "POST", "/call_model", question("warm"))
+    before = files()
+    for _ in range(3):
+        for respond, *_ in FAULTS.values():
+            ollama.script.respond = only_questions(respond, ollama)
+            await ask(ollprox.port, "POST", "/call_model", question())
+    ollama.script.respond = None
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 200
+    async with asyncio.timeout(5):
+        while files() > before + 1:
+            await asyncio.sleep(0.02)
