@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Generic, TypeVar
 
@@ -98,11 +99,14 @@ class Head:
     keep_alive: bool
     expects_continue: bool
     http10: bool
+    names: frozenset[bytes]
 
     def get(self, name: bytes) -> bytes | None:
         """Return the values of a header, joined by commas; None where it is not there."""
+        if name not in self.names:
+            return None
         values = [value for other, value in self.headers if other == name]
-        return b", ".join(values) if values else None
+        return b", ".join(values)
 
     @property
     def has_body(self) -> bool:
@@ -222,6 +226,7 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
         and (minor == b"1" or b"keep-alive" in connection_tokens),
         expects_continue=expect is not None and minor == b"1",
         http10=minor == b"0",
+        names=frozenset(name for name, _ in headers),
     )
 
 
@@ -391,11 +396,12 @@ class ChunkedDecoder:
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
-def frame_head(status: int, headers: Headers) -> bytes:
-    """Write a response's head; `headers` are all that it gets."""
-    lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]
-    lines += [b"%b: %b" % pair for pair in headers]
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+@lru_cache(maxsize=MAX_KNOWN_HEADS)
+def frame_start(status: int, headers: Headers) -> tuple[bytes, bool]:
+    """Write a response's first lines, and tell whether a Date is among them."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
+    lines += [b"%b: %b\r\n" % pair for pair in headers]
+    return b"".join(lines), any(name.lower() == b"date" for name, _ in headers)
 
 
 def frame_request(

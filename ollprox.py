@@ -47,6 +47,8 @@ log = logging.getLogger("ollprox")
 PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to say its version
 PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
 TAGS_TIMEOUT = 10.0  # seconds for the list of models
+MAX_QUESTIONS = 512  # small bodies whose question is remembered
+MAX_KNOWN_BODY = 2048  # bytes of such a body
 MAX_TAGS = 16 << 20  # bytes of that list
 
 
@@ -116,6 +118,7 @@ class Proxy:
         self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
         self.models_changed = asyncio.Event()  # a model was managed: read the digests again
         self._digests: dict[str, str] = {}  # each model's, as upstream last listed them
+        self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._wrong_keys = WrongKeys()
         self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
         self._probing = asyncio.Lock()
@@ -245,7 +248,16 @@ class Proxy:
             return _NO_QUESTION
         if head.length is None and not head.chunked:
             raise HTTPError(411, "send the body with a Content-Length, or chunked")
-        return route.codec.question(await request.read(self.settings.max_body_bytes), route)
+        body = await request.read(self.settings.max_body_bytes)
+        if len(body) > MAX_KNOWN_BODY:
+            return route.codec.question(body, route)
+        index = hashlib.sha256(head.path + b"\n" + body).digest()
+        question = self._questions.get(index)
+        if question is None:
+            question = self._questions[index] = route.codec.question(body, route)
+            if len(self._questions) > MAX_QUESTIONS:
+                del self._questions[next(iter(self._questions))]
+        return question
 
     def _scoped_key(self, question: Question, record: Record) -> bytes | None:
         """Return the cache key in its scope; None where nothing may be kept or shared."""
@@ -278,10 +290,10 @@ class Proxy:
         age = int(time.monotonic() - answer.born)
         ttl = max(0, int(self.cache.ttl) - age)
         record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
-        aged = (b"Age", b"%d" % age)
+        record.headers += ((b"Age", b"%d" % age),)
         if question.stream or question.relayed:
-            return Response(200, (*answer.headers, aged), answer.body)
-        return Response(200, (*answer.object_headers, aged), answer.object)
+            return Response(200, answer.headers, answer.body)
+        return Response(200, answer.object_headers, answer.object)
 
     # What has to be asked.
 

@@ -28,7 +28,7 @@ from http11 import (
     Response,
     Truncated,
     frame_chunk,
-    frame_head,
+    frame_start,
     hopeless,
 )
 from telemetry import Record
@@ -336,6 +336,11 @@ class _Client(asyncio.Protocol):
         too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
         if head.length is not None and head.length > limit:
             raise too_large
+        if head.length is not None and head.length <= len(self._buffer):  # it is here already
+            body = bytes(memoryview(self._buffer)[: head.length])
+            del self._buffer[: head.length]
+            self._unread = False
+            return body
         parts, size = [], 0
         async for part in self._pieces(head):
             parts.append(part)
@@ -382,7 +387,7 @@ class _Client(asyncio.Protocol):
             length = len(body) if length is None else length
         delimited = length is not None or not head.http10  # else by the close
         again = head.keep_alive and delimited and not self._unread and not self._server.draining
-        framed = self._frame(head, response, length, again, record)
+        framed = self._frame(response, record, length, again=again, http10=head.http10)
         record.status = response.status
         if head.method == b"HEAD":
             self._write(framed, b"", record)
@@ -395,24 +400,27 @@ class _Client(asyncio.Protocol):
             await self._drain()
         return again
 
+    @staticmethod
     def _frame(
-        self, head: Head, response: Response, length: int | None, again: bool, record: Record
+        response: Response, record: Record, length: int | None, *, again: bool, http10: bool
     ) -> bytes:
         """Write a response's head."""
-        headers = list(response.headers)
-        if not any(name.lower() == b"date" for name, _ in headers):
-            headers.append((b"Date", http_date()))
-        headers.append((b"Cache-Status", record.cache_status))
-        headers += record.headers
+        start, dated = frame_start(response.status, response.headers)
+        lines = [start]
+        if not dated:
+            lines.append(b"Date: %b\r\n" % http_date())
+        lines.append(b"Cache-Status: %b\r\n" % record.cache_status)
+        lines += [b"%b: %b\r\n" % pair for pair in record.headers]
         if length is not None and response.status != 204:
-            headers.append((b"Content-Length", b"%d" % length))
-        elif length is None and not head.http10:
-            headers.append((b"Transfer-Encoding", b"chunked"))
+            lines.append(b"Content-Length: %d\r\n" % length)
+        elif length is None and not http10:
+            lines.append(b"Transfer-Encoding: chunked\r\n")
         if not again:
-            headers.append((b"Connection", b"close"))
-        elif head.http10:
-            headers.append((b"Connection", b"keep-alive"))
-        return frame_head(response.status, tuple(headers))
+            lines.append(b"Connection: close\r\n")
+        elif http10:
+            lines.append(b"Connection: keep-alive\r\n")
+        lines.append(b"\r\n")
+        return b"".join(lines)
 
     async def _write_whole(self, framed: bytes, body: bytes, record: Record) -> None:
         """Write a head and its body at once; a long one in slices."""
@@ -481,14 +489,8 @@ class _Client(asyncio.Protocol):
         record = Record(self._address, status=error.status)
         response = self._server.render_error(error, None, record)
         body = response.body if isinstance(response.body, bytes) else b""
-        headers = (
-            *response.headers,
-            (b"Date", http_date()),
-            (b"Cache-Status", record.cache_status),
-            (b"Content-Length", b"%d" % len(body)),
-            (b"Connection", b"close"),
-        )
-        self._write(frame_head(error.status, headers) + body, body, record)
+        framed = self._frame(response, record, len(body), again=False, http10=False)
+        self._write(framed + body, body, record)
         self._unread = True
         self._server.done(record)
 

@@ -64,7 +64,19 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     (digest,) = store.labels
     outcomes = []
     for credential in (digest, digest):
-        head = Head(b"POST", b"/api/brand-new", b"", (), credential, 14, False, True, False, False)
+        head = Head(
+            b"POST",
+            b"/api/brand-new",
+            b"",
+            (),
+            credential,
+            14,
+            False,
+            True,
+            False,
+            False,
+            frozenset(),
+        )
 
         async def read(limit: int) -> bytes:
             return b'{"prompt": 1 }'
