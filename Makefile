@@ -1,10 +1,11 @@
+# make test-e2e  the clients through OllProx against a real Ollama (see CONTRIBUTING.md)
 # make run      start OllProx            make test     the tests
 # make demo     see a miss and a hit     make check    lint, format, types, security, tests
 PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := check
-.PHONY: run demo test check fix pin audit clean
+.PHONY: run demo test test-e2e bench soak check fix pin audit clean
 
 run: .venv/run.stamp
 	@$(BIN)/python ollprox.py
@@ -12,8 +13,17 @@ run: .venv/run.stamp
 demo: .venv/run.stamp
 	@bash tests/demo.sh $(BIN)/python
 
-test: .venv/dev.stamp
-	$(BIN)/python -X dev -m pytest $(ARGS)
+test: .venv/dev.stamp tests/node/node_modules/.stamp
+	$(BIN)/python -X dev -m pytest -n 2 $(ARGS)
+
+test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
+	$(BIN)/python -m pytest -rs -n 0 tests/test_e2e.py $(ARGS)
+
+bench: .venv/run.stamp
+	$(BIN)/python bench/shared.py
+
+soak: .venv/run.stamp
+	$(BIN)/python bench/soak.py $(ARGS)
 
 check: .venv/dev.stamp
 	$(BIN)/ruff check .
@@ -44,6 +54,12 @@ clean:
 		rm -rf .venv; echo "No venv here; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
 	@touch $@
+
+# The JavaScript clients; without Node their tests are skipped.
+tests/node/node_modules/.stamp: tests/node/package-lock.json
+	@if command -v npm >/dev/null; then npm ci --silent --prefix tests/node; \
+		else mkdir -p $(@D) && rmdir $(@D); fi
+	@test ! -d $(@D) || touch $@
 
 .venv/dev.stamp: .venv/run.stamp requirements-dev.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt

@@ -60,8 +60,14 @@ class Notes(Protocol):
     too_large: bool
     """There can be no fold any more."""
 
+    reported: bool
+    """The last line is upstream's own error."""
+
     held: int
     """Bytes held for the fold."""
+
+    def is_line(self, rest: bytes) -> bool:
+        """Whether what upstream ended with, without a delimiter, is a line all the same."""
 
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
@@ -135,10 +141,16 @@ class Flight:
         return self.start + len(self._pieces)
 
     @contextmanager
-    def join(self) -> Iterator["Reader"]:
-        """Read from the tape's start; leaving the block leaves the flight."""
-        reader = Reader(self)
+    def join(self, *, folds: bool = False) -> Iterator["Reader"]:
+        """Read from the tape's start; leaving the block leaves the flight.
+
+        A reader that `folds` waits for the fold alone, and holds no recorder up.
+        """
+        reader = Reader(self, FOLD if folds else 0)
         self.readers.add(reader)
+        if folds and self.notes is not None:
+            self.notes.recall(self._pieces)  # the tape is whole, or nobody could join
+            self._count_notes(self.notes)
         try:
             yield reader
         finally:
@@ -159,14 +171,6 @@ class Flight:
     def whole(self) -> bytes:
         """Return the tape as one piece."""
         return b"".join(self._pieces)
-
-    def recalled_notes(self) -> Notes:
-        """Return the notes, for a fold; the head has come, and the tape is whole."""
-        assert self.notes is not None
-        assert self.start == 0 or self._is_folded()
-        self.notes.recall(self._pieces)
-        self._count_notes(self.notes)
-        return self.notes
 
     def wake_recorder(self) -> None:
         """Let the recorder look again whether there is room."""
@@ -196,18 +200,16 @@ class Flight:
                 self.notes = notes = self._make_notes(response)
                 self._wake_readers(everyone=True)
                 assert not isinstance(response.body, bytes)
-                async for piece in _lines(response.body, notes.delimiter):
-                    notes.feed(piece)
+                async for piece in _lines(response.body, notes):
                     await self._append(piece, notes)
                 if (missing := notes.close()) is not None:
                     raise HTTPError(502, missing)
+                self._finish(Ending.COMPLETE)
         except HTTPError as error:
             self._fail(error)
         except Exception:
-            self._fail(HTTPError(500, "OllProx failed; its log says more"))
             log.exception("a flight failed by a fault of OllProx")
-        else:
-            self._finish(Ending.COMPLETE)
+            self._fail(HTTPError(500, "OllProx failed; its log says more"))
 
     def _fail(self, error: HTTPError) -> None:
         if self.notes is not None and self.notes.finished:
@@ -224,8 +226,11 @@ class Flight:
             budget = self._flights.budget
             size = self._size + self._held
             budget.release(size)  # what is stored is what is on the tape
-            if self._store(self):
-                self.stored = True
+            try:
+                self.stored = self._store(self)
+            except Exception:
+                log.exception("an answer could not be stored by a fault of OllProx")
+            if self.stored:
                 self._flights.ground_older(self)
             budget.reserve(size, must=True)
         self.ending = ending
@@ -234,14 +239,16 @@ class Flight:
 
     async def _append(self, piece: bytes, notes: Notes) -> None:
         size = len(piece) + PIECE_OVERHEAD
-        if self._size + size + notes.held > self._flights.window and not self._is_folded():
-            notes.forget()  # with its fold it is too large to be stored
-        self._count_notes(notes)
         while not self._make_room(size):
             self._room = asyncio.get_running_loop().create_future()
             await self._room
+        # On the tape and noted at once: whoever joins or leaves must find both or neither.
         self._pieces.append(piece)
         self._size += size
+        notes.feed(piece)
+        if self._size + notes.held > self._flights.window and not self._is_folded():
+            notes.forget()  # with its fold it is too large to be stored
+        self._count_notes(notes)
         self._wake_readers(everyone=notes.too_large)
 
     def _is_folded(self) -> bool:
@@ -275,9 +282,9 @@ class Flight:
                 reader.wake()
 
 
-async def _lines(body: AsyncIterator[bytes], delimiter: bytes) -> AsyncIterator[bytes]:
+async def _lines(body: AsyncIterator[bytes], notes: Notes) -> AsyncIterator[bytes]:
     """Cut a body into pieces that end at the end of a line; all of a read go together."""
-    rest = bytearray()
+    rest, delimiter = bytearray(), notes.delimiter
     async for data in body:
         if not delimiter or (not rest and data.endswith(delimiter)):
             yield data
@@ -290,16 +297,16 @@ async def _lines(body: AsyncIterator[bytes], delimiter: bytes) -> AsyncIterator[
             piece = bytes(memoryview(rest)[:cut])
             del rest[:cut]
             yield piece
-    if rest:
+    if rest and notes.is_line(bytes(rest)):
         yield bytes(rest)
 
 
 class Reader:
     """One client's place on a flight's tape."""
 
-    def __init__(self, flight: Flight) -> None:
+    def __init__(self, flight: Flight, position: int) -> None:
         self.flight = flight
-        self.position = 0
+        self.position = position
         self._news: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -322,6 +329,8 @@ class Reader:
 
         """
         flight = self.flight
+        if self.position == FOLD:  # there turned out to be nothing to fold
+            self.position = 0
         while True:
             if self.position < flight.start:
                 raise Truncated
@@ -343,13 +352,13 @@ class Reader:
             HTTPError: upstream broke off, or there is no fold.
 
         """
-        flight = self.flight
-        notes = flight.recalled_notes()
-        self.position = FOLD
-        flight.wake_recorder()
+        flight, notes = self.flight, self.flight.notes
+        assert notes is not None
+        assert self.position == FOLD
         while flight.ending is None and not notes.too_large:
             await self._wait()
-        self._raise_failure()
+        if not notes.reported:
+            self._raise_failure()
         return notes.fold()
 
     def _raise_failure(self) -> None:

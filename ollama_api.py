@@ -32,7 +32,7 @@ _KNOWN_NAMES = frozenset(
         "seed",
     ]
 )
-_LOADS = frozenset({"load", "unload"})  # `done_reason` of an answer that says nothing
+_LOADS = ("load", "unload")  # `done_reason` of an answer that says nothing
 
 
 class Access(enum.Enum):
@@ -215,9 +215,16 @@ class BaseNotes:
     delimiter = b""
     finished = False
     too_large = False
+    reported = False
     held = 0
-    keep = False
-    """At a clean end, the answer is whole and may be stored."""
+
+    def keeps(self, tape: bytes) -> bool:
+        """Whether the whole answer on the tape may be stored, at a complete end."""
+        return False
+
+    def is_line(self, rest: bytes) -> bool:
+        """Take what is there; there is no knowing."""
+        return True
 
     def feed(self, piece: bytes) -> None:
         """Note nothing."""
@@ -247,18 +254,13 @@ class PlainLines(BaseNotes):
 class WholeNotes(BaseNotes):
     """Notes on one JSON object, complete with its body's end."""
 
-    def __init__(self) -> None:
-        self._edges = b""
-
-    @property
-    def keep(self) -> bool:  # type: ignore[override]  # told by what has come
-        """Whether it begins and ends as an object does."""
-        text = self._edges.strip()
-        return text.startswith(b"{") and text.endswith(b"}")
-
-    def feed(self, piece: bytes) -> None:
-        """Note the first and the last bytes."""
-        self._edges = self._edges[:8] + piece[:8] + piece[-8:]
+    def keeps(self, tape: bytes) -> bool:
+        """Whether it is an object, and no error."""
+        try:
+            value = json.loads(tape)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and "error" not in value
 
 
 class LineNotes(BaseNotes):
@@ -302,9 +304,20 @@ class LineNotes(BaseNotes):
         return self._valid and self._last.get("done") is True
 
     @property
-    def keep(self) -> bool:  # type: ignore[override]  # told by what has come
+    def reported(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether the last line is Ollama's own error."""
+        return self._valid and "error" in self._last
+
+    def keeps(self, tape: bytes) -> bool:
         """Whether it is an answer, and not the loading of a model."""
         return self.finished and self._folding and self._last.get("done_reason") not in _LOADS
+
+    def is_line(self, rest: bytes) -> bool:
+        """Whether it is an object; half of one is nothing that a client could read."""
+        try:
+            return isinstance(json.loads(rest), dict)
+        except (ValueError, RecursionError):
+            return False
 
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
@@ -326,7 +339,7 @@ class LineNotes(BaseNotes):
             self._last = line
             if self._folding:
                 self._note(line)
-        if self.held > self._max_object:
+        if self._folding and self.held > self._max_object:
             self.too_large = True
             self.forget()
 
@@ -337,7 +350,7 @@ class LineNotes(BaseNotes):
                 text = said.get(name)
                 if text and isinstance(text, str):
                     self._texts.setdefault(name, []).append(text)
-                    self.held += len(text)
+                    self.held += len(text) if text.isascii() else len(_dump(text))
             if self._chat and isinstance(calls := said.get("tool_calls"), list):
                 self._tool_calls += calls
                 self.held += len(_dump(calls))
@@ -347,7 +360,7 @@ class LineNotes(BaseNotes):
 
     def close(self) -> str | None:
         """Say what is missing at upstream's clean end."""
-        if self.finished or "error" in self._last:
+        if self.finished or self.reported:
             return None
         return "Ollama ended its answer without a last line. Ask again."
 
@@ -358,15 +371,19 @@ class LineNotes(BaseNotes):
             HTTPError: 500 with Ollama's own error, 502 if it is too large.
 
         """
-        if self.too_large:
+        if self.reported:
+            error = self._last["error"]
+            raise HTTPError(500, str(error), body=_dump({"error": error}))
+        folded = b"" if self.too_large else self._folded()
+        if self.too_large or len(folded) > self._max_object:
             raise HTTPError(
                 502,
                 f"the answer is larger than {self._max_object} bytes (MAX_OBJECT_BYTES):"
                 ' ask for a stream, with "stream": true',
             )
-        if not self.finished:
-            error = self._last.get("error", "Ollama's answer cannot be read")
-            raise HTTPError(500, str(error), body=_dump({"error": error}))
+        return folded
+
+    def _folded(self) -> bytes:
         folded = dict(self._last)
         if self._chat:
             message = folded.get("message")
@@ -412,9 +429,17 @@ class EventNotes(BaseNotes):
         return self._done
 
     @property
-    def keep(self) -> bool:  # type: ignore[override]  # told by what has come
+    def reported(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether the last event is Ollama's own error."""
+        return self._error
+
+    def keeps(self, tape: bytes) -> bool:
         """Whether it is a whole answer."""
         return self._done and self._reason
+
+    def is_line(self, rest: bytes) -> bool:
+        """Whether it is the last event."""
+        return rest.strip() == b"data: [DONE]"
 
     def feed(self, piece: bytes) -> None:
         """Note whole events."""
@@ -542,10 +567,16 @@ def _name(model: object) -> str:
 
 
 def _dump(value: object) -> bytes:
+    """Write JSON. Raises HTTPError if it is nested too deep."""
     try:
         return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError:
+        raise HTTPError(
+            502,
+            'the answer is nested too deep for one object: ask for a stream, with "stream": true',
+        ) from None
 
 
 class RouteTable:

@@ -37,7 +37,7 @@ from keystore import MAX_WRONG, KeyStore, WrongKeys, take_credential
 from ollama_api import Access, Form, Question, Route, RouteTable
 from server import Limits, Server
 from settings import Settings, SettingsError, address, load
-from telemetry import AccessLog, LineWriter, Record, setup_logging
+from telemetry import MAX_SHOWN, AccessLog, LineWriter, Record, setup_logging
 from upstream import Upstream
 
 __version__ = "0.1.0"
@@ -117,7 +117,7 @@ class Proxy:
         self.cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
         self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
         self.models_changed = asyncio.Event()  # a model was managed: read the digests again
-        self._digests: dict[str, str] = {}  # each model's, as upstream last listed them
+        self._digests: dict[str, str] | None = None  # each model's, as last listed by upstream
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._wrong_keys = WrongKeys()
         self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
@@ -152,7 +152,7 @@ class Proxy:
             yield self._hit(answer, question, record)
             return
         flight = self._join_or_begin(key, wishes, question, head, route, target, record)
-        with flight.join() as reader:
+        with flight.join(folds=not (question.stream or question.relayed)) as reader:
             yield await self._replay(reader, question, route.form, record)
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
@@ -174,7 +174,7 @@ class Proxy:
             hint = self.routes.hint(head.path)
             raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
         route, target = found
-        record.path = head.path.decode()
+        record.path = head.path[:MAX_SHOWN].decode()
         record.quiet = route.access is Access.OPEN
         if head.method == b"OPTIONS":
             raise _wrong_method(route)  # a browser that may not ask; no key comes with it
@@ -346,10 +346,13 @@ class Proxy:
     def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
         """Keep a complete answer; tell whether it was kept."""
         notes = flight.notes
-        if flight.status != 200 or not isinstance(notes, api.BaseNotes) or not notes.keep:
-            return False
         body = flight.whole()
-        folded = body if question.relayed else notes.fold()
+        if flight.status != 200 or not isinstance(notes, api.BaseNotes) or not notes.keeps(body):
+            return False
+        try:
+            folded = body if question.relayed else notes.fold()
+        except HTTPError:
+            return False
         size = len(body) + (0 if question.relayed else len(folded))
         if size > self.settings.cache_max_entry_bytes or flight.born is None:
             return False
@@ -406,11 +409,14 @@ class Proxy:
             found = api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
         except HTTPError as error:
             log.debug("the list of models could not be read: %s", error.message)
-            return
+            found = None
         if found is None:
+            self._digests = self._digests or {}  # what is listed next may have changed meanwhile
             return
-        changed = {name for name, digest in self._digests.items() if found.get(name) != digest}
-        self._digests = found
+        before, self._digests = self._digests, found
+        if before is None:  # the first list is where it starts, if nothing could be missed
+            return
+        changed = {n for n in before.keys() | found.keys() if before.get(n) != found.get(n)}
         if changed:
             dropped = self.cache.drop(lambda answer: answer.model in changed)
             self.flights.ground(changed.__contains__)
@@ -490,7 +496,9 @@ async def _stream(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[byte
             yield piece
             last = piece[-1:]
     except HTTPError as error:
-        yield (b"" if last == b"\n" else b"\n") + form.line(kind, error.message)
+        notes = reader.flight.notes
+        if notes is None or not notes.reported:  # else Ollama has said why
+            yield (b"" if last == b"\n" else b"\n") + form.line(kind, error.message)
         raise Truncated from error
 
 
@@ -542,7 +550,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
             keepalive_timeout=settings.keepalive_timeout,
             body_timeout=settings.body_timeout,
             write_timeout=settings.write_timeout,
-            max_connections=settings.max_connections,
+            max_connections=startup.raise_file_limit(settings.max_connections),
         ),
     )
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
@@ -559,7 +567,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     if not keys.labels:
         print(startup.make_key(keys, port), flush=True)
     chores = [
-        asyncio.create_task(_each(1.0, lambda: _expire(server))),
+        asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
         asyncio.create_task(_say_upstream(proxy)),
     ]
@@ -604,8 +612,9 @@ async def _each(
                 await soon.wait()
 
 
-async def _expire(server: Server) -> None:
+async def _tidy(server: Server, upstream: Upstream) -> None:
     server.check_deadlines(asyncio.get_running_loop().time())
+    upstream.sweep()
 
 
 async def _poll_keys(keys: KeyStore) -> None:
@@ -650,7 +659,6 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
                 print(startup.describe(settings, keys))
                 return 0
-            startup.raise_file_limit()
             return asyncio.run(run(settings, keys, writer))
         finally:
             writer.close()

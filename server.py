@@ -4,11 +4,15 @@ One task a client. What a client may cost is bounded here: the size and the time
 the time of a body, how long it may take to read what is written to it.
 """
 
+import array
 import asyncio
+import fcntl
 import logging
+import math
 import socket
 import ssl
 import struct
+import termios
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, suppress
@@ -44,6 +48,7 @@ RenderError = Callable[[HTTPError, Head | None, Record], Response]
 SLICE = 256 << 10  # bytes written at once; nginx and Go hand on 32 to 128 KiB
 MAX_SURPLUS = 256  # clients beyond `max_connections` that are told so; more are cut off
 READ_AHEAD = 64 << 10  # bytes taken from a client before they are asked for
+TCP_ESTABLISHED = 1  # in the first byte of the kernel's `tcp_info`
 GONE = 499  # nginx's status for a client that hung up; logged, never sent
 
 
@@ -93,6 +98,7 @@ class Server:
         self.done = done
         self.limits = limits
         self.clients: set[_Client] = set()
+        self.serving = 0  # clients that have a place, of `max_connections`
         self.draining = False
         self._listener: asyncio.Server | None = None
 
@@ -100,15 +106,24 @@ class Server:
         """Start to accept clients; return the port. Raises OSError."""
         loop = asyncio.get_running_loop()
         self._listener = await loop.create_server(
-            lambda: _Client(self), host, port, backlog=1024, reuse_address=True, ssl=tls
+            lambda: _Client(self),
+            host,
+            port,
+            backlog=1024,
+            ssl=tls,
+            ssl_handshake_timeout=self.limits.head_timeout if tls else None,
+            ssl_shutdown_timeout=self.limits.linger_timeout if tls else None,
         )
         listening: int = self._listener.sockets[0].getsockname()[1]
         return listening
 
     def check_deadlines(self, now: float) -> None:
         """Drop the clients that have taken too long; to be called each second."""
-        for client in [c for c in self.clients if c.deadline < now]:
-            client.expire()
+        for client in list(self.clients):
+            if client.deadline < now:
+                client.expire()
+            elif client.has_left_unseen():
+                client.task.cancel()
 
     async def drain(self, seconds: float) -> None:
         """Stop listening, and let exchanges finish for so long.
@@ -149,7 +164,7 @@ class _Client(asyncio.Protocol):
         self._unread = False  # bytes of the body under way are still to come
         self._served = False  # a request was answered
         self._tls = False
-        self.deadline = float("inf")
+        self.deadline = math.inf
         self._address = "-"
         self._loop = asyncio.get_running_loop()
 
@@ -162,11 +177,13 @@ class _Client(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if isinstance(peer, tuple) else "-"
         self._tls = transport.get_extra_info("ssl_object") is not None
-        clients, most = self._server.clients, self._server.limits.max_connections
-        clients.add(self)
-        self.task = self._loop.create_task(self._run(surplus=len(clients) > most))
-        if len(clients) > most + MAX_SURPLUS:
+        server = self._server
+        server.clients.add(self)
+        surplus = server.serving >= server.limits.max_connections
+        self.task = self._loop.create_task(self._run(surplus=surplus))
+        if surplus and len(server.clients) - server.serving > MAX_SURPLUS:
             transport.abort()
+        server.serving += not surplus
 
     def data_received(self, data: bytes) -> None:
         """Take bytes; stop reading while many wait to be taken."""
@@ -211,21 +228,28 @@ class _Client(asyncio.Protocol):
 
     def expire(self) -> None:
         """End a wait whose deadline has passed."""
-        self.deadline = float("inf")
+        self.deadline = math.inf
         if self._buffer and not self._answering and not self.transport.is_closing():
             self._refuse(HTTPError(408, "the request's head took too long to come"))
         self.hang_up()
 
     def close_if_idle(self) -> None:
         """Close a connection on which no request is under way."""
-        if not self._answering and not self._buffer:
+        if self._answering or self._buffer or self.transport.is_closing():
+            return
+        if self._tls:
+            self.transport.abort()  # a close would wait for the client to agree
+        else:
             self.transport.close()
+
+    def has_left_unseen(self) -> bool:
+        """Whether the client hung up behind bytes that it sent ahead and that still wait."""
+        return self._answering and not self._reading and not _is_connected(self.transport)
 
     def hang_up(self) -> None:
         """Cut the client off."""
         self.task.cancel()
-        if not self.transport.is_closing() or self.transport.get_write_buffer_size():
-            self.transport.abort()
+        self.transport.abort()
 
     # The way of a request.
 
@@ -237,10 +261,13 @@ class _Client(asyncio.Protocol):
                 while await self._cycle():
                     if self._buffer:
                         await asyncio.sleep(0)  # pipelined requests leave the others a turn
+                    if self._eof:
+                        break  # what was pipelined is asked for by nobody
             await self._linger()
         except (Gone, OSError):
             self.transport.abort()
         finally:
+            self._server.serving -= not surplus
             if not self.transport.is_closing():
                 self.transport.close()
             self.deadline = self._loop.time() + self._server.limits.write_timeout
@@ -301,35 +328,48 @@ class _Client(asyncio.Protocol):
         """
         buffer, limits = self._buffer, self._server.limits
         checked = 0
+        begun = False  # a byte of the head has come
+        skipped = False  # RFC 9112 section 2.2: one empty line may come before a request
         while True:
-            if not checked and buffer.startswith(b"\r\n"):
-                del buffer[:2]  # RFC 9112 section 2.2: an empty line before a request
+            if not skipped and buffer.startswith(b"\r\n"):
+                del buffer[:2]
+                skipped, checked = True, 0
             end = buffer.find(b"\r\n\r\n", max(0, checked - 3))
             if end >= 0 and end + 4 <= limits.max_head:
                 raw = bytes(buffer[: end + 4])
                 del buffer[: end + 4]
-                self.deadline = float("inf")
+                self.deadline = math.inf
                 return raw
             if len(buffer) > limits.max_head:
                 raise BadHead(431, f"a request's head has at most {limits.max_head} bytes")
-            if hopeless(buffer, checked):
+            if hopeless(buffer, checked) or buffer.startswith(b"\r\n"):
                 raise BadHead(400, "the request's head is malformed")
             if self._eof or (self._server.draining and not buffer):
                 return None
-            if not checked:
-                idle = self._served and not buffer
-                wait = limits.keepalive_timeout if idle else limits.head_timeout
-                self.deadline = self._loop.time() + wait
+            if not begun:
+                begun = skipped or bool(buffer)
+                self._set_deadline(begun)
             checked = len(buffer)
             await self._more()
 
+    def _set_deadline(self, begun: bool) -> None:
+        """Bound the wait for a head, or for its first byte."""
+        limits = self._server.limits
+        idle = self._served and not begun
+        wait = limits.keepalive_timeout if idle else limits.head_timeout
+        self.deadline = self._loop.time() + wait
+
     async def _more(self) -> None:
         """Wait for more bytes, or for the client's end."""
-        if not self._reading:
-            self._reading = True
-            self.transport.resume_reading()
+        self._read_on()
         self._waiter = self._loop.create_future()
         await self._waiter
+
+    def _read_on(self) -> None:
+        """Read again, once what waited was taken: only so is the client's end seen."""
+        if not self._reading and len(self._buffer) <= READ_AHEAD:
+            self._reading = True
+            self.transport.resume_reading()
 
     async def _read(self, head: Head, limit: int) -> bytes:
         """Read the body under way whole; see `Request.read`."""
@@ -340,6 +380,7 @@ class _Client(asyncio.Protocol):
             body = bytes(memoryview(self._buffer)[: head.length])
             del self._buffer[: head.length]
             self._unread = False
+            self._read_on()
             return body
         parts, size = [], 0
         async for part in self._pieces(head):
@@ -363,6 +404,7 @@ class _Client(asyncio.Protocol):
                 del self._buffer[: len(part)]
                 left -= len(part)
                 self._unread = left > 0
+            self._read_on()
             if part:
                 yield part
             elif self._unread:
@@ -456,12 +498,12 @@ class _Client(asyncio.Protocol):
 
         """
         while self._writable is not None:
-            waiting = self.transport.get_write_buffer_size()
+            waiting = _unread_bytes(self.transport)
             try:
                 async with asyncio.timeout(self._server.limits.write_timeout):
                     await self._writable
             except TimeoutError:
-                if self.transport.get_write_buffer_size() >= waiting:
+                if _unread_bytes(self.transport) >= waiting:
                     raise Gone from None
                 if self._writable is not None:  # it reads, if slowly: wait once more
                     self._writable = self._loop.create_future()
@@ -511,6 +553,25 @@ class _Client(asyncio.Protocol):
                 self._buffer.clear()
                 async with asyncio.timeout(self._server.limits.linger_timeout):
                     await self._more()
+
+
+def _unread_bytes(transport: asyncio.Transport) -> int:
+    """Count what is written and not read by the client: our buffer, and the kernel's."""
+    sock: Any = transport.get_extra_info("socket")
+    count = array.array("i", [0])
+    with suppress(OSError, AttributeError):
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    return transport.get_write_buffer_size() + count[0]
+
+
+def _is_connected(transport: asyncio.Transport) -> bool:
+    """Whether the kernel has seen no end from the client; True where it does not tell."""
+    sock: Any = transport.get_extra_info("socket")
+    try:
+        state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
+    except (OSError, AttributeError):
+        return True
+    return state == TCP_ESTABLISHED
 
 
 def _surplus(most: int) -> HTTPError:

@@ -228,7 +228,9 @@ def _upstream(text: str, port: int | None) -> dict[str, Any]:
         raise wrong
     if url.path not in {"", "/"} or url.query or url.fragment or not host.isascii():
         raise wrong
-    if not re.fullmatch(r"[\w.:%-]*", host, re.ASCII):
+    if not re.fullmatch(r"[\w.:%-]*", host, re.ASCII) or max(map(len, host.split("."))) > 63:
+        raise wrong
+    if ".." in host or host.startswith("."):
         raise wrong
     host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     tls = url.scheme == "https"

@@ -100,11 +100,19 @@ def describe(settings: Settings, keys: KeyStore) -> str:
     )
 
 
-def raise_file_limit() -> None:
-    """Allow as many open files as the system does: each client is one."""
+def raise_file_limit(wanted: int) -> int:
+    """Allow as many open files as the system does; return how many clients that is enough for.
+
+    Each client is one, and may need another for Ollama.
+    """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = wanted if soft == resource.RLIM_INFINITY else min(wanted, max(1, (soft - 32) // 2))
+    if enough < wanted:
+        log.warning("MAX_CONNECTIONS is %d, since only %d files may be open", enough, soft)
+    return enough
 
 
 def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
@@ -142,9 +150,9 @@ class Certificate:
         self._paths = program_path(settings.tls_cert_file), program_path(settings.tls_key_file)
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._seen = self._state()
+        self._seen = self._said = self._state()
         try:
-            self.context.load_cert_chain(*self._paths)
+            self._load(self.context)
         except (OSError, ValueError) as error:
             raise SettingsError(
                 f"TLS_CERT_FILE, TLS_KEY_FILE: {self._paths[0]}, {self._paths[1]}:"
@@ -156,13 +164,20 @@ class Certificate:
         state = self._state()
         if state == self._seen:
             return
-        self._seen = state
         try:
-            self.context.load_cert_chain(*self._paths)
+            # A pair that does not fit would spoil the one in force: try it apart first.
+            self._load(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
+            self._load(self.context)
         except (OSError, ValueError) as error:
-            log.error("the renewed certificate cannot be used: %s", _tls_reason(error))
+            if state != self._said:
+                log.error("the renewed certificate cannot be used: %s", _tls_reason(error))
+            self._said = state
         else:
+            self._seen = state
             log.info("the certificate was read again")
+
+    def _load(self, context: ssl.SSLContext) -> None:
+        context.load_cert_chain(*self._paths, password=_no_passphrase)
 
     def _state(self) -> list[tuple[int, int, int] | None]:
         state: list[tuple[int, int, int] | None] = []
@@ -176,7 +191,12 @@ class Certificate:
         return state
 
 
-def _tls_reason(error: Exception) -> str:
+def _no_passphrase() -> str:
+    """Refuse, rather than wait at the terminal."""
+    raise ValueError("the key is encrypted; OllProx needs one that is not")
+
+
+def _tls_reason(error: BaseException) -> str:
     return getattr(error, "reason", None) or getattr(error, "strerror", None) or str(error)
 
 
@@ -184,18 +204,20 @@ class LoopErrors:
     """Log what the event loop cannot handle; running out of files once a minute, in one line."""
 
     def __init__(self) -> None:
-        self._said = -math.inf
+        self._said: dict[str, float] = {}  # when each message was last logged; they are few
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log one such error."""
-        error = context.get("exception")
-        if isinstance(error, ssl.SSLError):
-            log.debug("%s: %s", context.get("message"), _tls_reason(error))
+        error, message = context.get("exception"), str(context.get("message"))
+        if isinstance(error, ssl.SSLError | asyncio.CancelledError):
+            log.debug("%s: %s", message, _tls_reason(error))
+        elif isinstance(error, ValueError) and "file descriptor" in str(error):
+            log.debug("%s", message)  # asyncio tries to accept on what was closed meanwhile
         elif not isinstance(error, OSError):
-            log.error("%s", context.get("message"), exc_info=error)
-        elif loop.time() - self._said > 60:
-            self._said = loop.time()
-            log.error("%s: %s", context.get("message"), reason(error))
+            log.error("%s", message, exc_info=error)
+        elif loop.time() - self._said.get(message, -math.inf) > 60:
+            self._said[message] = loop.time()
+            log.error("%s: %s", message, reason(error))
 
 
 class Signals:

@@ -23,6 +23,7 @@ from http11 import (
     end_to_end,
     frame_chunk,
     frame_request,
+    hopeless,
     parse_response_head,
 )
 
@@ -39,6 +40,10 @@ class _CountingReader(asyncio.StreamReader):
     """A stream reader that tells how many bytes have come."""
 
     fed = 0
+
+    def set_exception(self, exc: BaseException) -> None:
+        """Take a reset for an end: what came before it can still be read."""
+        self.feed_eof()
 
     def feed_data(self, data: Any) -> None:
         self.fed += len(data)
@@ -57,15 +62,14 @@ class _Connection:
         self.idle_since = 0.0
         self._taken = 0  # bytes read off the stream
 
-    def usable(self, now: float) -> bool:
+    def usable(self) -> bool:
         """Whether a kept connection can carry a request: open, and not one byte came."""
         return (
             not self.reader.at_eof()
             and not self.buffer
             and self.reader.fed == self._taken
-            and self.reader.exception() is None
             and not self.writer.is_closing()
-            and now - self.idle_since < MAX_IDLE_TIME
+            and time.monotonic() - self.idle_since < MAX_IDLE_TIME
         )
 
     async def more(self) -> bool:
@@ -156,11 +160,18 @@ class Upstream:
             pieces = self._body(connection, head)
             yield Response(head.status, end_to_end(head.headers), pieces, head.length)
         finally:
-            reusable = connection.whole and connection.uploaded and head.keep_alive
-            if reusable and not connection.buffer:
+            connection.idle_since = time.monotonic()
+            sent = connection.uploaded and not connection.writer.transport.get_write_buffer_size()
+            if connection.whole and sent and head.keep_alive and connection.usable():
                 self._keep(connection)
             else:
                 await connection.abort()
+
+    def sweep(self) -> None:
+        """Drop the kept connections that upstream has closed; to be called now and then."""
+        for connection in [c for c in self._idle if not c.usable()]:
+            self._idle.remove(connection)
+            connection.writer.transport.abort()
 
     async def close(self) -> None:
         """Close the connections that are kept."""
@@ -200,10 +211,11 @@ class Upstream:
         upload = asyncio.create_task(self._upload(connection, message, body, chunked=chunked))
         answer = asyncio.create_task(self._head(connection, b""))
         try:
+            await asyncio.wait({upload, answer}, return_when=asyncio.FIRST_COMPLETED)
+            if upload.done():
+                upload.result()  # the client's own faults, not upstream's
             with self._failures():
-                await asyncio.wait({upload, answer}, return_when=asyncio.FIRST_COMPLETED)
                 if upload.done():
-                    upload.result()
                     async with self._timeout(self._first_byte_timeout, "sent no answer"):
                         return await answer
                 return answer.result()
@@ -235,13 +247,10 @@ class Upstream:
             connection.uploaded = True
 
     async def _head(self, connection: _Connection, message: bytes) -> ResponseHead:
-        try:
-            connection.writer.write(message)
-            await connection.writer.drain()
-        except ConnectionError:
-            pass  # what upstream said before it closed may still be read
+        connection.writer.write(message)  # not waited for: upstream may answer before it reads
+        before = connection.reader.fed
         for _ in range(MAX_INTERIM):
-            raw = await self._raw_head(connection)
+            raw = await self._raw_head(connection, before)
             head = self._parse(raw)
             if head.status == 101:
                 raise BadHead(502, "it switched protocols unasked")
@@ -249,17 +258,16 @@ class Upstream:
                 return head
         raise BadHead(502, "it sent too many interim responses")
 
-    async def _raw_head(self, connection: _Connection) -> bytes:
+    async def _raw_head(self, connection: _Connection, before: int) -> bytes:
+        """Read a head. Raises _Stale if not one byte has come since `before`."""
         buffer = connection.buffer
         while (end := buffer.find(b"\r\n\r\n")) < 0:
             if len(buffer) > MAX_HEAD:
                 break
-            try:
-                came = await connection.more()
-            except ConnectionError:
-                came = False
-            if not came:
-                if not buffer:
+            if not b"HTTP/1.".startswith(buffer[:7]) or hopeless(buffer):
+                raise BadHead(502, "it does not begin as one")
+            if not await connection.more():
+                if connection.reader.fed == before:
                     raise _Stale
                 raise BadHead(502, "it ended in the middle of its head")
         if end < 0 or end > MAX_HEAD:
@@ -311,19 +319,18 @@ class Upstream:
 
     def _take(self) -> _Connection | None:
         """Take the connection that was used last; those that went stale are dropped."""
-        now = time.monotonic()
         while self._idle:
             connection = self._idle.pop()
-            if connection.usable(now):
+            if connection.usable():
                 return connection
             connection.writer.transport.abort()
         return None
 
     def _keep(self, connection: _Connection) -> None:
-        connection.idle_since = time.monotonic()
         self._idle.append(connection)
         if len(self._idle) > MAX_IDLE:
-            self._idle.pop(0).writer.transport.abort()
+            oldest = self._idle.pop(0)
+            oldest.writer.transport.abort()
 
     @contextmanager
     def _failures(self) -> Iterator[None]:
@@ -332,7 +339,7 @@ class Upstream:
             yield
         except BadHead as error:
             raise self._failure(f"sent what is no HTTP response: {error.message}") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: no name that can be resolved
             raise self._failure(f"cannot be reached ({_reason(error)})") from error
 
     @asynccontextmanager
@@ -355,12 +362,12 @@ class Upstream:
         )
 
 
-def _reason(error: OSError) -> str:
+def _reason(error: OSError | UnicodeError) -> str:
     if isinstance(error, ConnectionError):
         return (
             type(error).__name__.removesuffix("Error").replace("Connection", "connection ").lower()
         )
-    return error.strerror or str(error)
+    return getattr(error, "strerror", None) or str(error)
 
 
 class _Stale(Exception):

@@ -63,6 +63,7 @@ class Script:
     models: dict[str, str] = field(
         default_factory=lambda: {"gemma3:270m": DIGEST, "llama2:latest": "a" * 64}
     )
+    listed: dict[str, str] | None = None  # what is listed, if not `models`
     let_go: asyncio.Event = field(default_factory=asyncio.Event)
     respond: Callable[[Seen, asyncio.StreamWriter], Awaitable[None]] | None = None
     swallow: Callable[[asyncio.StreamReader, int | None], Awaitable[None]] | None = None
@@ -337,7 +338,9 @@ class StandIn:
                 "digest": digest,
                 "details": {"parent_model": "", "format": "gguf", "family": "gemma3"},
             }
-            for name, digest in self.script.models.items()
+            for name, digest in (
+                self.script.models if self.script.listed is None else self.script.listed
+            ).items()
         ]
 
     def _knows(self, model: object) -> bool:

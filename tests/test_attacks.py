@@ -3,10 +3,11 @@
 import asyncio
 import contextlib
 import re
+from pathlib import Path
 
 import pytest
-from client import KEY, Client, question, raw, request
-from conftest import Program
+from client import KEY, Client, ask, question, raw, request
+from conftest import Program, Start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from standin import StandIn
@@ -222,3 +223,62 @@ async def test_clients_that_leave_reset_or_half_close_at_any_moment(
     async with Client(ollprox.port) as client:
         assert (await client.ask("POST", "/call_model", question())).status == 200
     await ollama.until(lambda: not ollama.generating)
+
+
+@pytest.mark.parametrize("size", [66_000, 90_000, 120_000])
+async def test_a_client_that_leaves_after_a_large_body_is_noticed(
+    ollprox: Program, ollama: StandIn, size: int
+) -> None:
+    ollama.script.hold_head = True
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/call_model", question("x" * size)))
+        await ollama.until(lambda: bool(ollama.asked()))
+    await ollama.until(lambda: ollama.asked()[0].gone)
+
+
+async def test_a_client_that_leaves_behind_much_that_it_sent_ahead_is_noticed(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_head = True
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/call_model", question()))
+        await ollama.until(lambda: bool(ollama.asked()))
+        await client.send(request("GET", "/health") * 1200)
+        client.writer.transport.abort()
+    await ollama.until(lambda: ollama.asked()[0].gone)
+
+
+async def test_what_was_pipelined_by_a_client_that_left_is_asked_by_nobody(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    for first in (request("GET", "/nope"), request("GET", "/health")):
+        async with Client(ollprox.port) as client:
+            client.writer.write(first + request("POST", "/call_model", question()))
+            client.writer.write_eof()
+            await client.reader.read()
+    assert (await ask(ollprox.port, "GET", "/health")).status == 200
+    assert all(seen.gone for seen in ollama.asked())
+
+
+async def test_empty_lines_are_no_way_to_stay(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.3)
+    for data, status in ((b"\r\n" + GOOD, 200), (b"\r\n\r\n" + GOOD, 400)):
+        for step in (1, 2, 1000):
+            async with Client(ollprox.port) as client:
+                for start in range(0, len(data), step):
+                    client.writer.write(data[start : start + step])
+                    await asyncio.sleep(0)
+                assert (await client.head()).status == status
+    async with Client(ollprox.port) as client:
+        await client.send(b"\r\n")
+        assert (await client.reader.read()) == b""  # it did not begin a request in time
+
+
+async def test_a_malformed_chunk_of_an_upload_is_the_clients_fault(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, ADMIN_LABELS="tester")
+    head = request("POST", "/api/create", b"", {"Transfer-Encoding": "chunked"})
+    assert await statuses(ollprox.port, head + b"5\r\nhello\r\n5 \r\nhello\r\n") == [400]

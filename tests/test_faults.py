@@ -243,3 +243,100 @@ async def test_faults_leak_no_files(ollprox: Program, ollama: StandIn) -> None:
     async with asyncio.timeout(5):
         while files() > before + 1:
             await asyncio.sleep(0.02)
+
+
+async def test_an_answer_in_one_burst_larger_than_the_window_is_folded_whole(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES=20_000
+    )
+    texts = [f"<{number:05d}>" for number in range(3000)]
+    lines = [b'{"response":"%b","done":false}\n' % text.encode() for text in texts]
+    body = b"".join([*lines, LINES[-1]])
+    ollama.script.respond = only_questions(says(CHUNKED + chunk(body) + b"0\r\n\r\n"), ollama)
+    answer = await ask(ollprox.port, "POST", "/call_model", question())
+    assert answer.json()["response"] == "".join(texts)
+
+
+async def test_an_answer_that_comes_before_the_body_is_taken_is_passed_on(
+    launch: Start, key_file: Path
+) -> None:
+    refusal = b'{"error":"too large"}'
+    reply = b"HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\n\r\n%b" % (len(refusal), refusal)
+
+    how = ""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        writer.write(reply)
+        await writer.drain()
+        if head.startswith(b"POST"):  # and not the reading of the version
+            if how == "half-closes":
+                writer.write_eof()
+            await held.wait()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    ollprox = await launch(OLLAMA_PORT=port, API_KEY_FILE=key_file, MODEL_REFRESH=0)
+    held = asyncio.Event()
+    for how in ("keeps it open", "half-closes"):  # noqa: B007 - read by `serve`
+        async with asyncio.timeout(20):
+            answer = await ask(ollprox.port, "POST", "/call_model", question("x" * (20 << 20)))
+        assert (answer.status, answer.body) == (413, refusal)
+    held.set()
+    server.close()
+    await server.wait_closed()
+
+
+async def test_garbage_that_never_ends_is_told_at_once(ollprox: Program, ollama: StandIn) -> None:
+    held = asyncio.Event()
+    for garbage in (b"SSH-2.0-OpenSSH_9.6\r\n", b"HTTP/1.1 200 OK\nX: y\n\n", b"\x00\x00\x12"):
+
+        async def respond(
+            seen: Seen, writer: asyncio.StreamWriter, garbage: bytes = garbage
+        ) -> None:
+            writer.write(garbage)
+            await held.wait()
+
+        ollama.script.respond = only_questions(respond, ollama)
+        async with asyncio.timeout(10):
+            assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
+    held.set()
+
+
+async def test_no_retry_after_an_interim_response(ollprox: Program, ollama: StandIn) -> None:
+    await ask(ollprox.port, "POST", "/call_model", question("first"))
+    count = len(ollama.asked())
+    interim = says(b"HTTP/1.1 102 Processing\r\n\r\n")
+    ollama.script.respond = only_questions(interim, ollama)
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
+    assert len(ollama.asked()) == count + 1
+
+
+async def test_half_a_line_is_not_passed_on(ollprox: Program, ollama: StandIn) -> None:
+    half = HEAD + b"Content-Length: %d\r\n\r\n%b" % (len(LINES[0]) + 5, LINES[0] + b'{"mod')
+    ollama.script.respond = only_questions(says(half), ollama)
+    async with Client(ollprox.port) as client:
+        stream = await client.begin("POST", "/api/generate", question())
+        await client.rest(stream)
+    first, last = stream.body.splitlines(keepends=True)
+    assert first == LINES[0]
+    assert "error" in json.loads(last)
+    assert not stream.complete
+
+
+async def test_ollamas_own_error_is_kept_even_if_a_reset_follows(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    own = b'{"error":"boom"}\n'
+    data = CHUNKED + chunk(LINES[0]) + chunk(own)
+    ollama.script.respond = only_questions(says(data, reset=True), ollama)
+    single = await ask(ollprox.port, "POST", "/call_model", question())
+    assert (single.status, single.json()) == (500, {"error": "boom"})
+    async with Client(ollprox.port) as client:
+        stream = await client.begin("POST", "/api/generate", question())
+        await client.rest(stream)
+    assert stream.body == LINES[0] + own
+    assert not stream.complete

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cache import Cache
 from flight import PIECE_OVERHEAD, Ending, Flight, Flights
@@ -71,7 +73,7 @@ class Field:
 
     def _store(self, flight: Flight) -> bool:
         assert isinstance(flight.notes, LineNotes)
-        if not flight.notes.keep:
+        if not flight.notes.keeps(flight.whole()):
             return False
         self.on_store()
         self.stored.append(flight.whole())
@@ -106,18 +108,18 @@ async def test_a_late_reader_gets_what_is_there_at_once_and_then_each_line() -> 
         with pytest.raises(StopAsyncIteration):
             await anext(pieces)
     assert await first == line("a") + line("b") + line("c") + DONE
-    assert field.stored == [await_whole("abc")]
+    assert field.stored == [whole_answer("abc")]
     assert field.upstream.begun == 1
 
 
-def await_whole(text: str) -> bytes:
+def whole_answer(text: str) -> bytes:
     return b"".join(map(line, text)) + DONE
 
 
 async def test_pieces_end_at_the_end_of_a_line() -> None:
     field = Field()
     task = asyncio.create_task(read(field.begin()))
-    whole = await_whole("ab")
+    whole = whole_answer("ab")
     for start in range(0, len(whole), 7):
         field.upstream.say(whole[start : start + 7])
     field.upstream.say(None)
@@ -229,13 +231,49 @@ async def test_only_the_bodys_end_was_missing() -> None:
 async def test_a_fold_waits_for_the_end() -> None:
     field = Field()
     flight = field.begin()
-    with flight.join() as reader:
+    with flight.join(folds=True) as reader:
+        field.upstream.say(line("a"))
+        await reader.head()
         task = asyncio.create_task(reader.fold())
-        field.upstream.say(line("a"), line("b"))
+        field.upstream.say(line("b"))
         await settle()
         assert not task.done()
         field.upstream.say(DONE, None)
         assert b'"response":"ab"' in await task
+
+
+async def test_a_piece_that_waits_for_room_is_neither_noted_nor_lost() -> None:
+    """Noted before it is on the tape, it would be missing in a fold, or in what is stored."""
+    field = Field(window=cost(line("a"), line("b")))
+    flight = field.begin()
+    with flight.join() as slow, flight.join(folds=True) as folding:
+        field.upstream.say(line("a"), line("b"), line("c"), DONE, None)
+        task = asyncio.create_task(folding.fold())
+        await settle()
+        assert b'"response":"abc"' in await task
+        with pytest.raises(Truncated):
+            await anext(slow.pieces())
+    field = Field(window=cost(line("a"), line("b")))
+    with field.begin().join():
+        field.upstream.say(line("a"), line("b"), DONE, None)
+        await settle()
+    assert field.stored == []  # the last line was not on the tape yet
+    await settle()
+
+
+async def test_a_store_that_fails_does_not_leave_the_flight_in_the_air(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail() -> None:
+        raise TypeError("unhashable")
+
+    field = Field()
+    field.on_store = fail
+    task = asyncio.create_task(read(field.begin()))
+    field.upstream.say(DONE, None)
+    assert await task == DONE
+    assert len(field.flights) == 0
+    assert "could not be stored" in caplog.text
 
 
 # Back-pressure.
@@ -378,3 +416,113 @@ async def test_cancelling_at_each_stage_leaves_nothing(stage: int) -> None:
     assert (field.upstream.open, len(field.flights), field.budget.reserved_bytes) == (0, 0, 0)
     others = asyncio.all_tasks() - {asyncio.current_task()}
     assert not others
+
+
+# Any order of events, against a model: what was said, and how much of it each reader has had.
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["join", "say", "say", "read", "read", "leave"]), st.integers(0, 9)),
+    max_size=30,
+)
+
+
+@given(STEPS, st.sampled_from(["end", "break", "leave"]), st.sampled_from([150, 400, 100_000]))
+def test_any_order_of_events_is_the_model_of_a_shared_answer(
+    steps: list[tuple[str, int]], ending: str, window: int
+) -> None:
+    asyncio.run(play(steps, ending, window))
+
+
+async def play(  # noqa: C901 - a script
+    steps: list[tuple[str, int]], ending: str, window: int
+) -> None:
+    field = Field(window=window)
+    flight = field.begin()
+    said = 0  # lines that upstream has said
+    readers: list[ModelReader] = []
+
+    def join() -> None:
+        if flight.joinable:
+            readers.append(ModelReader(flight))
+
+    join()
+    for what, number in steps:
+        if what == "join":
+            join()
+        elif what == "say":
+            field.upstream.say(line(str(said)))
+            said += 1
+        elif readers:
+            reader = readers[number % len(readers)]
+            if what == "read":
+                await reader.read()
+            elif len(readers) > 1:
+                reader.leave()
+                readers.remove(reader)
+        await settle()
+        assert field.upstream.open == 1  # as long as one reads
+        assert field.budget.reserved_bytes <= 4 * window + 10_000
+    if ending == "leave":
+        for reader in readers:
+            reader.leave()
+        await settle()
+        assert field.stored == []
+    else:
+        field.upstream.say(*([DONE, None] if ending == "end" else [HTTPError(502, "broke")]))
+        whole = [line(str(number)) for number in range(said)] + [DONE] * (ending == "end")
+        lost = await read_to_the_end(readers)
+        for reader in readers:
+            assert b"".join(whole).startswith(reader.had)
+            if reader not in lost:
+                assert reader.had == b"".join(whole)
+                assert reader.failed is (ending == "break")
+        assert len(lost) < len(readers)  # the fastest is never dropped
+        assert (field.stored == [b"".join(whole)]) is (ending == "end" and flight.start == 0)
+    assert (field.upstream.open, len(field.flights)) == (0, 0)
+    for reader in readers:
+        reader.leave()
+    assert field.budget.reserved_bytes == 0
+
+
+class ModelReader:
+    """A reader that is driven step by step, and what it has had."""
+
+    def __init__(self, flight: Flight) -> None:
+        self.had = b""
+        self.failed = False
+        self.dropped = False
+        self.ended = False
+        self._block = flight.join()
+        self._pieces = self._block.__enter__().pieces()
+        self._next: asyncio.Task[bytes] | None = None
+
+    async def read(self) -> None:
+        """Take what has come since, if anything."""
+        if self.ended:
+            return
+        if self._next is None:
+            self._next = asyncio.create_task(anext(self._pieces))  # type: ignore[arg-type]
+        await settle()
+        if self._next.done():
+            task, self._next = self._next, None
+            try:
+                self.had += task.result()
+            except StopAsyncIteration:
+                self.ended = True
+            except HTTPError:
+                self.ended = self.failed = True
+            except Truncated:
+                self.ended = self.dropped = True
+
+    def leave(self) -> None:
+        if self._next is not None:
+            self._next.cancel()
+        self._block.__exit__(None, None, None)
+
+
+async def read_to_the_end(readers: list[ModelReader]) -> list[ModelReader]:
+    """Let all readers read in turn; return those that were dropped."""
+    while not all(reader.ended for reader in readers):
+        for reader in readers:
+            await reader.read()
+    return [reader for reader in readers if reader.dropped]

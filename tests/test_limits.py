@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import resource
+import socket
 import ssl
 import subprocess
 import time
@@ -174,6 +175,41 @@ def test_the_window_of_wrong_keys_ends_and_the_table_is_bounded() -> None:
     assert wrong.count("a")[0] == 1
 
 
+async def test_places_are_free_again_though_refused_clients_linger(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_CONNECTIONS=2, HEAD_TIMEOUT=20
+    )
+    async with contextlib.AsyncExitStack() as refused:
+        async with Client(ollprox.port) as one, Client(ollprox.port) as two:
+            await one.ask("GET", "/health")
+            await two.ask("GET", "/health")
+            for _ in range(4):
+                client = await refused.enter_async_context(Client(ollprox.port))
+                assert (await client.head()).status == 503
+        async with asyncio.timeout(3):
+            while (await ask(ollprox.port, "GET", "/health")).status != 200:
+                await asyncio.sleep(0.01)
+
+
+async def test_a_client_that_reads_slowly_but_reads_is_not_dropped(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 100_000] * 60
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, WRITE_TIMEOUT=0.4)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
+        client.connect(("127.0.0.1", ollprox.port))
+        client.sendall(request("POST", "/api/generate", question()))
+        for _ in range(20):
+            assert await asyncio.to_thread(client.recv, 50_000)
+            await asyncio.sleep(0.1)
+    await ollprox.says("status=499")
+    total = (await ollprox.says(r"status=499 .* total=([\d.]+)"))[1]
+    assert float(total) > 1.9  # it was not cut at WRITE_TIMEOUT
+
+
 # TLS.
 
 
@@ -229,8 +265,48 @@ async def test_tls_serves_https_and_takes_a_renewed_certificate(
     await ollprox.says("the certificate was read again")
     reply, subject = await https(ollprox.port, cert, request("GET", "/health", headers=close))
     assert (reply[:15], subject) == (b"HTTP/1.1 200 OK", "second")
-    cert.write_text("broken")
+    third_cert, third_key = certificate(tmp_path, "third")
+    good = cert.read_text()
+    third_cert.rename(cert)  # whose key is not there yet
     await ollprox.says("the renewed certificate cannot be used")
+    (tmp_path / "good.pem").write_text(good)
+    request_health = request("GET", "/health", headers=close)
+    reply, subject = await https(ollprox.port, tmp_path / "good.pem", request_health)
+    assert (reply[:15], subject) == (b"HTTP/1.1 200 OK", "second")  # the last stays in force
+    third_key.rename(key)
+    await ollprox.says("was read again(.|\n)*was read again")
+    reply, subject = await https(ollprox.port, cert, request_health)
+    assert (reply[:15], subject) == (b"HTTP/1.1 200 OK", "third")
+
+
+async def test_sigterm_with_idle_tls_clients_stops_at_once(
+    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path, "first")
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, TLS_CERT_FILE=cert, TLS_KEY_FILE=key
+    )
+    context = ssl.create_default_context(cafile=cert)
+
+    def connect(headers: dict[str, str] | None) -> ssl.SSLSocket:
+        plain = socket.create_connection(("127.0.0.1", ollprox.port))
+        client = context.wrap_socket(plain, server_hostname="localhost")
+        if headers is not None:
+            client.sendall(request("GET", "/health", headers=headers))
+            assert client.recv(1000).startswith(b"HTTP/1.1 200")
+        return client
+
+    clients = [
+        await asyncio.to_thread(connect, headers) for headers in (None, {}, {"Connection": "close"})
+    ]
+    pending = socket.create_connection(("127.0.0.1", ollprox.port))  # no handshake yet
+    begun = time.monotonic()
+    ollprox.process.terminate()
+    assert await ollprox.process.wait() == 0
+    assert time.monotonic() - begun < 8  # far below DRAIN_TIMEOUT
+    pending.close()
+    for client in clients:
+        client.close()
 
 
 async def test_a_streams_client_over_tls_is_noticed_to_leave(

@@ -170,7 +170,7 @@ def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
     assert not notes.too_large
     notes.feed(b'{"response":"0123456789+","done":true}\n')
     assert notes.too_large
-    assert not notes.keep
+    assert not notes.keeps(b"")
     with pytest.raises(HTTPError, match=r'"stream": true') as caught:
         notes.fold()
     assert caught.value.status == 502
@@ -181,7 +181,7 @@ def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
 
 def test_a_whole_stream_is_complete() -> None:
     notes = noted_trace(b"/api/generate", "generate-stream-default")
-    assert (notes.finished, notes.keep, notes.close()) == (True, True, None)
+    assert (notes.finished, notes.keeps(b""), notes.close()) == (True, True, None)
 
 
 @pytest.mark.parametrize(
@@ -197,16 +197,18 @@ def test_a_whole_stream_is_complete() -> None:
     ],
 )
 def test_loads_and_errors_are_never_kept(path: bytes, name: str) -> None:
-    assert not noted_trace(path, name).keep
+    assert not noted_trace(path, name).keeps(response(name)[2])
 
 
 def test_a_load_that_comes_as_a_stream_is_not_kept() -> None:
-    assert not noted(b"/api/generate", b'{"response":"","done":true,"done_reason":"load"}\n').keep
+    assert not noted(b"/api/generate", b'{"response":"","done":true,"done_reason":"load"}\n').keeps(
+        b""
+    )
 
 
 def test_ollamas_own_error_ends_a_stream_and_is_no_answer() -> None:
     notes = noted_trace(b"/api/generate", "generate-stream-runner-killed")
-    assert (notes.finished, notes.keep, notes.close()) == (False, False, None)
+    assert (notes.finished, notes.keeps(b""), notes.close()) == (False, False, None)
     with pytest.raises(HTTPError) as caught:
         notes.fold()
     _, _, body = response("generate-nonstream-runner-killed")

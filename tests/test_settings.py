@@ -60,6 +60,8 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
         ("OLLAMA_HOST", "ftp://127.0.0.1"),
         ("OLLAMA_HOST", "127.0.0.1:99999"),
         ("OLLAMA_HOST", "a host"),
+        ("OLLAMA_HOST", "a..b"),
+        ("OLLAMA_HOST", "x" * 70),
         ("OLLAMA_HOST", "host?x=1"),
         ("OLLAMA_HOST", "127.0.0.1:8000"),
         ("OLLAMA_HOST", "localhost:8000"),

@@ -410,6 +410,25 @@ async def test_a_list_that_is_not_well_formed_changes_nothing(
         assert "hit" in hit.cache_status
 
 
+async def test_a_model_that_appears_may_be_another_than_was_asked(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """Made again between two readings of the list, or before the first that could be read."""
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH=0.05)
+
+    async def after_a_reading() -> None:
+        count = len(ollama.seen)
+        await ollama.until(lambda: sum(s.path == "/api/tags" for s in ollama.seen[count:]) > 1)
+
+    await after_a_reading()
+    ollama.script.listed = {}
+    await after_a_reading()
+    await ask(ollprox.port, "POST", "/call_model", question())
+    ollama.script.listed = None
+    await ollprox.says("models have changed(.|\n)*models have changed: 1 stored")
+    assert "fwd=miss" in (await ask(ollprox.port, "POST", "/call_model", question())).cache_status
+
+
 # What may be shared.
 
 
