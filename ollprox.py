@@ -590,6 +590,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         task.cancel()
     await asyncio.wait([drain, second, *chores])
     await upstream.close()
+    log.debug("%d tasks are left", len(asyncio.all_tasks()) - 1)  # but for this one
     return 0
 
 
