@@ -301,7 +301,7 @@ class LineNotes(BaseNotes):
     @property
     def finished(self) -> bool:  # type: ignore[override]  # told by what has come
         """Whether the last line has come."""
-        return self._valid and self._last.get("done") is True
+        return self._valid and self._last.get("done") is True and not self.reported
 
     @property
     def reported(self) -> bool:  # type: ignore[override]  # told by what has come

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from standin import Script, StandIn
 
@@ -233,6 +233,7 @@ def test_a_stream_without_a_last_line_is_cut(body: bytes) -> None:
 
 
 @given(st.binary(max_size=80))
+@example(b'{"done":true,"error":"x"}')
 def test_any_bytes_can_be_noted(data: bytes) -> None:
     for path in (b"/api/generate", b"/api/chat", b"/api/embed"):
         notes = noted(path, data)
