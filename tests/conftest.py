@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import fields
 from pathlib import Path
 
+import hypothesis
 import pytest
 import pytest_asyncio
 
@@ -18,6 +19,12 @@ from client import KEY  # noqa: E402 - the path had to be set first
 from standin import Script, StandIn  # noqa: E402
 
 from settings import Settings  # noqa: E402
+
+# Whatever the machine's speed; and in CI the same examples each time.
+hypothesis.settings.register_profile(
+    "ollprox", deadline=None, derandomize=bool(os.environ.get("CI"))
+)
+hypothesis.settings.load_profile("ollprox")
 
 # What no input may bring about, at any level of the log.
 FAULTS = re.compile(r"Traceback|never retrieved|was destroyed|ResourceWarning|never awaited")
