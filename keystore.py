@@ -315,7 +315,9 @@ def _print_hashed(lines: Iterable[bytes], salt: bytes) -> None:
     for number, line in enumerate(lines):
         line = line if number else line.removeprefix(b"\xef\xbb\xbf")
         key, label = split_line(line)
-        if key:
+        if _DIGEST.fullmatch(key):
+            print(f"line {number + 1} is a digest already: left as it is", file=sys.stderr)
+        elif key:
             digest = salted_digest(salt, key).hex().encode()
             line = digest + (b"  # " + label if label else b"")
         sys.stdout.buffer.write(line.rstrip(b"\r\n") + b"\n")

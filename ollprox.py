@@ -167,7 +167,7 @@ class Proxy:
         """Check key, path and method by the head alone; return the route and its target."""
         record.method = head.method.decode() if head.method in _METHODS else "other"
         if _goes_in_a_circle(head):
-            raise HTTPError(508, "OLLAMA_HOST leads back to OllProx; give it Ollama's own address")
+            raise _circle()
         found = self.routes.find(head.path)
         if found is None:
             self._authenticate(head, record)
@@ -182,7 +182,9 @@ class Proxy:
         if head.method not in route.methods:
             raise _wrong_method(route)
         if route.access is Access.ADMIN and label not in self.settings.admin_labels:
-            raise HTTPError(403, "managing models is for keys whose label is in ADMIN_LABELS")
+            raise HTTPError(
+                403, "managing models is for keys whose label is in ADMIN_LABELS; ask the operator"
+            )
         return route, target
 
     def _authenticate(self, head: Head, record: Record) -> str:
@@ -195,10 +197,11 @@ class Proxy:
             if digest is not None:
                 self._slow_down(record)
             wrong = "there is no API key" if digest is None else "the API key is not valid"
+            here = f"{self.settings.listen_scheme}://localhost:{self.settings.listen_port}"
             raise HTTPError(
                 401,
                 f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
-                f" http://localhost:{self.settings.listen_port}/call_model -d"
+                f" {here}/call_model -d"
                 """ '{"model": "llama2", "prompt": "Hello"}'""",
                 _CHALLENGES,
             )
@@ -434,8 +437,10 @@ class Proxy:
                             raise HTTPError(502, "the answer is too large")
         except TimeoutError:
             raise HTTPError(504, f"no answer within {seconds:g} s") from None
+        if response.status == 508:
+            raise _circle()
         if response.status != 200:
-            raise HTTPError(502, f"the answer's status was {response.status}")
+            raise HTTPError(502, f"Its answer had status {response.status}.")
         return b"".join(pieces)
 
 
@@ -470,6 +475,10 @@ def _goes_in_a_circle(head: Head) -> bool:
     return via is not None and any(
         member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
     )
+
+
+def _circle() -> HTTPError:
+    return HTTPError(508, "OLLAMA_HOST leads back to OllProx: give it Ollama's own address")
 
 
 def _wrong_method(route: Route) -> HTTPError:
@@ -565,7 +574,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     print(f"OllProx {__version__} listens on {where}")
     print(startup.describe(settings, keys), flush=True)
     if not keys.labels:
-        print(startup.make_key(keys, port), flush=True)
+        print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
     chores = [
         asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
@@ -656,7 +665,7 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             keys = startup.open_keys(settings)
             if chosen.check:
-                startup.check_tls(settings)
+                startup.check(settings)
                 print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
                 print(startup.describe(settings, keys))
                 return 0

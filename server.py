@@ -341,7 +341,9 @@ class _Client(asyncio.Protocol):
                 self.deadline = math.inf
                 return raw
             if len(buffer) > limits.max_head:
-                raise BadHead(431, f"a request's head has at most {limits.max_head} bytes")
+                raise BadHead(
+                    431, f"the head is larger than {limits.max_head} bytes (MAX_HEAD_BYTES)"
+                )
             if hopeless(buffer, checked) or buffer.startswith(b"\r\n"):
                 raise BadHead(400, "the request's head is malformed")
             if self._eof or (self._server.draining and not buffer):

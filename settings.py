@@ -14,8 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from dotenv import dotenv_values
-
 ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+")
@@ -203,6 +201,10 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
+    if not path.exists():
+        return {}
+    from dotenv import dotenv_values  # here, so that keystore.py alone needs nothing installed
+
     try:
         found = dotenv_values(path, interpolate=False, encoding="utf-8-sig")
     except (OSError, ValueError) as error:

@@ -57,12 +57,13 @@ def open_keys(settings: Settings) -> KeyStore:
 def _mend(path: Path, error: OSError) -> str:
     """Say what is wrong with the key file, and what to do."""
     inside = ROOT / "keys" in path.parents
-    contained = any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
-    if contained and not inside and isinstance(error, FileNotFoundError):
+    image = Path("/app") == ROOT and any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
+    if image and not inside and isinstance(error, FileNotFoundError):
+        folder = path.parent if path.parent not in {ROOT, Path("/")} else "its folder"
         return (
             "there is no such file in the container, which sees only the folder keys/: move it"
-            f" there and set API_KEY_FILE=keys/{path.name}, or mount its folder, with"
-            f" {path.parent}:{path.parent}:ro under `volumes:` in docker-compose.yml"
+            f" there and set API_KEY_FILE=keys/{path.name}, or add a mount of {folder} under"
+            " `volumes:` in docker-compose.yml"
         )
     if isinstance(error, FileNotFoundError):
         return "there is no such file: make it with one key a line, or leave API_KEY_FILE empty"
@@ -71,7 +72,7 @@ def _mend(path: Path, error: OSError) -> str:
     return f"{reason(error)}: name a file with one key a line"
 
 
-def make_key(keys: KeyStore, port: int) -> str:
+def make_key(keys: KeyStore, scheme: str, port: int) -> str:
     """Make a key for this run, where there is none, and say how it is used."""
     key = new_key()
     keys.admit(key.encode(), "made-at-start")
@@ -80,7 +81,7 @@ No API key is set, so this one was made. It is valid until OllProx stops:
 
     {key}
 
-    curl http://localhost:{port}/call_model -H "APIKEY: {key}" \\
+    curl {scheme}://localhost:{port}/call_model -H "APIKEY: {key}" \\
       -d '{{"model": "llama2", "prompt": "What is the capital of France?"}}'
 
 To make a lasting one: mkdir -p keys && python keystore.py new --label me, append the line
@@ -90,12 +91,12 @@ that it prints to keys/keys.txt, and set API_KEY_FILE=keys/keys.txt in .env
 
 def describe(settings: Settings, keys: KeyStore) -> str:
     """Say in three lines what OllProx will do."""
-    source = keys.path or "nowhere, since API_KEY_FILE is not set"
+    source = f"from {keys.path}" if keys.path else "since API_KEY_FILE is not set"
     cache = f"at most {settings.cache_max_bytes} bytes, {settings.cache_max_entry_bytes} an answer"
     kept = f"{cache}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
     return (
         f"forwards to   {settings.upstream_url}\n"
-        f"API keys      {len(keys.labels)} from {source}\n"
+        f"API keys      {len(keys.labels) or 'none'} {source}\n"
         f"cache         {kept}"
     )
 
@@ -131,8 +132,16 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
         raise SettingsError(f"OLLAMA_CA_FILE: {path}: {_tls_reason(error)}") from None
 
 
-def check_tls(settings: Settings) -> None:
-    """Try the certificates. Raises SettingsError."""
+def check(settings: Settings) -> None:
+    """Try what only the start would show. Raises SettingsError."""
+    try:
+        family, kind, *_, where = socket.getaddrinfo(
+            settings.listen_host, 0, type=socket.SOCK_STREAM
+        )[0]
+        with socket.socket(family, kind) as probe:
+            probe.bind(where)
+    except OSError:
+        raise SettingsError(_no_address(settings)) from None
     upstream_tls(settings)
     if settings.tls_cert_file:
         Certificate(settings)
@@ -243,10 +252,14 @@ def cannot_listen(settings: Settings, error: OSError) -> int:
         complain(f"port in use: {where} is taken; stop what uses it, or set LISTEN_PORT")
         return EXIT_FAILED
     if error.errno in {errno.EADDRNOTAVAIL, None} or isinstance(error, socket.gaierror):
-        complain(f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}")
+        complain(_no_address(settings))
         return EXIT_SETTINGS
     complain(f"cannot listen on {where} (LISTEN_HOST, LISTEN_PORT): {reason(error)}")
     return EXIT_FAILED
+
+
+def _no_address(settings: Settings) -> str:
+    return f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}"
 
 
 def complain(text: str) -> None:

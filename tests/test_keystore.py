@@ -312,6 +312,14 @@ def test_hash_keeps_labels_comments_and_blank_lines() -> None:
     ]
 
 
+def test_hashing_twice_changes_nothing_more() -> None:
+    """Else a key that is added later, and hashed with the rest, would lock all others out."""
+    once = tool("hash", given=b"alpha-0123456789 # Alice\n", API_KEY_SALT="pepper").stdout
+    twice = tool("hash", given=once + b"beta\n", API_KEY_SALT="pepper")
+    assert twice.stdout == once + digest(b"beta").hex().encode() + b"\n"
+    assert b"line 1 is a digest already" in twice.stderr
+
+
 def test_hash_without_a_salt_says_what_to_do() -> None:
     result = tool("hash", given=b"x")
     assert result.returncode == 2

@@ -55,6 +55,12 @@ async def test_a_wrong_setting_is_one_line_and_status_2(
     assert line.startswith(f"ollprox: {name}")
 
 
+async def test_check_refuses_what_the_start_would(launch: Start) -> None:
+    ollprox = await launch("--check", LISTEN_HOST="203.0.113.1")
+    assert await ollprox.process.wait() == 2
+    assert "LISTEN_HOST" in ollprox.text()
+
+
 async def test_check_says_what_would_be_done(launch: Start, key_file: Path) -> None:
     ollprox = await launch("--check", API_KEY_FILE=key_file, LISTEN_PORT=8765)
     assert await ollprox.process.wait() == 0
