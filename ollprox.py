@@ -664,8 +664,8 @@ def main(arguments: list[str] | None = None) -> int:
         setup_logging(settings.log_level, writer)
         try:
             keys = startup.open_keys(settings)
+            startup.check(settings)
             if chosen.check:
-                startup.check(settings)
                 print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
                 print(startup.describe(settings, keys))
                 return 0

@@ -133,7 +133,7 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def check(settings: Settings) -> None:
-    """Try what only the start would show. Raises SettingsError."""
+    """Try the address and the certificates. Raises SettingsError."""
     try:
         family, kind, *_, where = socket.getaddrinfo(
             settings.listen_host, 0, type=socket.SOCK_STREAM
@@ -141,7 +141,9 @@ def check(settings: Settings) -> None:
         with socket.socket(family, kind) as probe:
             probe.bind(where)
     except OSError:
-        raise SettingsError(_no_address(settings)) from None
+        raise SettingsError(
+            f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}"
+        ) from None
     upstream_tls(settings)
     if settings.tls_cert_file:
         Certificate(settings)
@@ -246,20 +248,13 @@ class Signals:
 
 
 def cannot_listen(settings: Settings, error: OSError) -> int:
-    """Say why the address cannot be listened on; return the exit status."""
+    """Say why the port cannot be listened on; return the exit status."""
     where = settings.listen_address
     if error.errno == errno.EADDRINUSE:
         complain(f"port in use: {where} is taken; stop what uses it, or set LISTEN_PORT")
-        return EXIT_FAILED
-    if error.errno in {errno.EADDRNOTAVAIL, None} or isinstance(error, socket.gaierror):
-        complain(_no_address(settings))
-        return EXIT_SETTINGS
-    complain(f"cannot listen on {where} (LISTEN_HOST, LISTEN_PORT): {reason(error)}")
+    else:
+        complain(f"cannot listen on {where} (LISTEN_HOST, LISTEN_PORT): {reason(error)}")
     return EXIT_FAILED
-
-
-def _no_address(settings: Settings) -> str:
-    return f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}"
 
 
 def complain(text: str) -> None:
