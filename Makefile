@@ -21,6 +21,7 @@ test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
 
 bench: .venv/run.stamp
 	$(BIN)/python bench/shared.py
+	$(BIN)/python bench/speed.py
 
 soak: .venv/run.stamp
 	$(BIN)/python bench/soak.py $(ARGS)

@@ -97,7 +97,7 @@ def wrk(port: int, path: str, *, seconds: float, clients: int = 32, lua: str = "
         pinned = ["taskset", "-c", "1"] if _can_pin(1) else []
         url = f"http://127.0.0.1:{port}{path}"
         done = subprocess.run(
-            [*pinned, "wrk", "-t1", f"-c{clients}", f"-d{seconds:g}s", "-s", file.name, url],
+            [*pinned, "wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "-s", file.name, url],
             stdout=subprocess.PIPE,
             check=True,
             text=True,
