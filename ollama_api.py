@@ -284,6 +284,7 @@ class LineNotes(BaseNotes):
         self._texts: dict[str, list[str]] = {}
         self._tool_calls: list[Any] = []
         self._logprobs: list[str] = []
+        self._object = b""  # the fold, once it was made
         self.held = 0
 
     def forget(self) -> None:
@@ -321,6 +322,7 @@ class LineNotes(BaseNotes):
 
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
+        self._object = b""
         texts = [text for text in piece.split(b"\n") if text]
         if not self._folding:
             del texts[:-1]
@@ -374,13 +376,14 @@ class LineNotes(BaseNotes):
         if self.reported:
             error = self._last["error"]
             raise HTTPError(500, str(error), body=_dump({"error": error}))
-        folded = b"" if self.too_large else self._folded()
+        folded = b"" if self.too_large else self._object or self._folded()
         if self.too_large or len(folded) > self._max_object:
             raise HTTPError(
                 502,
                 f"the answer is larger than {self._max_object} bytes (MAX_OBJECT_BYTES):"
                 ' ask for a stream, with "stream": true',
             )
+        self._object = folded  # the same for all that wait for it, and for what is stored
         return folded
 
     def _folded(self) -> bytes:
