@@ -124,7 +124,9 @@ class Flight:
         self._exchange = exchange
         self._make_notes = notes
         self._store = store
+        self.crowded = False  # the recorder waits for its readers
         self._pieces: list[bytes] = []
+        self._joined: tuple[int, bytes] | None = None  # so many pieces, as one
         self._size = 0  # bytes on the tape
         self._held = 0  # bytes of the budget that the notes have
         self._room: asyncio.Future[None] | None = None  # the recorder waits for its readers
@@ -169,8 +171,10 @@ class Flight:
         return self._pieces[first:last]
 
     def whole(self) -> bytes:
-        """Return the tape as one piece."""
-        return b"".join(self._pieces)
+        """Return the tape as one piece, the same for all that ask for it."""
+        if self._joined is None or self._joined[0] != len(self._pieces):
+            self._joined = len(self._pieces), b"".join(self._pieces)
+        return self._joined[1]
 
     def wake_recorder(self) -> None:
         """Let the recorder look again whether there is room."""
@@ -189,7 +193,7 @@ class Flight:
         self._task.cancel()
         self._flights.budget.release(self._size + self._held)
         self._size = self._held = 0
-        self._pieces = []
+        self._pieces, self._joined = [], None
 
     async def _record(self) -> None:
         try:
@@ -240,6 +244,8 @@ class Flight:
     async def _append(self, piece: bytes, notes: Notes) -> None:
         size = len(piece) + PIECE_OVERHEAD
         while not self._make_room(size):
+            self.crowded = True
+            self._wake_readers(everyone=True)
             self._room = asyncio.get_running_loop().create_future()
             await self._room
         # On the tape and noted at once: whoever joins or leaves must find both or neither.
@@ -314,6 +320,11 @@ class Reader:
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
+    def take_pieces(self) -> None:
+        """Begin at the start after all: there turned out to be nothing to fold."""
+        if self.position == FOLD:
+            self.position = 0
+
     async def head(self) -> None:
         """Wait for the response's head. Raises HTTPError if none comes."""
         while self.flight.born is None:
@@ -329,8 +340,7 @@ class Reader:
 
         """
         flight = self.flight
-        if self.position == FOLD:  # there turned out to be nothing to fold
-            self.position = 0
+        self.take_pieces()
         while True:
             if self.position < flight.start:
                 raise Truncated
@@ -344,6 +354,21 @@ class Reader:
                 return
             else:
                 await self._wait()
+
+    async def whole(self) -> bytes | None:
+        """Wait for the end and return the whole tape, shared; None if it is too large for that.
+
+        Raises:
+            HTTPError: upstream broke off.
+
+        """
+        flight = self.flight
+        while flight.ending is None and not flight.crowded and flight.start == 0:
+            await self._wait()
+        if flight.crowded or flight.start > 0:
+            return None
+        self._raise_failure()
+        return flight.whole()
 
     async def fold(self) -> bytes:
         """Wait for the end and return the answer as one object.

@@ -25,6 +25,7 @@ TakeCredential = Callable[[bytes, Pairs], tuple[bytes | None, bytes, Pairs]]
 """Takes the credentials out of a head's path and headers: their digest, and what is left."""
 
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
+MAX_KNOWN_HEAD = 2048  # bytes of a head that is remembered; few are longer
 MAX_CHUNK_LINE = 1024  # bytes: a chunk's size and its extensions
 MAX_TRAILERS = 8192  # bytes, after the last chunk
 
@@ -173,6 +174,8 @@ class KnownHeads(Generic[M]):
         head = self._known.get(index)
         if head is None:
             head = self._parse(raw)
+            if len(raw) > MAX_KNOWN_HEAD:
+                return head
             if len(self._known) >= MAX_KNOWN_HEADS:
                 del self._known[next(iter(self._known))]
             self._known[index] = head

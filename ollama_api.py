@@ -175,9 +175,23 @@ def _canonical(value: dict[str, Any]) -> bytes:
 
 def _is_odd(value: dict[str, Any]) -> bool:
     """Whether only Ollama can tell what a body means."""
-    if not isinstance(value.get("stream"), bool | None):
-        return True
+    try:
+        if not isinstance(value.get("stream"), bool | None) or _has_twins(value):
+            return True
+    except RecursionError:
+        raise HTTPError(400, "the body's JSON is nested too deep") from None
     return any(name not in _KNOWN_NAMES and name.casefold() in _KNOWN_NAMES for name in value)
+
+
+def _has_twins(value: object) -> bool:
+    """Whether any object has two names that differ in case alone: for Go, the last one wins."""
+    if isinstance(value, list):
+        return any(map(_has_twins, value))
+    if not isinstance(value, dict):
+        return False
+    if len({name.casefold() for name in value}) < len(value):
+        return True
+    return any(map(_has_twins, value.values()))
 
 
 def is_deterministic(options: object) -> bool:
@@ -186,7 +200,8 @@ def is_deterministic(options: object) -> bool:
         return False
     temperature, seed = options.get("temperature"), options.get("seed")
     cold = isinstance(temperature, int | float) and temperature == 0
-    return (cold and temperature is not False) or (isinstance(seed, int) and seed is not False)
+    seeded = isinstance(seed, int) and seed is not False and seed != -1  # -1: a random one
+    return (cold and temperature is not False) or seeded
 
 
 def normalised(model: object) -> str:
@@ -304,11 +319,6 @@ class LineNotes(BaseNotes):
         """Whether the last line has come."""
         return self._valid and self._last.get("done") is True and not self.reported
 
-    @property
-    def reported(self) -> bool:  # type: ignore[override]  # told by what has come
-        """Whether the last line is Ollama's own error."""
-        return self._valid and "error" in self._last
-
     def keeps(self, tape: bytes) -> bool:
         """Whether it is an answer, and not the loading of a model."""
         return self.finished and self._folding and self._last.get("done_reason") not in _LOADS
@@ -335,15 +345,20 @@ class LineNotes(BaseNotes):
             self._valid = False
             return
         for line in lines:
-            if not isinstance(line, dict):
-                self._valid = False
-                return
-            self._last = line
-            if self._folding:
-                self._note(line)
+            self._take(line)
         if self._folding and self.held > self._max_object:
             self.too_large = True
             self.forget()
+
+    def _take(self, line: object) -> None:
+        if not isinstance(line, dict):
+            self._valid = False
+            return
+        if not self.reported:  # after an error nothing counts
+            self._last = line
+            self.reported = "error" in line
+        if self._folding:
+            self._note(line)
 
     def _note(self, line: dict[str, Any]) -> None:
         said = line.get("message") if self._chat else line
@@ -429,7 +444,7 @@ class EventNotes(BaseNotes):
     @property
     def finished(self) -> bool:  # type: ignore[override]  # told by what has come
         """Whether the last event has come."""
-        return self._done
+        return self._done and not self._error
 
     @property
     def reported(self) -> bool:  # type: ignore[override]  # told by what has come
@@ -438,7 +453,7 @@ class EventNotes(BaseNotes):
 
     def keeps(self, tape: bytes) -> bool:
         """Whether it is a whole answer."""
-        return self._done and self._reason
+        return self.finished and self._reason
 
     def is_line(self, rest: bytes) -> bool:
         """Whether it is the last event."""
@@ -450,7 +465,7 @@ class EventNotes(BaseNotes):
             if not event.startswith(b"data: "):
                 continue
             self._done = event[6:].strip() == b"[DONE]"
-            self._error = event.startswith(b'data: {"error"')
+            self._error = self._error or event.startswith(b'data: {"error"')
             if not self._reason and b'"finish_reason":null' not in event:
                 self._reason = b'"finish_reason"' in event and _has_reason(event[6:])
 

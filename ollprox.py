@@ -131,6 +131,7 @@ class Proxy:
     async def handle(self, request: Request, record: Record) -> AsyncIterator[Response]:
         """Answer a request. The head decides who is let in; then the body is read."""
         head = request.head
+        record.method = head.method.decode() if head.method in _METHODS else "other"
         record.headers = self._cors(head)
         if head.method == b"OPTIONS" and record.headers:
             yield self._preflight(head)
@@ -165,7 +166,6 @@ class Proxy:
 
     def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
         """Check key, path and method by the head alone; return the route and its target."""
-        record.method = head.method.decode() if head.method in _METHODS else "other"
         if _goes_in_a_circle(head):
             raise _circle()
         found = self.routes.find(head.path)
@@ -379,9 +379,11 @@ class Proxy:
             return Response(200, _as_object(flight.headers), folded)
         if lines:
             return Response(flight.status, flight.headers, _stream(reader, form, kind))
-        body = await _gather(reader, self.settings.cache_max_entry_bytes)
-        if isinstance(body, bytes):
-            _say_stored(flight, record)
+        reader.take_pieces()
+        body = await reader.whole()  # so that what breaks it is still an error
+        if body is None:  # too large: as it comes
+            return Response(flight.status, flight.headers, _relayed(reader), flight.length)
+        _say_stored(flight, record)
         return Response(flight.status, flight.headers, body, flight.length)
 
     # What OllProx answers by itself.
@@ -511,20 +513,10 @@ async def _stream(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[byte
         raise Truncated from error
 
 
-async def _gather(reader: Reader, limit: int) -> bytes | AsyncIterator[bytes]:
-    """Read a body whole, so that what breaks it is still an error; a long one as it comes."""
-    pieces, size, source = [], 0, reader.pieces()
-    async for piece in source:
-        pieces.append(piece)
-        if (size := size + len(piece)) > limit:
-            return _resumed(b"".join(pieces), source)
-    return b"".join(pieces)
-
-
-async def _resumed(start: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield start
+async def _relayed(reader: Reader) -> AsyncIterator[bytes]:
+    """Replay a body that has no lines; where upstream breaks off, it stays cut."""
     try:
-        async for piece in rest:
+        async for piece in reader.pieces():
             yield piece
     except HTTPError as error:
         raise Truncated from error

@@ -209,6 +209,7 @@ class _Client(asyncio.Protocol):
         self.resume_writing()
         if self._answering:
             self.task.cancel()
+        del self.task  # its last exception holds frames, which hold us: a circle
 
     def pause_writing(self) -> None:
         """Note that the client reads more slowly than we write."""
@@ -363,13 +364,13 @@ class _Client(asyncio.Protocol):
 
     async def _more(self) -> None:
         """Wait for more bytes, or for the client's end."""
-        self._read_on()
+        self._read_on(len(self._buffer))
         self._waiter = self._loop.create_future()
         await self._waiter
 
-    def _read_on(self) -> None:
+    def _read_on(self, most: int = READ_AHEAD) -> None:
         """Read again, once what waited was taken: only so is the client's end seen."""
-        if not self._reading and len(self._buffer) <= READ_AHEAD:
+        if not self._reading and len(self._buffer) <= most:
             self._reading = True
             self.transport.resume_reading()
 
@@ -427,26 +428,36 @@ class _Client(asyncio.Protocol):
     async def _send(self, head: Head, response: Response, record: Record) -> bool:
         """Write a response; tell whether the connection can be used again."""
         body, length = response.body, response.length
-        if isinstance(body, bytes):
+        bodiless = response.status == 304 or head.method == b"HEAD"
+        if isinstance(body, bytes) and (body or not bodiless):
             length = len(body) if length is None else length
-        delimited = length is not None or not head.http10  # else by the close
+        delimited = bodiless or length is not None or not head.http10  # else by the close
         again = head.keep_alive and delimited and not self._unread and not self._server.draining
-        framed = self._frame(response, record, length, again=again, http10=head.http10)
+        chunked = length is None and delimited and not bodiless
+        framed = self._frame(
+            response, record, length, again=again, chunked=chunked, http10=head.http10
+        )
         record.status = response.status
-        if head.method == b"HEAD":
+        if bodiless:
             self._write(framed, b"", record)
         elif isinstance(body, bytes):
             await self._write_whole(framed, body, record)
         else:
             self._write(framed, b"", record)
-            await self._write_stream(body, record, chunked=length is None and delimited)
+            await self._write_stream(body, record, chunked=chunked)
         if self._writable is not None:
             await self._drain()
         return again
 
     @staticmethod
     def _frame(
-        response: Response, record: Record, length: int | None, *, again: bool, http10: bool
+        response: Response,
+        record: Record,
+        length: int | None,
+        *,
+        again: bool,
+        chunked: bool,
+        http10: bool,
     ) -> bytes:
         """Write a response's head."""
         start, dated = frame_start(response.status, response.headers)
@@ -457,7 +468,7 @@ class _Client(asyncio.Protocol):
         lines += [b"%b: %b\r\n" % pair for pair in record.headers]
         if length is not None and response.status != 204:
             lines.append(b"Content-Length: %d\r\n" % length)
-        elif length is None and not http10:
+        elif chunked:
             lines.append(b"Transfer-Encoding: chunked\r\n")
         if not again:
             lines.append(b"Connection: close\r\n")
@@ -533,9 +544,10 @@ class _Client(asyncio.Protocol):
         record = Record(self._address, status=error.status)
         response = self._server.render_error(error, None, record)
         body = response.body if isinstance(response.body, bytes) else b""
-        framed = self._frame(response, record, len(body), again=False, http10=False)
+        framed = self._frame(response, record, len(body), again=False, chunked=False, http10=False)
         self._write(framed + body, body, record)
         self._unread = True
+        self.deadline = math.inf  # `_linger` has its own
         self._server.done(record)
 
     async def _linger(self) -> None:

@@ -244,11 +244,15 @@ def _refuse_ourselves(settings: Settings) -> None:
     if settings.ollama_port != settings.listen_port:
         return
     ours, theirs = settings.listen_host, settings.ollama_host
-    if theirs == ours or (_is_any(ours) and _is_loopback(theirs)):
+    if _names(ours) & _names(theirs) or (_is_any(ours) and _is_loopback(theirs)):
         raise SettingsError(
             f"OLLAMA_HOST and OLLAMA_PORT name OllProx's own address ({settings.upstream_address});"
             " give Ollama's, which is usually 127.0.0.1:11434, or change LISTEN_PORT"
         )
+
+
+def _names(host: str) -> set[str]:
+    return {"127.0.0.1", "::1"} if host == "localhost" else {host}
 
 
 def _is_any(host: str) -> bool:

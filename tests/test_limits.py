@@ -53,6 +53,18 @@ async def test_a_head_too_large_is_431(launch: Start, ollama: StandIn, key_file:
     assert b"2048 bytes" in whole
 
 
+async def test_a_head_may_be_larger_than_what_is_read_ahead(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_HEAD_BYTES="256K")
+    headers = {f"X-{number}": "a" * 10_000 for number in range(15)}
+    async with asyncio.timeout(8), Client(ollprox.port) as client:
+        data = request("GET", "/api/tags", headers=headers)
+        for start in range(0, len(data), 70_000):
+            await client.send(data[start : start + 70_000])
+        assert (await client.rest(await client.head())).status == 200
+
+
 async def test_a_head_too_slow_is_408(launch: Start, ollama: StandIn, key_file: Path) -> None:
     ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.2)
     async with served(ollprox):

@@ -315,6 +315,8 @@ def test_a_request_that_loads_has_no_key(path: bytes, body: object) -> None:
         b'{"model":"m","prompt":"p","stream":"yes"}',
         b'{"model":"m","prompt":"p","stream":1}',
         b'{"model":"m","prompt":"p","Options":{"seed":1}}',
+        b'{"model":"m","prompt":"p","system":"A","System":"B"}',
+        b'{"model":"m","prompt":"p","options":{"stop":"A","Stop":"B"}}',
     ],
 )
 def test_only_ollama_can_tell_what_an_odd_body_means(body: bytes) -> None:
@@ -380,6 +382,7 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
         ({"temperature": 0.1}, False),
         ({"temperature": False}, False),
         ({"seed": 0}, True),
+        ({"seed": -1}, False),
         ({"seed": 42, "temperature": 1}, True),
         ({"seed": "42"}, False),
         ("seed", False),
@@ -457,3 +460,27 @@ def test_a_path_with_slashes_too_many_gets_a_hint() -> None:
     assert "/api/generate is one" in TABLE.hint(b"//api//generate")
     assert "/api/generate is one" in TABLE.hint(b"/api/generate/")
     assert TABLE.hint(b"/api/../api/generate") == ""
+
+
+def test_after_an_error_nothing_is_an_answer() -> None:
+    lines = b'{"response":"a"}\n{"error":"died"}\n{"response":"","done":true}\n'
+    notes = noted(b"/api/generate", lines)
+    assert (notes.finished, notes.reported, notes.keeps(lines)) == (False, True, False)
+    events = (
+        b'data: {"choices":[{"finish_reason":"stop"}]}\n\n'
+        b'data: {"error":{"message":"died"}}\n\ndata: [DONE]\n\n'
+    )
+    notes = noted(b"/v1/chat/completions", events, "text/event-stream")
+    assert (notes.reported, notes.keeps(events)) == (True, False)
+
+
+def test_any_depth_is_answered_or_refused() -> None:
+    for depth in range(100, 1100, 7):
+        body = b'{"model":"m","prompt":"p","x":%b%b}' % (b"[" * depth, b"]" * depth)
+        try:
+            asked(b"/api/generate", body).body()
+        except HTTPError as error:
+            status = error.status
+        else:
+            status = 200
+        assert status in {200, 400}

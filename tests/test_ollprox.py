@@ -89,6 +89,22 @@ async def test_a_head_request_has_the_length_and_no_body(ollprox: Program) -> No
         assert (await client.ask("GET", "/health")).json() == {"status": "ok"}
 
 
+async def test_head_says_no_length_that_upstream_does_not_say(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async def respond(seen: object, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n")
+        writer.close()
+
+    ollama.script.respond = respond
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("HEAD", "/api/tags")
+        assert "content-length" not in answer.headers
+        assert "transfer-encoding" not in answer.headers
+        ollama.script.respond = None
+        assert (await client.ask("GET", "/api/tags")).status == 200  # it goes on
+
+
 @pytest.mark.parametrize("path", ["/call_model", "/api/generate", "/api/chat"])
 @pytest.mark.parametrize("status", [400, 404, 500, 503])
 async def test_ollamas_errors_come_through_unchanged(

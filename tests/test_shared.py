@@ -518,3 +518,25 @@ async def test_a_hundred_clients_join_leave_and_stall(
     assert first.count(b"\n") == lines + 1
     assert len(ollama.asked()) == 1
     assert sum(seen.gone for seen in ollama.seen) == 0
+
+
+async def test_many_that_wait_for_one_object_share_its_bytes(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 10_000] * 200  # 2 MB
+    ollprox = await launch(measured=True, OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    await ask(ollprox.port, "POST", "/call_model", {"model": "llama2"})
+    before = resident(ollprox.pid)
+    for path in ("/call_model", "/v1/completions"):
+        ollama.script.let_go.clear()
+        ollama.script.hold_head = True
+        async with contextlib.AsyncExitStack() as stack:
+            clients = [await stack.enter_async_context(Client(ollprox.port)) for _ in range(80)]
+            for client in clients:
+                await client.send(request("POST", path, question(path)))
+            await settled(ollprox, 80)
+            ollama.script.let_go.set()
+            answers = [await client.rest(await client.head()) for client in clients]
+            assert len({answer.body for answer in answers}) == 1
+    # Copies of their own would be 160 MB each time.
+    assert resident(ollprox.pid, "VmHWM") - before < 100 << 20
