@@ -98,6 +98,7 @@ class Server:
         self.done = done
         self.limits = limits
         self.clients: set[_Client] = set()
+        self.handshakes: set[asyncio.Task[None]] = set()
         self.serving = 0  # clients that have a place, of `max_connections`
         self.draining = False
         self._listener: asyncio.Server | None = None
@@ -105,15 +106,11 @@ class Server:
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Start to accept clients; return the port. Raises OSError."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            lambda: _Client(self),
-            host,
-            port,
-            backlog=1024,
-            ssl=tls,
-            ssl_handshake_timeout=self.limits.head_timeout if tls else None,
-            ssl_shutdown_timeout=self.limits.linger_timeout if tls else None,
-        )
+
+        def accept() -> asyncio.Protocol:
+            return _Client(self) if tls is None else _Handshake(self, tls)
+
+        self._listener = await loop.create_server(accept, host, port, backlog=1024)
         listening: int = self._listener.sockets[0].getsockname()[1]
         return listening
 
@@ -143,8 +140,52 @@ class Server:
         """Cut off every client and wait for their tasks."""
         for client in list(self.clients):
             client.hang_up()
-        if tasks := [client.task for client in self.clients]:
+        for handshake in self.handshakes:
+            handshake.cancel()
+        if tasks := [*(client.task for client in self.clients), *self.handshakes]:
             await asyncio.wait(tasks)
+
+
+class _Handshake(asyncio.Protocol):
+    """A connection that is not a client yet: it has a place of its own kind until it is.
+
+    asyncio's own TLS servers tell nothing of a connection before its handshake is over.
+    """
+
+    _task: asyncio.Task[None]
+
+    def __init__(self, server: Server, tls: ssl.SSLContext) -> None:
+        self._server = server
+        self._tls = tls
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin, if not too many others have."""
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()  # the greeting is for TLS, which is not there yet
+        if len(self._server.handshakes) >= self._server.limits.max_connections:
+            transport.abort()
+            return
+        self._task = asyncio.get_running_loop().create_task(self._shake(transport))
+        self._server.handshakes.add(self._task)
+        self._task.add_done_callback(self._server.handshakes.discard)
+
+    async def _shake(self, transport: asyncio.Transport) -> None:
+        client, limits = _Client(self._server), self._server.limits
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                transport,
+                client,
+                self._tls,
+                server_side=True,
+                ssl_handshake_timeout=limits.head_timeout,
+                ssl_shutdown_timeout=limits.linger_timeout,
+            )
+        except OSError as error:
+            log.debug("a TLS handshake failed: %s", getattr(error, "reason", None) or error)
+            transport.abort()
+        else:
+            if secured is not None:  # None: the client has left already
+                client.connection_made(secured)
 
 
 class _Client(asyncio.Protocol):
@@ -203,6 +244,8 @@ class _Client(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Let go of a client."""
+        if self not in self._server.clients:
+            return  # its handshake failed, so it never was one
         self._server.clients.discard(self)
         self._eof = True
         self._wake()

@@ -291,6 +291,33 @@ async def test_tls_serves_https_and_takes_a_renewed_certificate(
     assert (reply[:15], subject) == (b"HTTP/1.1 200 OK", "third")
 
 
+async def test_connections_without_a_handshake_have_places_of_their_own(
+    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+) -> None:
+    cert, key = certificate(tmp_path, "first")
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        TLS_CERT_FILE=cert,
+        TLS_KEY_FILE=key,
+        MAX_CONNECTIONS=20,
+        HEAD_TIMEOUT=1,
+    )
+    silent = [await asyncio.open_connection("127.0.0.1", ollprox.port) for _ in range(100)]
+    async with asyncio.timeout(10):
+        while len(os.listdir(f"/proc/{ollprox.pid}/fd")) > 60:  # the surplus is cut off
+            await asyncio.sleep(0.02)
+        for reader, _ in silent:
+            with contextlib.suppress(ConnectionError):
+                assert await reader.read() == b""  # and the rest once their time is over
+    reply, _ = await https(
+        ollprox.port, cert, request("GET", "/health", headers={"Connection": "close"})
+    )
+    assert reply.startswith(b"HTTP/1.1 200")
+    for _, writer in silent:
+        writer.close()
+
+
 async def test_sigterm_with_idle_tls_clients_stops_at_once(
     launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
 ) -> None:
