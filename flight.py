@@ -120,11 +120,11 @@ class Flight:
         self.error: HTTPError | None = None
         self.start = 0  # index of the first piece on the tape
         self.readers: set[Reader] = set()
+        self.crowded = False  # the recorder has had to wait for its readers
         self._flights = flights
         self._exchange = exchange
         self._make_notes = notes
         self._store = store
-        self.crowded = False  # the recorder waits for its readers
         self._pieces: list[bytes] = []
         self._joined: tuple[int, bytes] | None = None  # so many pieces, as one
         self._size = 0  # bytes on the tape

@@ -42,6 +42,11 @@ class Program:
     def pid(self) -> int:
         return self.process.pid
 
+    def resident(self, field: str = "VmRSS") -> int:
+        """Its resident memory in bytes: now, or with VmHWM at most."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        return 1024 * int(status.split(f"{field}:")[1].split()[0])
+
     def text(self) -> str:
         return self.log.read_text()
 

@@ -235,6 +235,15 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     return cert, key
 
 
+async def launch_tls(
+    launch: Start, ollama: StandIn, key_file: Path, **settings: object
+) -> tuple[Program, Path, Path]:
+    """Start OllProx with a certificate of its own; return where that and its key are."""
+    cert, key = certificate(key_file.parent, "first")
+    paths = {"API_KEY_FILE": key_file, "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}
+    return await launch(OLLAMA_PORT=ollama.port, **paths, **settings), cert, key
+
+
 async def https(port: int, trusted: Path, data: bytes) -> tuple[bytes, str]:
     """Ask over TLS; return the response, and whom the certificate names."""
     context = ssl.create_default_context(cafile=trusted)
@@ -253,12 +262,10 @@ async def https(port: int, trusted: Path, data: bytes) -> tuple[bytes, str]:
 async def test_tls_serves_https_and_takes_a_renewed_certificate(
     launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
 ) -> None:
-    cert, key = certificate(tmp_path, "first")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
-        API_KEY_FILE=key_file,
-        TLS_CERT_FILE=cert,
-        TLS_KEY_FILE=key,
+    ollprox, cert, key = await launch_tls(
+        launch,
+        ollama,
+        key_file,
         KEY_REFRESH=0.1,
     )
     assert "listens on https://" in ollprox.text()
@@ -292,14 +299,12 @@ async def test_tls_serves_https_and_takes_a_renewed_certificate(
 
 
 async def test_connections_without_a_handshake_have_places_of_their_own(
-    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
-    cert, key = certificate(tmp_path, "first")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
-        API_KEY_FILE=key_file,
-        TLS_CERT_FILE=cert,
-        TLS_KEY_FILE=key,
+    ollprox, cert, _ = await launch_tls(
+        launch,
+        ollama,
+        key_file,
         MAX_CONNECTIONS=20,
         HEAD_TIMEOUT=1,
     )
@@ -319,12 +324,9 @@ async def test_connections_without_a_handshake_have_places_of_their_own(
 
 
 async def test_sigterm_with_idle_tls_clients_stops_at_once(
-    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
-    cert, key = certificate(tmp_path, "first")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, TLS_CERT_FILE=cert, TLS_KEY_FILE=key
-    )
+    ollprox, cert, _ = await launch_tls(launch, ollama, key_file)
     context = ssl.create_default_context(cafile=cert)
 
     def connect(headers: dict[str, str] | None) -> ssl.SSLSocket:
@@ -349,12 +351,9 @@ async def test_sigterm_with_idle_tls_clients_stops_at_once(
 
 
 async def test_a_streams_client_over_tls_is_noticed_to_leave(
-    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
-    cert, key = certificate(tmp_path, "first")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, TLS_CERT_FILE=cert, TLS_KEY_FILE=key
-    )
+    ollprox, cert, _ = await launch_tls(launch, ollama, key_file)
     ollama.script.hold_head = True
     context = ssl.create_default_context(cafile=cert)
     _, writer = await asyncio.open_connection(

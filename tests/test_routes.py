@@ -194,19 +194,14 @@ async def test_an_upload_passes_unbuffered_and_byte_for_byte(
     piece, count = bytes(range(256)) * 256, 640  # 40 MiB
     async with Client(ollprox.port) as client:
         await client.ask("GET", "/health")
-        before = memory(ollprox.pid)
+        before = ollprox.resident("VmHWM")
         headers = {**BOSS, "Content-Length": str(len(piece) * count)}
         await client.send(request("POST", f"/api/blobs/{BLOB}", b"", headers))
         for _ in range(count):
             await client.send(piece)
         assert (await client.rest(await client.head())).status == 200
-        assert memory(ollprox.pid) - before < 8 << 20
+        assert ollprox.resident("VmHWM") - before < 8 << 20
     assert got.digest() == hashlib.sha256(piece * count).digest()
-
-
-def memory(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 async def test_progress_comes_as_it_goes_and_the_digests_are_read_again(

@@ -189,18 +189,12 @@ async def test_much_for_a_stalled_client_costs_little_memory(
         measured=True, OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, WRITE_TIMEOUT=2
     )
     await ask(ollprox.port, "POST", "/call_model", {"model": "llama2"})
-    before = resident(ollprox.pid)
+    before = ollprox.resident()
     async with Client(ollprox.port) as stalled:
         await stalled.begin("POST", "/api/generate", question())
         await ollama.until(lambda: ollama.asked()[1].gone)  # dropped, so Ollama was told
-        assert resident(ollprox.pid, "VmHWM") - before < 16 << 20
+        assert ollprox.resident("VmHWM") - before < 16 << 20
     await ollprox.says("path=/api/generate .*status=499")
-
-
-def resident(pid: int, field: str = "VmRSS") -> int:
-    """A process's resident memory in bytes, now or at most."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
 
 # Breaking.
@@ -526,7 +520,7 @@ async def test_many_that_wait_for_one_object_share_its_bytes(
     ollama.script.tokens = ["x" * 10_000] * 200  # 2 MB
     ollprox = await launch(measured=True, OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
     await ask(ollprox.port, "POST", "/call_model", {"model": "llama2"})
-    before = resident(ollprox.pid)
+    before = ollprox.resident()
     for path in ("/call_model", "/v1/completions"):
         ollama.script.let_go.clear()
         ollama.script.hold_head = True
@@ -539,4 +533,4 @@ async def test_many_that_wait_for_one_object_share_its_bytes(
             answers = [await client.rest(await client.head()) for client in clients]
             assert len({answer.body for answer in answers}) == 1
     # Copies of their own would be 160 MB each time.
-    assert resident(ollprox.pid, "VmHWM") - before < 100 << 20
+    assert ollprox.resident("VmHWM") - before < 100 << 20
