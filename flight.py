@@ -16,8 +16,8 @@ import logging
 import math
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from http11 import Headers, HTTPError, Response, Truncated
@@ -142,9 +142,8 @@ class Flight:
         """The index after the last piece on the tape."""
         return self.start + len(self._pieces)
 
-    @contextmanager
-    def join(self, *, folds: bool = False) -> Iterator["Reader"]:
-        """Read from the tape's start; leaving the block leaves the flight.
+    def join(self, *, folds: bool = False) -> "Reader":
+        """Read from the tape's start; the reader must `leave` in the end.
 
         A reader that `folds` waits for the fold alone, and holds no recorder up.
         """
@@ -153,13 +152,14 @@ class Flight:
         if folds and self.notes is not None:
             self.notes.recall(self._pieces)  # the tape is whole, or nobody could join
             self._count_notes(self.notes)
-        try:
-            yield reader
-        finally:
-            self.readers.discard(reader)
-            if not self.readers:
-                self._abandon()
-            self.wake_recorder()
+        return reader
+
+    def leave(self, reader: "Reader") -> None:
+        """Let a reader go; with the last one goes the exchange."""
+        self.readers.discard(reader)
+        if not self.readers:
+            self._abandon()
+        self.wake_recorder()
 
     def since(self, position: int) -> list[bytes]:
         """Return the pieces from `position` on, up to a slice of the tape."""
@@ -204,7 +204,11 @@ class Flight:
                 self.notes = notes = self._make_notes(response)
                 self._wake_readers(everyone=True)
                 assert not isinstance(response.body, bytes)
-                async for piece in _lines(response.body, notes):
+                cutter = _Cutter(notes)
+                async for data in response.body:
+                    if piece := cutter.cut(data):
+                        await self._append(piece, notes)
+                if piece := cutter.rest():
                     await self._append(piece, notes)
                 if (missing := notes.close()) is not None:
                     raise HTTPError(502, missing)
@@ -288,23 +292,32 @@ class Flight:
                 reader.wake()
 
 
-async def _lines(body: AsyncIterator[bytes], notes: Notes) -> AsyncIterator[bytes]:
+class _Cutter:
     """Cut a body into pieces that end at the end of a line; all of a read go together."""
-    rest, delimiter = bytearray(), notes.delimiter
-    async for data in body:
+
+    def __init__(self, notes: Notes) -> None:
+        self._notes = notes
+        self._rest = bytearray()
+
+    def cut(self, data: bytes) -> bytes:
+        """Return what has come to its end with `data`, if anything has."""
+        rest, delimiter = self._rest, self._notes.delimiter
         if not delimiter or (not rest and data.endswith(delimiter)):
-            yield data
-            continue
+            return data
         unseen = max(0, len(rest) - len(delimiter) + 1)
         rest += data
         found = rest.rfind(delimiter, unseen)
-        if found >= 0 or len(rest) > MAX_LINE:
-            cut = found + len(delimiter) if found >= 0 else len(rest)
-            piece = bytes(memoryview(rest)[:cut])
-            del rest[:cut]
-            yield piece
-    if rest and notes.is_line(bytes(rest)):
-        yield bytes(rest)
+        if found < 0 and len(rest) <= MAX_LINE:
+            return b""
+        end = found + len(delimiter) if found >= 0 else len(rest)
+        piece = bytes(memoryview(rest)[:end])
+        del rest[:end]
+        return piece
+
+    def rest(self) -> bytes:
+        """Return what the body ended with, if that is a line without its delimiter."""
+        rest = bytes(self._rest)
+        return rest if rest and self._notes.is_line(rest) else b""
 
 
 class Reader:
@@ -319,6 +332,10 @@ class Reader:
         """Let the reader look again."""
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
+
+    def leave(self) -> None:
+        """Leave the flight."""
+        self.flight.leave(self)
 
     def take_pieces(self) -> None:
         """Begin at the start after all: there turned out to be nothing to fold."""

@@ -8,11 +8,11 @@ Transfer-Encoding, bare LF, obs-fold. Chunked bodies are decoded here for the sa
 
 import hashlib
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import h11
 
@@ -134,24 +134,27 @@ class Response:
     """A response to a client, or one of upstream's; its body is whole or a stream.
 
     `headers` are end-to-end headers without Content-Length. `length` is the length of a
-    body that comes as a stream, in bytes, where it is known.
+    body that comes as a stream, in bytes, where it is known. `release` is called once the
+    response was sent, or could not be.
     """
 
     status: int
     headers: Headers
     body: bytes | AsyncIterator[bytes]
     length: int | None = None
+    release: Callable[[], None] | None = None
 
 
-@dataclass(slots=True)
-class Request:
+class Request(Protocol):
     """A request to the proxy: its head, and its body on demand."""
 
     head: Head
-    read: Callable[[int], Awaitable[bytes]]
-    """Read the whole body, of so many bytes at most. Raises HTTPError 413."""
-    pieces: Callable[[], AsyncIterator[bytes]]
-    """Read the body, of any size, as it comes."""
+
+    async def read(self, limit: int) -> bytes:
+        """Read the whole body, of `limit` bytes at most. Raises HTTPError 413."""
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        """Read the body, of any size, as it comes."""
 
 
 M = TypeVar("M", Head, ResponseHead)
@@ -400,11 +403,13 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 @lru_cache(maxsize=MAX_KNOWN_HEADS)
-def frame_start(status: int, headers: Headers) -> tuple[bytes, bool]:
-    """Write a response's first lines, and tell whether a Date is among them."""
-    lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
-    lines += [b"%b: %b\r\n" % pair for pair in headers]
-    return b"".join(lines), any(name.lower() == b"date" for name, _ in headers)
+def frame_response(status: int, headers: Headers, more: Headers, date: bytes) -> bytes:
+    """Write a response's head, with a Date unless `headers` have one."""
+    lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]
+    lines += [b"%b: %b" % pair for pair in headers + more]
+    if not any(name.lower() == b"date" for name, _ in headers):
+        lines.append(b"Date: " + date)
+    return b"\r\n".join(lines) + b"\r\n\r\n"
 
 
 def frame_request(

@@ -15,7 +15,6 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -127,34 +126,28 @@ class Proxy:
             "ready": self._ready,
         }
 
-    @asynccontextmanager
-    async def handle(self, request: Request, record: Record) -> AsyncIterator[Response]:
+    async def handle(self, request: Request, record: Record) -> Response:
         """Answer a request. The head decides who is let in; then the body is read."""
         head = request.head
-        record.method = head.method.decode() if head.method in _METHODS else "other"
+        record.method = _METHODS.get(head.method, "other")
         record.headers = self._cors(head)
         if head.method == b"OPTIONS" and record.headers:
-            yield self._preflight(head)
-            return
+            return self._preflight(head)
         route, target = self._admit(head, record)
         if route.own:
-            yield await self._own[route.own]()
-            return
+            return await self._own[route.own]()
         record.headers += _VIA
         if route.access is Access.ADMIN:
-            async with self._manage(request, target, record) as response:
-                yield response
-            return
+            return await self._manage(request, target, record)
         question = await self._read_question(route, request)
         record.model = question.model or "-"
         wishes = Wishes.of(head)
         key = self._scoped_key(question, record)
         if key is not None and (answer := self._look_up(key, wishes, record)) is not None:
-            yield self._hit(answer, question, record)
-            return
+            return self._hit(answer, question, record)
         flight = self._join_or_begin(key, wishes, question, head, route, target, record)
-        with flight.join(folds=not (question.stream or question.relayed)) as reader:
-            yield await self._replay(reader, question, route.form, record)
+        reader = flight.join(folds=not (question.stream or question.relayed))
+        return await self._replay(reader, question, route.form, record)
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
         """Write an error in the form of the API that was called."""
@@ -330,10 +323,7 @@ class Proxy:
             api.normalised(question.model),
         )
 
-    @asynccontextmanager
-    async def _manage(
-        self, request: Request, target: bytes, record: Record
-    ) -> AsyncIterator[Response]:
+    async def _manage(self, request: Request, target: bytes, record: Record) -> Response:
         """Pass a request that manages models on as it comes, and its progress back."""
         head = request.head
         record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
@@ -342,9 +332,16 @@ class Proxy:
             self.upstream.exchange, head.method, target, _passed_on(head), body, head.length
         )
         flight = self.flights.begin(None, exchange, api.progress_notes, None)
-        with flight.join() as reader:
-            yield await self._replay(reader, _NO_QUESTION, Form.OLLAMA, record)
-        self.models_changed.set()
+        response = await self._replay(flight.join(), _NO_QUESTION, Form.OLLAMA, record)
+        leave = response.release
+
+        def release() -> None:
+            self.models_changed.set()
+            if leave is not None:
+                leave()
+
+        response.release = release
+        return response
 
     def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
         """Keep a complete answer; tell whether it was kept."""
@@ -368,7 +365,18 @@ class Proxy:
     async def _replay(
         self, reader: Reader, question: Question, form: Form, record: Record
     ) -> Response:
-        """Read a flight's tape as its client wants it."""
+        """Read a flight's tape as its client wants it; the response's release leaves it."""
+        try:
+            response = await self._read_tape(reader, question, form, record)
+        except BaseException:
+            reader.leave()
+            raise
+        response.release = reader.leave
+        return response
+
+    async def _read_tape(
+        self, reader: Reader, question: Question, form: Form, record: Record
+    ) -> Response:
         await reader.head()
         flight = reader.flight
         kind = api.content_type(flight.headers)
@@ -458,7 +466,7 @@ _CHALLENGES: Headers = (  # two fields: some clients do not understand both in o
     (b"WWW-Authenticate", b'Basic realm="OllProx"'),
     (b"WWW-Authenticate", b"Bearer"),
 )
-_METHODS = frozenset(b"GET HEAD POST PUT PATCH DELETE OPTIONS".split())
+_METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
 _HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 

@@ -14,11 +14,10 @@ import ssl
 import struct
 import termios
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import suppress
 from dataclasses import dataclass
 from email.utils import formatdate
-from functools import partial
 from typing import Any
 
 from http11 import (
@@ -26,21 +25,22 @@ from http11 import (
     BadHead,
     ChunkedDecoder,
     Head,
+    Headers,
     HTTPError,
     KnownHeads,
     Request,
     Response,
     Truncated,
     frame_chunk,
-    frame_start,
+    frame_response,
     hopeless,
 )
 from telemetry import Record
 
 log = logging.getLogger("ollprox.server")
 
-Handler = Callable[[Request, Record], AbstractAsyncContextManager[Response]]
-"""Answers a request; the response lives as long as the `async with` block."""
+Handler = Callable[[Request, Record], Awaitable[Response]]
+"""Answers a request."""
 
 RenderError = Callable[[HTTPError, Head | None, Record], Response]
 """Writes an error in the form of the API that was called."""
@@ -330,8 +330,7 @@ class _Client(asyncio.Protocol):
         self._answering = True
         self._unread = head.has_body
         try:
-            request = Request(head, partial(self._read, head), partial(self._pieces, head))
-            return await self._answer(request, record)
+            return await self._answer(_Request(self, head), record)
         except (Gone, OSError):
             record.status = GONE
             raise
@@ -346,8 +345,12 @@ class _Client(asyncio.Protocol):
     async def _answer(self, request: Request, record: Record) -> bool:
         head = request.head
         try:
-            async with self._server.handler(request, record) as response:
+            response = await self._server.handler(request, record)
+            try:
                 return await self._send(head, response, record)
+            finally:
+                if response.release is not None:
+                    response.release()
         except (Gone, OSError):
             raise
         except HTTPError as error:
@@ -370,7 +373,7 @@ class _Client(asyncio.Protocol):
             BadHead: what has come is no head.
 
         """
-        buffer, limits = self._buffer, self._server.limits
+        buffer = self._buffer
         checked = 0
         begun = False  # a byte of the head has come
         skipped = False  # RFC 9112 section 2.2: one empty line may come before a request
@@ -378,18 +381,9 @@ class _Client(asyncio.Protocol):
             if not skipped and buffer.startswith(b"\r\n"):
                 del buffer[:2]
                 skipped, checked = True, 0
-            end = buffer.find(b"\r\n\r\n", max(0, checked - 3))
-            if end >= 0 and end + 4 <= limits.max_head:
-                raw = bytes(buffer[: end + 4])
-                del buffer[: end + 4]
+            if buffer and (raw := self._take_head(checked)):
                 self.deadline = math.inf
                 return raw
-            if len(buffer) > limits.max_head:
-                raise BadHead(
-                    431, f"the head is larger than {limits.max_head} bytes (MAX_HEAD_BYTES)"
-                )
-            if hopeless(buffer, checked) or buffer.startswith(b"\r\n"):
-                raise BadHead(400, "the request's head is malformed")
             if self._eof or (self._server.draining and not buffer):
                 return None
             if not begun:
@@ -397,6 +391,20 @@ class _Client(asyncio.Protocol):
                 self._set_deadline(begun)
             checked = len(buffer)
             await self._more()
+
+    def _take_head(self, checked: int) -> bytes:
+        """Take a whole head off the buffer; empty while its end has not come."""
+        buffer, most = self._buffer, self._server.limits.max_head
+        end = buffer.find(b"\r\n\r\n", max(0, checked - 3)) + 4
+        if 4 <= end <= most:
+            raw = bytes(buffer[:end])
+            del buffer[:end]
+            return raw
+        if len(buffer) > most:
+            raise BadHead(431, f"the head is larger than {most} bytes (MAX_HEAD_BYTES)")
+        if hopeless(buffer, checked) or buffer.startswith(b"\r\n"):
+            raise BadHead(400, "the request's head is malformed")
+        return b""
 
     def _set_deadline(self, begun: bool) -> None:
         """Bound the wait for a head, or for its first byte."""
@@ -417,25 +425,26 @@ class _Client(asyncio.Protocol):
             self._reading = True
             self.transport.resume_reading()
 
-    async def _read(self, head: Head, limit: int) -> bytes:
+    async def read(self, head: Head, limit: int) -> bytes:
         """Read the body under way whole; see `Request.read`."""
-        too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
-        if head.length is not None and head.length > limit:
-            raise too_large
-        if head.length is not None and head.length <= len(self._buffer):  # it is here already
-            body = bytes(memoryview(self._buffer)[: head.length])
-            del self._buffer[: head.length]
+        length = head.length
+        if length is not None and length <= len(self._buffer) and length <= limit:  # it is here
+            body = bytes(memoryview(self._buffer)[:length])
+            del self._buffer[:length]
             self._unread = False
             self._read_on()
             return body
+        too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
+        if length is not None and length > limit:
+            raise too_large
         parts, size = [], 0
-        async for part in self._pieces(head):
+        async for part in self.pieces(head):
             parts.append(part)
             if (size := size + len(part)) > limit:
                 raise too_large
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def _pieces(self, head: Head) -> AsyncIterator[bytes]:
+    async def pieces(self, head: Head) -> AsyncIterator[bytes]:
         """Read the body under way as it comes; see `Request.pieces`."""
         if head.expects_continue and self._unread and not self._buffer:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -483,11 +492,14 @@ class _Client(asyncio.Protocol):
         record.status = response.status
         if bodiless:
             self._write(framed, b"", record)
-        elif isinstance(body, bytes):
-            await self._write_whole(framed, body, record)
-        else:
+        elif not isinstance(body, bytes):
             self._write(framed, b"", record)
             await self._write_stream(body, record, chunked=chunked)
+        elif len(body) <= SLICE:
+            self._write(framed + body, body, record)
+        else:
+            self._write(framed, b"", record)
+            await self._write_slices(body, record)
         if self._writable is not None:
             await self._drain()
         return again
@@ -503,27 +515,20 @@ class _Client(asyncio.Protocol):
         http10: bool,
     ) -> bytes:
         """Write a response's head."""
-        start, dated = frame_start(response.status, response.headers)
-        lines = [start]
-        if not dated:
-            lines.append(b"Date: %b\r\n" % http_date())
-        lines.append(b"Cache-Status: %b\r\n" % record.cache_status)
-        lines += [b"%b: %b\r\n" % pair for pair in record.headers]
+        more = ((b"Cache-Status", record.cache_status), *record.headers)
         if length is not None and response.status != 204:
-            lines.append(b"Content-Length: %d\r\n" % length)
+            more += ((b"Content-Length", b"%d" % length),)
         elif chunked:
-            lines.append(b"Transfer-Encoding: chunked\r\n")
+            more += _CHUNKED
         if not again:
-            lines.append(b"Connection: close\r\n")
+            more += _CLOSE
         elif http10:
-            lines.append(b"Connection: keep-alive\r\n")
-        lines.append(b"\r\n")
-        return b"".join(lines)
+            more += _KEEP_ALIVE
+        return frame_response(response.status, response.headers, more, http_date())
 
-    async def _write_whole(self, framed: bytes, body: bytes, record: Record) -> None:
-        """Write a head and its body at once; a long one in slices."""
-        self._write(framed + body[:SLICE], body[:SLICE], record)
-        for start in range(SLICE, len(body), SLICE):
+    async def _write_slices(self, body: bytes, record: Record) -> None:
+        """Write a long body as fast as the client takes it."""
+        for start in range(0, len(body), SLICE):
             if self._writable is not None:
                 await self._drain()
             part = body[start : start + SLICE]
@@ -584,7 +589,8 @@ class _Client(asyncio.Protocol):
 
     def _refuse(self, error: HTTPError) -> None:
         """Answer what is no request; the connection ends with it."""
-        record = Record(self._address, status=error.status)
+        record = Record(self._address)
+        record.status = error.status
         response = self._server.render_error(error, None, record)
         body = response.body if isinstance(response.body, bytes) else b""
         framed = self._frame(response, record, len(body), again=False, chunked=False, http10=False)
@@ -610,6 +616,22 @@ class _Client(asyncio.Protocol):
                 self._buffer.clear()
                 async with asyncio.timeout(self._server.limits.linger_timeout):
                     await self._more()
+
+
+class _Request:
+    """A client's request; see `http11.Request`."""
+
+    __slots__ = ("_client", "head")
+
+    def __init__(self, client: _Client, head: Head) -> None:
+        self._client = client
+        self.head = head
+
+    def read(self, limit: int) -> Coroutine[Any, Any, bytes]:
+        return self._client.read(self.head, limit)
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        return self._client.pieces(self.head)
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:
@@ -638,6 +660,10 @@ def _surplus(most: int) -> HTTPError:
         ((b"Retry-After", b"1"),),
     )
 
+
+_CHUNKED: Headers = ((b"Transfer-Encoding", b"chunked"),)
+_CLOSE: Headers = ((b"Connection", b"close"),)
+_KEEP_ALIVE: Headers = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
 
 _date: tuple[int, bytes] = (0, b"")
 

@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 FLUSH_INTERVAL = 0.1  # seconds that a line may be gathered
@@ -22,15 +21,12 @@ MAX_SHOWN = 100  # characters shown of what a client chose
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 
 
-@dataclass(slots=True)
 class Record:
     """What is known of one exchange; filled on its way, handed over once at its end.
 
     Times are seconds on the monotonic clock, `bytes_sent` counts the body.
     """
 
-    client: str
-    started: float = field(default_factory=time.monotonic)
     caller: str = "-"  # the key's label, or the first digits of its digest
     method: str = "-"
     path: str = "-"
@@ -42,6 +38,10 @@ class Record:
     bytes_sent: int = 0
     first_byte: float | None = None
     quiet: bool = False  # a probe, of interest at DEBUG alone
+
+    def __init__(self, client: str) -> None:
+        self.client = client
+        self.started = time.monotonic()
 
 
 class LineWriter:

@@ -5,10 +5,12 @@ more on a fresh one, but only while no byte of a response has come.
 """
 
 import asyncio
+import math
 import ssl
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from types import TracebackType
 from typing import Any
 
 from http11 import (
@@ -60,6 +62,8 @@ class _Connection:
         self.whole = False  # the response under way has come to its end
         self.uploaded = True  # the request's body was sent to its end
         self.idle_since = 0.0
+        self.deadline = math.inf  # for the next bytes, on the monotonic clock
+        self.late = False  # that deadline has passed
         self._taken = 0  # bytes read off the stream
 
     def usable(self) -> bool:
@@ -73,11 +77,16 @@ class _Connection:
         )
 
     async def more(self) -> bool:
-        """Wait for bytes; False at the end of the stream."""
+        """Wait for bytes; False at the end of the stream, and when they are late."""
         data = await self.reader.read(READ_SIZE)
         self._taken += len(data)
         self.buffer += data
-        return bool(data)
+        return bool(data) and not self.late
+
+    def expire(self) -> None:
+        """End a wait whose deadline has passed."""
+        self.late = True
+        self.reader.feed_eof()
 
     async def abort(self) -> None:
         """Cut the connection, so that Ollama stops generating."""
@@ -118,19 +127,21 @@ class Upstream:
         self._first_byte_timeout = first_byte_timeout
         self._idle_timeout = idle_timeout
         self._tls = tls
+        self._host_header = (b"Host", address.encode())
         self._idle: list[_Connection] = []
+        self._waiting: set[_Connection] = set()  # that have a deadline
+        self._failures = _Failures(self)
         self._parse = KnownHeads(parse_response_head)
 
-    @asynccontextmanager
-    async def exchange(
+    def exchange(
         self,
         method: bytes,
         target: bytes,
         headers: Headers,
         body: bytes | AsyncIterator[bytes],
         length: int | None = None,
-    ) -> AsyncIterator[Response]:
-        """Send a request; the response's body can be read inside the block.
+    ) -> "_Exchange":
+        """Send a request; `async with` gives the response, whose body is read inside the block.
 
         Leaving the block before the body's end aborts the connection, which is how Ollama
         is told to stop. `headers` are end-to-end headers without Host and length. A body that
@@ -141,44 +152,27 @@ class Upstream:
                 raises these as well.
 
         """
-        headers = ((b"Host", self.address.encode()), *headers)
-        if isinstance(body, bytes):
-            length = len(body) if body or method not in _BODILESS else None
-            message = frame_request(method, target, headers, length) + body
-            connection, head = await self._send(message)
-        else:
-            message = frame_request(method, target, headers, length, chunked=length is None)
-            connection = await self._connect()
-            connection.uploaded = False
-            try:
-                head = await self._try_upload(connection, message, body, chunked=length is None)
-            except _Stale:
-                raise self._closed() from None
-        bodiless = method == b"HEAD" or head.status in {204, 304}
-        connection.whole = bodiless or head.length == 0
-        try:
-            pieces = self._body(connection, head)
-            yield Response(head.status, end_to_end(head.headers), pieces, head.length)
-        finally:
-            connection.idle_since = time.monotonic()
-            sent = connection.uploaded and not connection.writer.transport.get_write_buffer_size()
-            if connection.whole and sent and head.keep_alive and connection.usable():
-                self._keep(connection)
-            else:
-                await connection.abort()
+        return _Exchange(self, method, target, (self._host_header, *headers), body, length)
 
     def sweep(self) -> None:
-        """Drop the kept connections that upstream has closed; to be called now and then."""
+        """Drop kept connections that upstream has closed, and end waits that last too long.
+
+        To be called now and then. One look at all deadlines costs less than a timer for each.
+        """
         for connection in [c for c in self._idle if not c.usable()]:
             self._idle.remove(connection)
             connection.writer.transport.abort()
+        now = time.monotonic()
+        for connection in self._waiting:
+            if connection.deadline < now:
+                connection.expire()
 
     async def close(self) -> None:
         """Close the connections that are kept."""
         while self._idle:
             await self._idle.pop().abort()
 
-    async def _send(self, message: bytes) -> tuple[_Connection, ResponseHead]:
+    async def send(self, message: bytes) -> tuple[_Connection, ResponseHead]:
         """Send a request and wait for the response's head."""
         if (kept := self._take()) is not None:
             with suppress(_Stale):
@@ -196,31 +190,36 @@ class Upstream:
             _Stale: it was closed before any byte of a response.
 
         """
+        self._waiting.add(connection)
+        connection.deadline = time.monotonic() + self._first_byte_timeout
         try:
-            with self._failures():
-                async with self._timeout(self._first_byte_timeout, "sent no answer"):
-                    return await self._head(connection, message)
+            with self._failures:
+                return await self._head(connection, message)
         except BaseException:
-            await connection.abort()
+            await self.abort(connection)
             raise
 
-    async def _try_upload(
-        self, connection: _Connection, message: bytes, body: AsyncIterator[bytes], *, chunked: bool
-    ) -> ResponseHead:
-        """Send a body while it comes, until it ends or upstream answers; else as `_try`."""
+    async def upload(
+        self, message: bytes, body: AsyncIterator[bytes], *, chunked: bool
+    ) -> tuple[_Connection, ResponseHead]:
+        """Send a body while it comes, until it ends or upstream answers."""
+        connection = await self._connect()
+        connection.uploaded = False
+        self._waiting.add(connection)
         upload = asyncio.create_task(self._upload(connection, message, body, chunked=chunked))
         answer = asyncio.create_task(self._head(connection, b""))
         try:
             await asyncio.wait({upload, answer}, return_when=asyncio.FIRST_COMPLETED)
             if upload.done():
                 upload.result()  # the client's own faults, not upstream's
-            with self._failures():
-                if upload.done():
-                    async with self._timeout(self._first_byte_timeout, "sent no answer"):
-                        return await answer
-                return answer.result()
+                connection.deadline = time.monotonic() + self._first_byte_timeout
+            with self._failures:
+                return connection, await answer
+        except _Stale:
+            await self.abort(connection)
+            raise self._closed() from None
         except BaseException:
-            await connection.abort()
+            await self.abort(connection)
             raise
         finally:
             upload.cancel()
@@ -240,8 +239,12 @@ class Upstream:
             connection.writer.write(message)
             async for piece in body:
                 connection.writer.write(frame_chunk(piece) if chunked else piece)
-                async with self._timeout(self._idle_timeout, "took nothing more of the request"):
-                    await connection.writer.drain()
+                try:
+                    async with asyncio.timeout(self._idle_timeout):
+                        await connection.writer.drain()
+                except TimeoutError:
+                    what = f"took nothing more of the request within {self._idle_timeout:g} s"
+                    raise self.failure(what, 504) from None
             if chunked:
                 connection.writer.write(LAST_CHUNK)
             connection.uploaded = True
@@ -267,6 +270,9 @@ class Upstream:
             if not b"HTTP/1.".startswith(buffer[:7]) or hopeless(buffer):
                 raise BadHead(502, "it does not begin as one")
             if not await connection.more():
+                if connection.late:
+                    what = f"sent no answer within {self._first_byte_timeout:g} s"
+                    raise self.failure(what, 504)
                 if connection.reader.fed == before:
                     raise _Stale
                 raise BadHead(502, "it ended in the middle of its head")
@@ -276,45 +282,37 @@ class Upstream:
         del buffer[: end + 4]
         return raw
 
-    async def _body(self, connection: _Connection, head: ResponseHead) -> AsyncIterator[bytes]:
-        """Read a body to its end, a piece for each read."""
-        decoder = ChunkedDecoder() if head.chunked else None
-        left = head.length
-        while not connection.whole:
-            if not connection.buffer and not await self._more_body(connection):
-                if left is not None or decoder is not None:
-                    raise self._failure("closed the connection in the middle of its answer")
-                connection.whole = True  # the close was the end
-                return
-            if decoder is not None:
-                with self._failures():
-                    piece = decoder.decode(connection.buffer)
-                connection.whole = decoder.done
-                if not piece and not decoder.done and not await self._more_body(connection):
-                    raise self._failure("closed the connection in the middle of its answer")
-            else:
-                piece = bytes(memoryview(connection.buffer)[:left])
-                del connection.buffer[: len(piece)]
-                if left is not None:
-                    left -= len(piece)
-                    connection.whole = left == 0
-            if piece:
-                yield piece
+    async def read(self, connection: _Connection) -> bool:
+        """Wait for more of a body; False at the connection's end. Raises HTTPError."""
+        connection.deadline = time.monotonic() + self._idle_timeout
+        with self._failures:
+            more = await connection.more()
+        connection.deadline = math.inf
+        if connection.late:
+            what = f"sent nothing more of its answer within {self._idle_timeout:g} s"
+            raise self.failure(what, 504)
+        return more
 
-    async def _more_body(self, connection: _Connection) -> bool:
-        with self._failures():
-            async with self._timeout(self._idle_timeout, "sent nothing more of its answer"):
-                return await connection.more()
+    def decode(self, decoder: ChunkedDecoder, connection: _Connection) -> bytes:
+        """Decode what has come of a chunked body. Raises HTTPError."""
+        with self._failures:
+            piece = decoder.decode(connection.buffer)
+        connection.whole = decoder.done
+        return piece
 
     async def _connect(self) -> _Connection:
         loop = asyncio.get_running_loop()
         reader = _CountingReader(limit=READ_SIZE)
         protocol = asyncio.StreamReaderProtocol(reader)
-        with self._failures():
-            async with self._timeout(self._connect_timeout, "could not be reached"):
-                transport, _ = await loop.create_connection(
-                    lambda: protocol, self._host, self._port, ssl=self._tls
-                )
+        try:
+            with self._failures:
+                async with asyncio.timeout(self._connect_timeout):
+                    transport, _ = await loop.create_connection(
+                        lambda: protocol, self._host, self._port, ssl=self._tls
+                    )
+        except TimeoutError:
+            what = f"could not be reached within {self._connect_timeout:g} s"
+            raise self.failure(what) from None
         return _Connection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     def _take(self) -> _Connection | None:
@@ -326,40 +324,141 @@ class Upstream:
             connection.writer.transport.abort()
         return None
 
-    def _keep(self, connection: _Connection) -> None:
+    def keep(self, connection: _Connection) -> None:
+        """Keep a connection for the next request."""
+        self._waiting.discard(connection)
         self._idle.append(connection)
         if len(self._idle) > MAX_IDLE:
             oldest = self._idle.pop(0)
             oldest.writer.transport.abort()
 
-    @contextmanager
-    def _failures(self) -> Iterator[None]:
-        """Translate what can go wrong on the way to upstream, once, here."""
-        try:
-            yield
-        except BadHead as error:
-            raise self._failure(f"sent what is no HTTP response: {error.message}") from error
-        except (OSError, UnicodeError) as error:  # UnicodeError: no name that can be resolved
-            raise self._failure(f"cannot be reached ({_reason(error)})") from error
-
-    @asynccontextmanager
-    async def _timeout(self, seconds: float, what: str) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(seconds):
-                yield
-        except TimeoutError as error:
-            status = 502 if what == "could not be reached" else 504
-            raise self._failure(f"{what} within {seconds:g} s", status) from error
+    async def abort(self, connection: _Connection) -> None:
+        """Cut a connection, so that Ollama stops generating."""
+        self._waiting.discard(connection)
+        await connection.abort()
 
     def _closed(self) -> HTTPError:
-        return self._failure("closed the connection without an answer")
+        return self.failure("closed the connection without an answer")
 
-    def _failure(self, what: str, status: int = 502) -> HTTPError:
+    def failure(self, what: str, status: int = 502) -> HTTPError:
+        """Say what upstream did, and what to look at."""
         return HTTPError(
             status,
             f"Ollama at {self.address} {what}. Check that Ollama runs there and is not"
             " overloaded, and the OLLAMA_HOST and OLLAMA_PORT settings.",
         )
+
+
+class _Failures:
+    """Translate what can go wrong on the way to upstream, once, here."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if isinstance(error, BadHead):
+            what = f"sent what is no HTTP response: {error.message}"
+            raise self._upstream.failure(what) from error
+        if isinstance(error, TimeoutError) and not error.errno:
+            return  # a timeout of ours; the system's has a number
+        if isinstance(error, OSError | UnicodeError):  # UnicodeError: a name that means nothing
+            what = f"cannot be reached ({_reason(error)})"
+            raise self._upstream.failure(what) from error
+
+
+class _Exchange:
+    """One request to upstream, and its response; see `Upstream.exchange`."""
+
+    _connection: _Connection
+    _head: ResponseHead
+
+    def __init__(
+        self,
+        upstream: Upstream,
+        method: bytes,
+        target: bytes,
+        headers: Headers,
+        body: bytes | AsyncIterator[bytes],
+        length: int | None,
+    ) -> None:
+        self._upstream = upstream
+        self._method = method
+        self._target = target
+        self._headers = headers
+        self._body = body
+        self._length = length
+
+    async def __aenter__(self) -> Response:
+        method, target, headers = self._method, self._target, self._headers
+        body, length = self._body, self._length
+        if isinstance(body, bytes):
+            length = len(body) if body or method not in _BODILESS else None
+            message = frame_request(method, target, headers, length) + body
+            connection, head = await self._upstream.send(message)
+        else:
+            message = frame_request(method, target, headers, length, chunked=length is None)
+            connection, head = await self._upstream.upload(message, body, chunked=length is None)
+        bodiless = method == b"HEAD" or head.status in {204, 304}
+        connection.whole = bodiless or head.length == 0
+        connection.deadline = math.inf
+        self._connection, self._head = connection, head
+        pieces = _Body(self._upstream, connection, head)
+        return Response(head.status, end_to_end(head.headers), pieces, head.length)
+
+    async def __aexit__(self, *_: object) -> None:
+        connection = self._connection
+        connection.idle_since = time.monotonic()
+        sent = connection.uploaded and not connection.writer.transport.get_write_buffer_size()
+        if connection.whole and sent and self._head.keep_alive and connection.usable():
+            self._upstream.keep(connection)
+        else:
+            await self._upstream.abort(connection)
+
+
+class _Body:
+    """Read a body to its end, a piece for each read: an async iterator.
+
+    It is none of Python's generators, since these cost more than a piece does.
+    """
+
+    def __init__(self, upstream: Upstream, connection: _Connection, head: ResponseHead) -> None:
+        self._upstream = upstream
+        self._connection = connection
+        self._decoder = ChunkedDecoder() if head.chunked else None
+        self._left = head.length
+
+    def __aiter__(self) -> "_Body":
+        return self
+
+    async def __anext__(self) -> bytes:
+        connection = self._connection
+        while not connection.whole:
+            if connection.buffer and (piece := self._take()):
+                return piece
+            if not connection.whole and not await self._upstream.read(connection):
+                if self._left is not None or self._decoder is not None:
+                    raise self._upstream.failure(
+                        "closed the connection in the middle of its answer"
+                    )
+                connection.whole = True  # the close was the end
+        raise StopAsyncIteration
+
+    def _take(self) -> bytes:
+        """Take what can be decoded of what has come."""
+        connection = self._connection
+        if self._decoder is not None:
+            return self._upstream.decode(self._decoder, connection)
+        piece = bytes(memoryview(connection.buffer)[: self._left])
+        del connection.buffer[: len(piece)]
+        if self._left is not None:
+            self._left -= len(piece)
+            connection.whole = self._left == 0
+        return piece
 
 
 def _reason(error: OSError | UnicodeError) -> str:

@@ -14,7 +14,7 @@ from http11 import (
     end_to_end,
     frame_chunk,
     frame_request,
-    frame_start,
+    frame_response,
     hopeless,
     parse_request_head,
     parse_response_head,
@@ -325,7 +325,9 @@ def test_h11_reads_the_responses_that_we_frame() -> None:
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
     client.send(h11.EndOfMessage())
     headers = ((b"Content-Type", b"x"), (b"Transfer-Encoding", b"chunked"))
-    client.receive_data(frame_start(200, headers)[0] + b"\r\n" + frame_chunk(b"abc") + LAST_CHUNK)
+    client.receive_data(
+        frame_response(200, headers, (), b"today") + frame_chunk(b"abc") + LAST_CHUNK
+    )
     response, data, end = (client.next_event() for _ in range(3))
     assert isinstance(response, h11.Response)
     assert (response.status_code, response.reason) == (200, b"OK")
