@@ -7,8 +7,7 @@ One byte budget holds both: the stored values, and what answers under way have r
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 V = TypeVar("V")
 
@@ -17,8 +16,7 @@ ENTRY_OVERHEAD = 600
 the entry and the objects of a stored answer (measured with `tracemalloc`: 540)."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry(Generic[V]):
+class _Entry(NamedTuple, Generic[V]):
     value: V
     size: int  # bytes, overhead included
     expires: float  # on the cache's clock

@@ -26,6 +26,7 @@ TakeCredential = Callable[[bytes, Pairs], tuple[bytes | None, bytes, Pairs]]
 
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
 MAX_KNOWN_HEAD = 2048  # bytes of a head that is remembered; few are longer
+MAX_FRAMED = 256  # response heads remembered
 MAX_CHUNK_LINE = 1024  # bytes: a chunk's size and its extensions
 MAX_TRAILERS = 8192  # bytes, after the last chunk
 
@@ -45,6 +46,7 @@ _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:;%b(?:=(?:%b|\"[\t !#-\[\]-~\x80-\xff]*\"))?)*)\r\n"
     % (_TOKEN, _TOKEN)
 )
+_SIZES = re.compile(rb"[0-9A-Fa-f]{1,16}(?:,[0-9A-Fa-f]{1,16})*")
 _CHUNK_START = re.compile(rb"[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?|")
 # What can be told to be wrong before a head's end has come.
 _HOPELESS = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
@@ -117,7 +119,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """A response's head as upstream sent it; `headers` keep their order and case.
+    """A response's head; of its headers the end-to-end ones, in their order and case.
 
     `length` is None where chunks or the connection's close delimit the body.
     """
@@ -261,7 +263,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     tokens = _tokens(pairs, b"connection")
     return ResponseHead(
         status=event.status_code,
-        headers=tuple(event.headers.raw_items()),
+        headers=end_to_end(tuple(event.headers.raw_items())),
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
@@ -315,6 +317,25 @@ def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> 
     return tuple(pair for pair in headers if pair[0].lower() not in dropped)
 
 
+def _take_whole_chunks(buffer: bytearray) -> bytes:
+    """Take the chunks that have come whole, many at once, where none has anything odd.
+
+    An extension, or CRLF in the data, leaves them all to be decoded one by one.
+    """
+    parts = bytes(buffer).split(b"\r\n")
+    data = parts[1:-1:2]  # each with CRLF after it
+    sizes = parts[: 2 * len(data) : 2]
+    if sizes and sizes[-1] == b"0":
+        del sizes[-1], data[-1]  # the end of the body
+    lengths = [*map(len, data)]
+    if not _SIZES.fullmatch(b",".join(sizes)) or [int(s, 16) for s in sizes] != lengths:
+        return b""
+    if 0 in lengths:
+        return b""  # another end, with more behind it
+    del buffer[: sum(lengths) + sum(map(len, sizes)) + 4 * len(sizes)]
+    return b"".join(data)
+
+
 class ChunkedDecoder:
     """Decode a chunked body strictly (RFC 9112 section 7.1), whichever way it is cut.
 
@@ -338,6 +359,8 @@ class ChunkedDecoder:
         if self._failure is not None:
             raise self._failure
         pieces: list[bytes] = []
+        if not self._left and (whole := _take_whole_chunks(buffer)):
+            pieces.append(whole)
         try:
             self._decode(buffer, pieces)
         except BadHead as error:
@@ -402,7 +425,7 @@ class ChunkedDecoder:
 _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
-@lru_cache(maxsize=MAX_KNOWN_HEADS)
+@lru_cache(maxsize=MAX_FRAMED)
 def frame_response(status: int, headers: Headers, more: Headers, date: bytes) -> bytes:
     """Write a response's head, with a Date unless `headers` have one."""
     lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]

@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
-from http11 import Headers, HTTPError, Response
+from http11 import MAX_FRAMED, Headers, HTTPError, Response
 
 JSON = b"application/json; charset=utf-8"  # as Ollama sends it
 NDJSON = b"application/x-ndjson"
@@ -119,7 +120,7 @@ class Route:
 
 def write_anew(value: dict[str, Any]) -> bytes:
     """Write an object in its own order: a schema's order means something to Ollama."""
-    return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+    return _IN_ORDER.encode(value).encode()
 
 
 def read_object(body: bytes) -> dict[str, Any]:
@@ -131,7 +132,7 @@ def read_object(body: bytes) -> dict[str, Any]:
 
     """
     try:
-        value = json.loads(body.decode(), parse_constant=_refuse_constant)
+        value = _STRICT.decode(body.decode())
     except UnicodeDecodeError:
         raise HTTPError(400, "the body must be UTF-8 text: a JSON object") from None
     except json.JSONDecodeError as error:
@@ -153,6 +154,13 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"constant {name}")
 
 
+# Made once: `json.loads` and `json.dumps` make one for each call that is out of the ordinary.
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+_IN_ORDER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+_SORTED = json.JSONEncoder(separators=(",", ":"), allow_nan=False, sort_keys=True)
+_AS_TEXT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
+
+
 def cache_key(target: bytes, canonical: bytes) -> bytes:
     """Return the digest that identifies an answer."""
     return hashlib.sha256(target + b"\n" + canonical).digest()
@@ -166,7 +174,7 @@ def _canonical(value: dict[str, Any]) -> bytes:
 
     """
     try:
-        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+        return _SORTED.encode(value).encode()
     except ValueError:
         raise HTTPError(400, "a number in the body is too large for a JSON number") from None
     except RecursionError:
@@ -208,8 +216,10 @@ def normalised(model: object) -> str:
     """Write a model's name as Ollama lists it: `llama2` is `llama2:latest`."""
     if not isinstance(model, str) or not model:
         return ""
-    name = re.sub(r"\Ahttps?://", "", model.lower())
-    name = name.removeprefix("registry.ollama.ai/").removeprefix("library/")
+    name = model.lower()
+    if "/" in name:
+        name = re.sub(r"\Ahttps?://", "", name)
+        name = name.removeprefix("registry.ollama.ai/").removeprefix("library/")
     return name if ":" in name.rpartition("/")[2] else f"{name}:latest"
 
 
@@ -289,6 +299,7 @@ class LineNotes(BaseNotes):
 
     def __init__(self, chat: bool, max_object: int) -> None:
         self._chat = chat
+        self._text = "content" if chat else "response"  # the name of what is said
         self._max_object = max_object
         self._last: dict[str, Any] = {}
         self._valid = True
@@ -296,7 +307,7 @@ class LineNotes(BaseNotes):
 
     def _begin_fold(self) -> None:
         self._folding = True
-        self._texts: dict[str, list[str]] = {}
+        self._texts: dict[str, list[str]] = {self._text: [], "thinking": []}
         self._tool_calls: list[Any] = []
         self._logprobs: list[str] = []
         self._object = b""  # the fold, once it was made
@@ -337,43 +348,40 @@ class LineNotes(BaseNotes):
         if not self._folding:
             del texts[:-1]
         try:
-            if len(texts) == 1:
-                lines = [json.loads(texts[0])]
-            else:  # one call is faster than many
-                lines = json.loads(b"[%b]" % b",".join(texts))
+            # One call is faster than many.
+            lines = json.loads(b"[%b]" % b",".join(texts))
         except (ValueError, RecursionError):
             self._valid = False
             return
-        for line in lines:
-            self._take(line)
-        if self._folding and self.held > self._max_object:
-            self.too_large = True
-            self.forget()
-
-    def _take(self, line: object) -> None:
-        if not isinstance(line, dict):
-            self._valid = False
-            return
-        if not self.reported:  # after an error nothing counts
-            self._last = line
-            self.reported = "error" in line
+        objects = [line for line in lines if isinstance(line, dict)]
+        self._valid = self._valid and len(objects) == len(lines)
+        for line in objects:
+            if not self.reported:  # after an error nothing counts
+                self._last = line
+                self.reported = "error" in line
         if self._folding:
-            self._note(line)
+            self._note(objects)
+            if self.held > self._max_object:
+                self.too_large = True
+                self.forget()
 
-    def _note(self, line: dict[str, Any]) -> None:
-        said = line.get("message") if self._chat else line
-        if isinstance(said, dict):
-            for name in ("content", "thinking") if self._chat else ("response", "thinking"):
-                text = said.get(name)
-                if text and isinstance(text, str):
-                    self._texts.setdefault(name, []).append(text)
-                    self.held += len(text) if text.isascii() else len(_dump(text))
-            if self._chat and isinstance(calls := said.get("tool_calls"), list):
+    def _note(self, lines: list[dict[str, Any]]) -> None:
+        """Note what lines say, for the fold."""
+        said = [line.get("message") for line in lines] if self._chat else lines
+        parts = [part for part in said if isinstance(part, dict)]
+        for name, texts in self._texts.items():
+            text = "".join([text for part in parts if isinstance(text := part.get(name), str)])
+            if text:
+                texts.append(text)
+                self.held += len(text) if text.isascii() else len(_dump(text))
+        for part in parts if self._chat else ():
+            if isinstance(calls := part.get("tool_calls"), list):
                 self._tool_calls += calls
                 self.held += len(_dump(calls))
-        if isinstance(logprobs := line.get("logprobs"), list) and logprobs:
-            self._logprobs.append(_dump(logprobs)[1:-1].decode())
-            self.held += len(self._logprobs[-1])
+        for line in lines:
+            if isinstance(logprobs := line.get("logprobs"), list) and logprobs:
+                self._logprobs.append(_dump(logprobs)[1:-1].decode())
+                self.held += len(self._logprobs[-1])
 
     def close(self) -> str | None:
         """Say what is missing at upstream's clean end."""
@@ -421,9 +429,9 @@ class LineNotes(BaseNotes):
         for name, value in said.items():
             if name != "thinking":
                 joined[name] = value
-            if name == ("content" if self._chat else "response"):
-                joined[name] = "".join(self._texts.get(name, []))
-                if thinking := "".join(self._texts.get("thinking", [])):
+            if name == self._text:
+                joined[name] = "".join(self._texts[name])
+                if thinking := "".join(self._texts["thinking"]):
                     joined["thinking"] = thinking
         return joined
 
@@ -484,6 +492,7 @@ def _has_reason(data: bytes) -> bool:
         return False
 
 
+@lru_cache(maxsize=MAX_FRAMED)
 def content_type(headers: Headers) -> bytes:
     """Return a response's content type, in lower case."""
     return next((v.lower() for n, v in headers if n.lower() == b"content-type"), b"")
@@ -587,7 +596,7 @@ def _name(model: object) -> str:
 def _dump(value: object) -> bytes:
     """Write JSON. Raises HTTPError if it is nested too deep."""
     try:
-        return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+        return _AS_TEXT.encode(value).encode()
     except UnicodeEncodeError:  # half of a surrogate pair
         return json.dumps(value, separators=(",", ":")).encode()
     except RecursionError:

@@ -16,13 +16,15 @@ import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import ollama_api as api
 import startup
 from cache import Cache
 from flight import Flight, Flights, Reader
 from http11 import (
+    MAX_FRAMED,
     Head,
     Headers,
     HTTPError,
@@ -51,8 +53,7 @@ MAX_KNOWN_BODY = 2048  # bytes of such a body
 MAX_TAGS = 16 << 20  # bytes of that list
 
 
-@dataclass(frozen=True, slots=True)
-class StoredAnswer:
+class StoredAnswer(NamedTuple):
     """A complete answer: what a stream's reader gets, and what a single object's does."""
 
     headers: Headers
@@ -496,6 +497,7 @@ def _wrong_method(route: Route) -> HTTPError:
     return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
 
 
+@lru_cache(maxsize=MAX_FRAMED)
 def _as_object(headers: Headers) -> Headers:
     """Give the headers of a stream the type of a single object."""
     rest = tuple(pair for pair in headers if pair[0].lower() != b"content-type")

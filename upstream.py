@@ -22,7 +22,6 @@ from http11 import (
     KnownHeads,
     Response,
     ResponseHead,
-    end_to_end,
     frame_chunk,
     frame_request,
     hopeless,
@@ -408,7 +407,7 @@ class _Exchange:
         connection.deadline = math.inf
         self._connection, self._head = connection, head
         pieces = _Body(self._upstream, connection, head)
-        return Response(head.status, end_to_end(head.headers), pieces, head.length)
+        return Response(head.status, head.headers, pieces, head.length)
 
     async def __aexit__(self, *_: object) -> None:
         connection = self._connection
