@@ -39,6 +39,7 @@ class Cache(Generic[V]):
         self.ttl = ttl
         self.stored_bytes = 0
         self.reserved_bytes = 0
+        self.puts = 0
         self.evictions = 0
         self.expiries = 0
         self._clock = clock
@@ -83,6 +84,7 @@ class Cache(Generic[V]):
         if key in self._entries:
             self._remove(key)
         self._make_room(size)
+        self.puts += 1
         self._entries[key] = _Entry(value, size, self._clock() + self.ttl - age)
         self.stored_bytes += size
         return True

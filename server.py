@@ -17,7 +17,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
-from email.utils import formatdate
 from typing import Any
 
 from http11 import (
@@ -665,6 +664,8 @@ _CHUNKED: Headers = ((b"Transfer-Encoding", b"chunked"),)
 _CLOSE: Headers = ((b"Connection", b"close"),)
 _KEEP_ALIVE: Headers = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
 
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _date: tuple[int, bytes] = (0, b"")
 
 
@@ -673,5 +674,7 @@ def http_date() -> bytes:
     global _date
     now = int(time.time())
     if _date[0] != now:
-        _date = now, formatdate(now, usegmt=True).encode()
+        parts = time.gmtime(now)
+        day, month = _DAYS[parts.tm_wday], _MONTHS[parts.tm_mon - 1]  # in any locale
+        _date = now, time.strftime(f"{day}, %d {month} %Y %H:%M:%S GMT", parts).encode()
     return _date[1]

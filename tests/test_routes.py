@@ -17,7 +17,7 @@ from flight import Flights
 from http11 import Head
 from keystore import KeyStore
 from ollama_api import Access, AsItCame, Form, Route, route_table
-from ollprox import Proxy
+from proxy import Proxy
 from settings import Settings
 from telemetry import Record
 from upstream import Upstream

@@ -1,0 +1,536 @@
+"""Decide how each request is answered: whether it is let in, and from where its answer comes.
+
+Read `Proxy.handle` first.
+"""
+
+import asyncio
+import hashlib
+import logging
+import math
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import NamedTuple
+
+import ollama_api as api
+from cache import Cache
+from flight import Flight, Flights, Reader
+from http11 import (
+    MAX_FRAMED,
+    Head,
+    Headers,
+    HTTPError,
+    Request,
+    Response,
+    Truncated,
+    end_to_end,
+)
+from keystore import MAX_WRONG, KeyStore, WrongKeys
+from ollama_api import Access, Form, Question, Route, RouteTable
+from settings import Settings
+from telemetry import MAX_SHOWN, Record
+from upstream import Upstream
+
+log = logging.getLogger("ollprox")
+
+PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to say its version
+PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
+TAGS_TIMEOUT = 10.0  # seconds for the list of models
+MAX_QUESTIONS = 512  # small bodies whose question is remembered
+MAX_KNOWN_BODY = 2048  # bytes of such a body
+MAX_AT_ONCE = 1 << 20  # bytes of a body that is parsed while all others wait
+MAX_TAGS = 16 << 20  # bytes of that list
+
+
+class StoredAnswer(NamedTuple):
+    """A complete answer: what a stream's reader gets, and what a single object's does."""
+
+    headers: Headers
+    body: bytes
+    object_headers: Headers
+    object: bytes
+    born: float  # when upstream's head came, on the monotonic clock
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Wishes:
+    """What a request says of caching (RFC 9111 section 5.2.1)."""
+
+    max_age: float = math.inf  # seconds that an answer may be old
+    reload: bool = False  # `no-cache`: nothing that is there already
+    private: bool = False  # `no-store`: nothing is kept or shared
+    only_if_cached: bool = False
+
+    @classmethod
+    def of(cls, head: Head) -> "Wishes":
+        """Read them off a head; Pragma counts where there is no Cache-Control."""
+        value = head.get(b"cache-control")
+        if value is None:
+            value = head.get(b"pragma")
+            if value is None:
+                return _NO_WISHES
+        said = {part.strip(b" \t").lower() for part in value.split(b",")}
+        ages = [match[1] for part in said if (match := _MAX_AGE.fullmatch(part))]
+        max_age = min(map(int, ages)) if ages else math.inf
+        return cls(
+            max_age=max_age,
+            reload=b"no-cache" in said or max_age == 0,
+            private=b"no-store" in said,
+            only_if_cached=b"only-if-cached" in said,
+        )
+
+
+_NO_WISHES = Wishes()
+_MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
+
+
+class Proxy:
+    """How requests are answered.
+
+    Args:
+        settings: what the user chose.
+        keys: which API keys are valid.
+        upstream: Ollama.
+        routes: what is known of Ollama's API.
+
+    """
+
+    def __init__(
+        self, settings: Settings, keys: KeyStore, upstream: Upstream, routes: RouteTable
+    ) -> None:
+        self.settings = settings
+        self.keys = keys
+        self.upstream = upstream
+        self.routes = routes
+        self.cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
+        self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
+        self.models_changed = asyncio.Event()  # a model was managed: read the digests again
+        self._digests: dict[str, str] | None = None  # each model's, as last listed by upstream
+        self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
+        self._wrong_keys = WrongKeys()
+        self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
+        self._probing = asyncio.Lock()
+        self._own: dict[str, Callable[[], Awaitable[Response]]] = {
+            "health": self._health,
+            "ready": self._ready,
+        }
+
+    async def handle(self, request: Request, record: Record) -> Response:
+        """Answer a request. The head decides who is let in; then the body is read."""
+        head = request.head
+        record.method = _METHODS.get(head.method, "other")
+        record.headers = self._cors(head)
+        if head.method == b"OPTIONS" and record.headers:
+            return self._preflight(head)
+        route, target = self._admit(head, record)
+        if route.own:
+            return await self._own[route.own]()
+        record.headers += _VIA
+        if route.access is Access.ADMIN:
+            return await self._manage(request, target, record)
+        question = await self._read_question(route, request)
+        record.model = question.model or "-"
+        wishes = Wishes.of(head)
+        key = self._scoped_key(question, record)
+        if key is not None and (answer := self._look_up(key, wishes, record)) is not None:
+            return self._hit(answer, question, record)
+        flight = self._join_or_begin(key, wishes, question, head, route, target, record)
+        reader = flight.join(folds=not (question.stream or question.relayed))
+        return await self._replay(reader, question, route.form, record)
+
+    def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
+        """Write an error in the form of the API that was called."""
+        form = Form.OLLAMA if head is None else self.routes.form(head.path)
+        body = error.body or form.body(error.status, error.message)
+        return Response(error.status, ((b"Content-Type", api.JSON), *error.headers), body)
+
+    # Who gets in, and what is asked.
+
+    def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
+        """Check key, path and method by the head alone; return the route and its target."""
+        if _goes_in_a_circle(head):
+            raise _circle()
+        found = self.routes.find(head.path)
+        if found is None:
+            self._authenticate(head, record)
+            hint = self.routes.hint(head.path)
+            raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
+        route, target = found
+        record.path = head.path[:MAX_SHOWN].decode()
+        record.quiet = route.access is Access.OPEN
+        if head.method == b"OPTIONS":
+            raise _wrong_method(route)  # a browser that may not ask; no key comes with it
+        label = "" if route.access is Access.OPEN else self._authenticate(head, record)
+        if head.method not in route.methods:
+            raise _wrong_method(route)
+        if route.access is Access.ADMIN and label not in self.settings.admin_labels:
+            raise HTTPError(
+                403, "managing models is for keys whose label is in ADMIN_LABELS; ask the operator"
+            )
+        return route, target
+
+    def _authenticate(self, head: Head, record: Record) -> str:
+        """Return the label of the caller's key. Raises HTTPError 401."""
+        digest = head.credential
+        label = self.keys.label(digest)
+        if digest is not None:
+            record.caller = label or digest.hex()[:8]
+        if label is None:
+            if digest is not None:
+                self._slow_down(record)
+            wrong = "there is no API key" if digest is None else "the API key is not valid"
+            here = f"{self.settings.listen_scheme}://localhost:{self.settings.listen_port}"
+            raise HTTPError(
+                401,
+                f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
+                f" {here}/call_model -d"
+                """ '{"model": "llama2", "prompt": "Hello"}'""",
+                _CHALLENGES,
+            )
+        return label
+
+    def _slow_down(self, record: Record) -> None:
+        """Count a wrong key. Raises HTTPError 429 beyond a few a minute from one address."""
+        count, left = self._wrong_keys.count(record.client)
+        if count == MAX_WRONG + 1:
+            log.warning("%s has sent %d wrong API keys within a minute", record.client, count)
+        if count > MAX_WRONG:
+            raise HTTPError(
+                429,
+                "too many wrong API keys from this address; a valid one is served at once",
+                ((b"Retry-After", b"%d" % math.ceil(left)),),
+            )
+
+    def _cors(self, head: Head) -> Headers:
+        """Return the headers that let a listed origin's page read the response."""
+        origins = self.settings.cors_origins
+        origin = head.get(b"origin") if origins else None
+        if origin is None or ("*" not in origins and origin.decode("latin-1") not in origins):
+            return ()
+        return (
+            (b"Access-Control-Allow-Origin", origin),
+            (b"Access-Control-Expose-Headers", b"Cache-Status, Age, X-Request-ID"),
+            (b"Vary", b"Origin"),
+        )
+
+    def _preflight(self, head: Head) -> Response:
+        """Answer what a browser asks before a request; no key comes with it."""
+        found = self.routes.find(head.path)
+        methods = b", ".join(found[0].methods) if found else b"GET, POST"
+        wanted = head.get(b"access-control-request-headers") or b""
+        allowed = [
+            (b"Access-Control-Allow-Methods", methods),
+            (b"Access-Control-Max-Age", b"600"),
+        ]
+        if _HEADER_NAMES.fullmatch(wanted):
+            allowed.append((b"Access-Control-Allow-Headers", wanted))
+        return Response(204, tuple(allowed), b"")
+
+    async def _read_question(self, route: Route, request: Request) -> Question:
+        """Read the body and what it asks, where the route has one."""
+        head = request.head
+        if route.codec is None:
+            return _NO_QUESTION
+        if head.length is None and not head.chunked:
+            raise HTTPError(411, "send the body with a Content-Length, or chunked")
+        body = await request.read(self.settings.max_body_bytes)
+        if len(body) > MAX_AT_ONCE:
+            return await asyncio.to_thread(_question_at_length, route.codec, body, route)
+        if len(body) > MAX_KNOWN_BODY:
+            return route.codec.question(body, route)
+        index = hashlib.sha256(head.path + b"\n" + body).digest()
+        question = self._questions.get(index)
+        if question is None:
+            question = self._questions[index] = route.codec.question(body, route)
+            if len(self._questions) > MAX_QUESTIONS:
+                del self._questions[next(iter(self._questions))]
+        return question
+
+    def _scoped_key(self, question: Question, record: Record) -> bytes | None:
+        """Return the cache key in its scope; None where nothing may be kept or shared."""
+        key, settings = question.key, self.settings
+        if settings.cache_only_deterministic and not question.deterministic:
+            return None
+        if key is not None and settings.cache_per_key:
+            return hashlib.sha256(key + record.caller.encode()).digest()
+        return key
+
+    # What is there already.
+
+    def _look_up(self, key: bytes, wishes: Wishes, record: Record) -> StoredAnswer | None:
+        """Look in the cache; say in the record what came of it."""
+        record.outcome, record.cache_status = "miss", b"OllProx; fwd=miss"
+        if wishes.reload or wishes.private:
+            record.cache_status = b"OllProx; fwd=request"
+            return None
+        answer = self.cache.get(key)
+        if answer is None:
+            if self.cache.expire(key):
+                record.cache_status = b"OllProx; fwd=stale"
+            return None
+        if time.monotonic() - answer.born > wishes.max_age:
+            record.cache_status = b"OllProx; fwd=request"
+            return None
+        return answer
+
+    def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
+        age = int(time.monotonic() - answer.born)
+        ttl = max(0, int(self.cache.ttl) - age)
+        record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
+        record.headers += ((b"Age", b"%d" % age),)
+        if question.stream or question.relayed:
+            return Response(200, answer.headers, answer.body)
+        return Response(200, answer.object_headers, answer.object)
+
+    # What has to be asked.
+
+    def _join_or_begin(
+        self,
+        key: bytes | None,
+        wishes: Wishes,
+        question: Question,
+        head: Head,
+        route: Route,
+        target: bytes,
+        record: Record,
+    ) -> Flight:
+        """Find a flight to join, or begin one. No `await` since the look in the cache."""
+        shared = key is not None and not (wishes.reload or wishes.private)
+        if shared and (flight := self.flights.find(key, wishes.max_age)) is not None:
+            record.outcome, record.cache_status = "collapsed", b"OllProx; fwd=miss; collapsed"
+            return flight
+        if wishes.only_if_cached:
+            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+        if key is None:
+            record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+        if wishes.private:
+            key = None
+        headers = _FORWARDED if question.key is not None else _passed_on(head)
+        return self.flights.begin(
+            key,
+            partial(self.upstream.exchange, head.method, target, headers, question.body()),
+            route.codec.notes if route.codec else api.progress_notes,
+            partial(self._store, key, question) if key is not None else None,
+            api.normalised(question.model),
+        )
+
+    async def _manage(self, request: Request, target: bytes, record: Record) -> Response:
+        """Pass a request that manages models on as it comes, and its progress back."""
+        head = request.head
+        record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+        body = request.pieces() if head.has_body else b""
+        exchange = partial(
+            self.upstream.exchange, head.method, target, _passed_on(head), body, head.length
+        )
+        flight = self.flights.begin(None, exchange, api.progress_notes, None)
+        response = await self._replay(flight.join(), _NO_QUESTION, Form.OLLAMA, record)
+        leave = response.release
+
+        def release() -> None:
+            self.models_changed.set()
+            if leave is not None:
+                leave()
+
+        response.release = release
+        return response
+
+    def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
+        """Keep a complete answer; tell whether it was kept."""
+        notes = flight.notes
+        body = flight.whole()
+        if flight.status != 200 or not isinstance(notes, api.BaseNotes) or not notes.keeps(body):
+            return False
+        try:
+            folded = body if question.relayed else notes.fold()
+        except HTTPError:
+            return False
+        size = len(body) + (0 if question.relayed else len(folded))
+        if size > self.settings.cache_max_entry_bytes or flight.born is None:
+            return False
+        answer = StoredAnswer(
+            flight.headers, body, _as_object(flight.headers), folded, flight.born, flight.model
+        )
+        size += sum(len(name) + len(value) for name, value in flight.headers)
+        return self.cache.put(key, answer, size, time.monotonic() - flight.born)
+
+    async def _replay(
+        self, reader: Reader, question: Question, form: Form, record: Record
+    ) -> Response:
+        """Read a flight's tape as its client wants it; the response's release leaves it."""
+        try:
+            response = await self._read_tape(reader, question, form, record)
+        except BaseException:
+            reader.leave()
+            raise
+        response.release = reader.leave
+        return response
+
+    async def _read_tape(
+        self, reader: Reader, question: Question, form: Form, record: Record
+    ) -> Response:
+        await reader.head()
+        flight = reader.flight
+        kind = api.content_type(flight.headers)
+        lines = kind.startswith((api.NDJSON, api.SSE))
+        if lines and flight.status == 200 and not (question.stream or question.relayed):
+            folded = await reader.fold()
+            _say_stored(flight, record)
+            return Response(200, _as_object(flight.headers), folded)
+        if lines:
+            return Response(flight.status, flight.headers, _stream(reader, form, kind))
+        reader.take_pieces()
+        body = await reader.whole()  # so that what breaks it is still an error
+        if body is None:  # too large: as it comes
+            return Response(flight.status, flight.headers, _relayed(reader), flight.length)
+        _say_stored(flight, record)
+        return Response(flight.status, flight.headers, body, flight.length)
+
+    # What OllProx answers by itself.
+
+    async def _health(self) -> Response:
+        return Response(200, ((b"Content-Type", api.JSON),), b'{"status":"ok"}')
+
+    async def _ready(self) -> Response:
+        async with self._probing:
+            if time.monotonic() - self._probed[0] >= PROBE_INTERVAL:
+                version = await self.probe()
+                self._probed = (time.monotonic(), isinstance(version, str))
+        if not self._probed[1]:
+            raise HTTPError(503, "Ollama does not answer")
+        return Response(200, ((b"Content-Type", api.JSON),), b'{"status":"ready"}')
+
+    async def probe(self) -> str | HTTPError:
+        """Ask upstream for its version."""
+        try:
+            body = await self._fetch(api.VERSION, PROBE_TIMEOUT)
+        except HTTPError as error:
+            return error
+        return api.version(body)
+
+    async def refresh_models(self) -> None:
+        """Drop the answers of every model that is another one now, or gone."""
+        try:
+            found = api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
+        except HTTPError as error:
+            log.debug("the list of models could not be read: %s", error.message)
+            found = None
+        if found is None:
+            self._digests = self._digests or {}  # what is listed next may have changed meanwhile
+            return
+        before, self._digests = self._digests, found
+        if before is None:  # the first list is where it starts, if nothing could be missed
+            return
+        changed = {n for n in before.keys() | found.keys() if before.get(n) != found.get(n)}
+        if changed:
+            dropped = self.cache.drop(lambda answer: answer.model in changed)
+            self.flights.ground(changed.__contains__)
+            log.info("%d models have changed: %d stored answers dropped", len(changed), dropped)
+
+    async def _fetch(self, target: bytes, seconds: float) -> bytes:
+        """Read a small answer of upstream's for ourselves. Raises HTTPError."""
+        try:
+            async with asyncio.timeout(seconds):
+                async with self.upstream.exchange(b"GET", target, _FORWARDED, b"") as response:
+                    pieces, size = [], 0
+                    async for piece in response.body:  # type: ignore[union-attr]
+                        pieces.append(piece)
+                        if (size := size + len(piece)) > MAX_TAGS:
+                            raise HTTPError(502, "the answer is too large")
+        except TimeoutError:
+            raise HTTPError(504, f"no answer within {seconds:g} s") from None
+        if response.status == 508:
+            raise _circle()
+        if response.status != 200:
+            raise HTTPError(502, f"Its answer had status {response.status}.")
+        return b"".join(pieces)
+
+
+_VIA: Headers = ((b"Via", b"1.1 OllProx"),)  # RFC 9110 section 7.6.3
+_FORWARDED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"), *_VIA)
+# Headers that go no further: they are about this connection, or about who the client is;
+# and codings, in which OllProx could not read an answer.
+_STOPPED = frozenset(
+    b"host expect via origin referer cookie proxy-authorization accept-encoding forwarded"
+    b" x-real-ip".split()
+)
+_CHALLENGES: Headers = (  # two fields: some clients do not understand both in one
+    (b"WWW-Authenticate", b'Basic realm="OllProx"'),
+    (b"WWW-Authenticate", b"Bearer"),
+)
+_METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
+_HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
+_NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
+
+
+def _question_at_length(codec: api.Codec, body: bytes, route: Route) -> Question:
+    """Read a large body's question, and write the body anew, in a thread.
+
+    The interpreter's lock is held by each step, but let go between them.
+    """
+    question = codec.question(body, route)
+    written = question.body()
+    question.body = lambda: written
+    return question
+
+
+def _passed_on(head: Head) -> Headers:
+    """Return what upstream gets of a client's headers, where its answer is the client's alone."""
+    kept = end_to_end(head.headers, without=_STOPPED)
+    via = head.get(b"via")
+    ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
+    return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)
+
+
+def _goes_in_a_circle(head: Head) -> bool:
+    """Whether a request has been here before."""
+    via = head.get(b"via")
+    return via is not None and any(
+        member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
+    )
+
+
+def _circle() -> HTTPError:
+    return HTTPError(508, "OLLAMA_HOST leads back to OllProx: give it Ollama's own address")
+
+
+def _wrong_method(route: Route) -> HTTPError:
+    allowed = b", ".join(route.methods)
+    return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
+
+
+@lru_cache(maxsize=MAX_FRAMED)
+def _as_object(headers: Headers) -> Headers:
+    """Give the headers of a stream the type of a single object."""
+    rest = tuple(pair for pair in headers if pair[0].lower() != b"content-type")
+    return ((b"Content-Type", api.JSON), *rest)
+
+
+def _say_stored(flight: Flight, record: Record) -> None:
+    if flight.stored and record.outcome == "miss":
+        record.cache_status += b"; stored"
+
+
+async def _stream(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[bytes]:
+    """Replay lines; where upstream breaks off, say so in a last one and stay cut."""
+    last = b"\n"
+    try:
+        async for piece in reader.pieces():
+            yield piece
+            last = piece[-1:]
+    except HTTPError as error:
+        notes = reader.flight.notes
+        if notes is None or not notes.reported:  # else Ollama has said why
+            yield (b"" if last == b"\n" else b"\n") + form.line(kind, error.message)
+        raise Truncated from error
+
+
+async def _relayed(reader: Reader) -> AsyncIterator[bytes]:
+    """Replay a body that has no lines; where upstream breaks off, it stays cut."""
+    try:
+        async for piece in reader.pieces():
+            yield piece
+    except HTTPError as error:
+        raise Truncated from error
