@@ -1,0 +1,268 @@
+"""The dashboard in a browser: against OllProx, and with figures that OllProx would not give."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from client import KEY, Client, ask, question
+from conftest import Start
+from playwright.async_api import ConsoleMessage, Page, expect
+from screenshot import CHROMIUM, NOW, URL, Stage, chromium, enter
+from standin import StandIn
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+POLL = 2000  # milliseconds, as the page has it
+PATIENCE = 5000  # milliseconds, as the page has it
+NONE = "\N{EN DASH}"
+expect.set_options(timeout=20_000)  # milliseconds: a busy machine is no fault of the page's
+
+
+@pytest_asyncio.fixture
+async def page() -> AsyncIterator[Page]:
+    """A browser's page; at the end it must have had nothing to complain of."""
+    complaints: list[str] = []
+
+    def hear(message: ConsoleMessage) -> None:
+        # The browser notes each 401 and each lost connection, whatever a page does about it.
+        if not message.text.startswith("Failed to load resource"):
+            complaints.append(message.text)
+
+    async with chromium() as browser:
+        page = await browser.new_page(locale="en-GB", timezone_id="UTC")
+        page.on("console", hear)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        yield page
+    assert complaints == []
+
+
+@pytest_asyncio.fixture
+async def stage(page: Page) -> Stage:
+    """The page without OllProx, and with a clock that a test turns on."""
+    stage = Stage()
+    await stage.serve(page)
+    await page.clock.install(time=NOW)
+    await page.goto(URL)
+    await page.clock.pause_at(NOW + 60)
+    return stage
+
+
+# Against OllProx.
+
+
+async def test_what_ollama_generates_is_seen_while_it_grows(
+    page: Page, launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, ADMIN_LABELS="tester")
+    failures: list[str] = []
+    page.on("requestfailed", lambda request: failures.append(request.url))
+    lines = asyncio.Semaphore(0)
+    ollama.script.gate = lines.acquire
+    await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
+    await enter(page, KEY)
+    await expect(page.locator("#running")).to_have_text("Nothing.")
+    async with Client(program.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        row = page.locator("#running tr").get_by_role("cell")
+        await expect(page.locator("#running th")).to_have_text("llama2")
+        await expect(row.nth(0)).to_have_text("tester")
+        for count in (1, 4):
+            while len(answer.lines()) < count:
+                lines.release()
+                await anext(client.chunks(answer))
+            await expect(row.nth(2)).to_have_text(str(count))
+        ollama.script.gate = None
+        lines.release()
+        await client.rest(answer)
+    await expect(page.locator("#running")).to_have_text("Nothing.")
+    await expect(page.locator("#answers")).to_have_text("1")
+    await expect(page.locator("#hits")).to_have_text("0")
+    await ask(program.port, "POST", "/api/generate", question())
+    await expect(page.locator("#answers")).to_have_text("2")
+    await expect(page.locator("#hits")).to_have_text("1")
+    await expect(page.locator("#labels tr")).to_contain_text("tester")
+    await expect(page.locator("#ratio .end")).to_have_text(
+        re.compile(f"50%|{NONE}")
+    )  # or a new minute
+    assert failures == []
+
+
+async def test_a_wrong_key_is_said_to_be_wrong(
+    page: Page, launch: Start, ollama: StandIn, tmp_path: Path
+) -> None:
+    key = "schlüssel-鍵"  # more than a header takes as it is
+    file = tmp_path / "foreign.txt"
+    file.write_text(f"{key}\n")
+    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=file)
+    await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
+    await enter(page, "no-such-key")
+    await expect(page.get_by_role("alert")).to_have_text("This key is not valid.")
+    await expect(page.get_by_label("API key")).to_be_focused()
+    await expect(page.get_by_label("API key")).to_have_value("")
+    await page.keyboard.type(key)
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#answers")).to_have_text("0")
+    await expect(page.get_by_text("Rows by key are for the keys of ADMIN_LABELS.")).to_be_visible()
+
+
+async def test_figures_are_old_while_ollprox_is_away(
+    page: Page, launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
+    await enter(page, KEY)
+    await expect(page.locator("#hits")).to_have_text("0")
+    await program.stop()
+    old = page.get_by_role("alert").get_by_text("OllProx does not answer")
+    await expect(old).to_be_visible()
+    await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LISTEN_PORT=program.port)
+    await expect(old).to_be_hidden()
+    await expect(page.locator("#hits")).to_be_visible()
+
+
+# Without OllProx.
+
+
+async def test_names_are_shown_as_text(page: Page, stage: Stage) -> None:
+    name = "<img src=x onerror=alert(1)>"
+    for rows, column in (("models", "model"), ("labels", "label"), ("errors", "what")):
+        stage.metrics[rows][0][column] = name
+    stage.metrics["running"][0] |= {"model": name, "label": name}
+    stage.metrics["version"] = name
+    await enter(page, "any")
+    for place in ("running", "models", "labels", "errors"):
+        await expect(page.locator(f"#{place}")).to_contain_text(name)
+    await expect(page.locator("#about")).to_contain_text(name)
+    assert await page.locator("img").count() == 0
+
+
+async def test_the_key_is_nowhere_but_in_the_header(page: Page, stage: Stage) -> None:
+    await page.context.add_cookies([{"name": "a", "value": "cookie", "url": URL}])
+    await enter(page, "topsecret")
+    await expect(page.locator("#hits")).to_be_visible()
+    headers = await stage.asked[0].all_headers()
+    assert headers["apikey"] == "topsecret"
+    assert headers.keys().isdisjoint({"authorization", "cookie", "referer"})
+    kept = (
+        "JSON.stringify([{...localStorage}, {...sessionStorage}, document.cookie, location.href])"
+    )
+    assert "topsecret" not in await page.evaluate(kept) + await page.content()
+    assert await page.locator("#key").input_value() == ""
+
+
+async def test_forgetting_the_key_forgets_what_it_showed(page: Page, stage: Stage) -> None:
+    await enter(page, "any")
+    await expect(page.locator("#models")).to_contain_text("llama3.1:8b")
+    await page.get_by_role("button", name="Forget the key").press("Enter")
+    await expect(page.get_by_label("API key")).to_be_focused()
+    assert "llama" not in await page.locator("body").inner_text()
+    await page.clock.run_for(3 * POLL)
+    assert await stage.count(page) == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(401, "This key is not valid."), (429, "Too many wrong keys .* Try again in 42s.")],
+)
+async def test_a_key_that_is_refused_later_is_forgotten_too(
+    page: Page, stage: Stage, status: int, said: str
+) -> None:
+    await enter(page, "any")
+    await expect(page.locator("#models")).to_contain_text("llama3.1:8b")
+    stage.status, stage.headers = status, {"Retry-After": "42"}
+    await page.clock.run_for(POLL)
+    await expect(page.get_by_role("alert")).to_have_text(re.compile(said))
+    assert "llama" not in await page.locator("body").inner_text()
+
+
+@pytest.mark.parametrize("nonsense", [(503, {"error": "no"}), (200, {"hello": 1}), (200, None)])
+async def test_nonsense_leaves_the_old_figures_and_says_their_age(
+    page: Page, stage: Stage, nonsense: tuple[int, object]
+) -> None:
+    sense = stage.metrics
+    await enter(page, "any")
+    await expect(page.locator("#hits")).to_have_text("2,304")
+    stage.status, stage.metrics = nonsense
+    await page.clock.run_for(POLL)
+    await expect(page.locator("#old")).to_contain_text("does not answer")
+    await page.clock.run_for(10_000)
+    await expect(page.locator("#old")).to_contain_text("from 12s ago")
+    await expect(page.locator("#hits")).to_have_text("2,304")
+    stage.status, stage.metrics = 200, sense
+    await page.clock.resume()
+    await expect(page.locator("#old")).to_be_hidden()
+
+
+async def test_a_key_is_kept_while_nothing_has_answered_yet(page: Page, stage: Stage) -> None:
+    stage.status = 502
+    await enter(page, "any")
+    await expect(page.locator("#message")).to_contain_text("OllProx does not answer")
+    stage.status = 200
+    await page.clock.run_for(POLL)
+    await expect(page.locator("#hits")).to_be_visible()
+    await expect(page.locator("#message")).to_have_text("")
+
+
+async def test_a_question_without_an_answer_is_given_up_before_the_next(
+    page: Page, stage: Stage
+) -> None:
+    await enter(page, "any")
+    await expect(page.locator("#hits")).to_be_visible()
+    stage.let_go = asyncio.Event()
+    await page.clock.run_for(POLL)
+    while len(stage.asked) < 2:
+        await asyncio.sleep(0.01)
+    await page.clock.run_for(PATIENCE - 1)
+    await expect(page.locator("#old")).to_be_hidden()
+    await page.clock.run_for(1)
+    await expect(page.locator("#old")).to_be_visible()
+    assert len(stage.asked) == 2
+    stage.let_go.set()
+    await page.clock.resume()
+    await expect(page.locator("#old")).to_be_hidden()
+
+
+async def test_nothing_is_asked_while_the_tab_is_hidden(page: Page, stage: Stage) -> None:
+    await enter(page, "any")
+    await expect(page.locator("#hits")).to_be_visible()
+    hide = "Object.defineProperty(document, 'hidden', {{value: {}, configurable: true}})"
+    await page.evaluate(hide.format("true"))
+    await page.clock.run_for(5 * POLL)
+    assert await stage.count(page) == 1
+    stage.metrics["answers"]["hit"] += 1
+    await page.evaluate(hide.format("false"))
+    await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+    await expect(page.locator("#hits")).to_have_text("2,305")
+
+
+async def test_minutes_without_answers_have_no_bar(page: Page, stage: Stage) -> None:
+    start = int(stage.metrics["now"] // 60 * 60)
+    stage.metrics["minutes"] = [
+        {"start": start - 59 * 60, "answers": 4, "hits": 1, "tokens": 0},
+        {"start": start - 60, "answers": 2, "hits": 0, "tokens": 1200},
+        {"start": start, "answers": 0, "hits": 0, "tokens": 0},
+    ]
+    await enter(page, "any")
+    await expect(page.locator("#ratio .end")).to_have_text(NONE)
+    await expect(page.locator("#speed .end")).to_have_text("20/s")
+    bars = "rects => rects.map(r => Number(r.getAttribute('height'))).map(h => h && [h])"
+    ratio = await page.locator("#ratio rect").evaluate_all(bars)
+    assert ratio == [[25], *[0] * 57, [1.5], 0]
+    speed = await page.locator("#speed rect").evaluate_all(bars)
+    assert speed == [*[0] * 58, [100], 0]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_it_fits_a_phone_in_light_and_in_dark(page: Page, stage: Stage, scheme: str) -> None:
+    stage.metrics["models"][0]["model"] = "m" * 200
+    stage.metrics["running"][0]["label"] = "l" * 200
+    await page.set_viewport_size({"width": 360, "height": 740})
+    await page.emulate_media(color_scheme="dark" if scheme == "dark" else "light")
+    await enter(page, "any")
+    await expect(page.locator("#hits")).to_be_visible()
+    assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+    colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert all((int(part) < 64) == (scheme == "dark") for part in re.findall(r"\d+", colour))
