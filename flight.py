@@ -16,11 +16,12 @@ import logging
 import math
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from http11 import Headers, HTTPError, Response, Truncated
+from telemetry import Usage
 
 log = logging.getLogger("ollprox.flight")
 
@@ -28,6 +29,9 @@ MAX_LINE = 32 << 20  # bytes of a line that is waited for; a longer one is passe
 SLICE = 256 << 10  # bytes that a reader takes off the tape at once
 FOLD = sys.maxsize  # the position of a reader that waits for no piece, but for the fold
 PIECE_OVERHEAD = 64  # bytes charged for a piece beside its own: object and list slot
+
+
+_numbers = itertools.count(1)
 
 
 class Ending(enum.Enum):
@@ -66,6 +70,9 @@ class Notes(Protocol):
     held: int
     """Bytes held for the fold."""
 
+    usage: Usage
+    """What the answer has come to."""
+
     def is_line(self, rest: bytes) -> bool:
         """Whether what upstream ended with, without a delimiter, is a line all the same."""
 
@@ -95,6 +102,7 @@ class Flight:
         notes: makes the notes for a response's head.
         store: keeps a complete answer and tells whether it did; None to keep none.
         model: whose answer it is.
+        caller: the label of the key that asked for it; None if it is no answer of a model.
 
     """
 
@@ -106,9 +114,13 @@ class Flight:
         notes: Callable[[Response], Notes],
         store: Callable[["Flight"], bool] | None,
         model: str = "",
+        caller: str | None = None,
     ) -> None:
         self.key = key
         self.model = model
+        self.caller = caller
+        self.number = next(_numbers)
+        self.began = flights.clock()
         self.grounded = False  # its model has changed: neither joined nor stored
         self.stored = False
         self.status = 0
@@ -211,7 +223,7 @@ class Flight:
                 if piece := cutter.rest():
                     await self._append(piece, notes)
                 if (missing := notes.close()) is not None:
-                    raise HTTPError(502, missing)
+                    raise HTTPError(502, missing, kind="broken")
                 self._finish(Ending.COMPLETE)
         except HTTPError as error:
             self._fail(error)
@@ -243,6 +255,7 @@ class Flight:
             budget.reserve(size, must=True)
         self.ending = ending
         self._flights.remove(self)
+        self._flights.ended(self)
         self._wake_readers(everyone=True)
 
     async def _append(self, piece: bytes, notes: Notes) -> None:
@@ -406,7 +419,7 @@ class Reader:
     def _raise_failure(self) -> None:
         if (error := self.flight.error) is not None:
             # A fresh one: one instance raised by many readers would grow its traceback.
-            raise HTTPError(error.status, error.message) from error
+            raise HTTPError(error.status, error.message, kind=error.kind) from error
 
     async def _wait(self) -> None:
         self._news = asyncio.get_running_loop().create_future()
@@ -423,9 +436,13 @@ class Flights:
 
     """
 
+    ended: Callable[[Flight], None]
+    """Is handed each flight at its end."""
+
     def __init__(
         self, window: int, budget: Budget, clock: Callable[[], float] = time.monotonic
     ) -> None:
+        self.ended = lambda flight: None
         self.window = window
         self.budget = budget
         self.clock = clock
@@ -452,9 +469,10 @@ class Flights:
         notes: Callable[[Response], Notes],
         store: Callable[[Flight], bool] | None,
         model: str = "",
+        caller: str | None = None,
     ) -> Flight:
         """Begin a flight; see `Flight`. Its first reader must join before any `await`."""
-        flight = Flight(self, key, exchange, notes, store, model)
+        flight = Flight(self, key, exchange, notes, store, model, caller)
         self._by_key.setdefault(key, []).append(flight)
         return flight
 
@@ -475,9 +493,12 @@ class Flights:
 
     def ground(self, changed: Callable[[str], bool]) -> None:
         """Ground all flights whose model has changed."""
-        for flight in itertools.chain.from_iterable(self._by_key.values()):
+        for flight in self:
             if changed(flight.model):
                 flight.ground()
+
+    def __iter__(self) -> Iterator[Flight]:
+        return itertools.chain.from_iterable(self._by_key.values())
 
     def __len__(self) -> int:
         return sum(len(flights) for flights in self._by_key.values())

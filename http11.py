@@ -35,6 +35,7 @@ HOP_BY_HOP = frozenset(
     b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade".split()
 )
 
+_OURS = frozenset({b"x-request-id"})  # which each response gets anew
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # RFC 9112 sections 3 and 5: CRLF only, origin-form, no obs-fold, no NUL or other control.
 _REQUEST_LINE = re.compile(rb"(%b) (/[!\"$-~]*) HTTP/1\.([01])" % _TOKEN)
@@ -63,13 +64,20 @@ class HTTPError(Exception):
         message: for a person.
         headers: further headers of the answer.
         body: sent as it is in place of a rendered message.
+        kind: what upstream did, in a word, to be counted by.
 
     """
 
     def __init__(
-        self, status: int, message: str, headers: Headers = (), body: bytes | None = None
+        self,
+        status: int,
+        message: str,
+        headers: Headers = (),
+        body: bytes | None = None,
+        kind: str = "",
     ) -> None:
         super().__init__(message)
+        self.kind = kind
         self.status = status
         self.message = message
         self.headers = headers
@@ -263,7 +271,7 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     tokens = _tokens(pairs, b"connection")
     return ResponseHead(
         status=event.status_code,
-        headers=end_to_end(tuple(event.headers.raw_items())),
+        headers=end_to_end(tuple(event.headers.raw_items()), without=_OURS),
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
@@ -427,12 +435,12 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 @lru_cache(maxsize=MAX_FRAMED)
 def frame_response(status: int, headers: Headers, more: Headers, date: bytes) -> bytes:
-    """Write a response's head, with a Date unless `headers` have one."""
+    """Write a response's head but for the empty line; with a Date unless `headers` have one."""
     lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]
     lines += [b"%b: %b" % pair for pair in headers + more]
     if not any(name.lower() == b"date" for name, _ in headers):
         lines.append(b"Date: " + date)
-    return b"\r\n".join(lines) + b"\r\n\r\n"
+    return b"\r\n".join(lines) + b"\r\n"
 
 
 def frame_request(

@@ -148,6 +148,8 @@ class KeyStore:
     _signature: tuple[int, int, int] | None = None
     _young: bool = False  # changed so lately that another change may not show
     _failed: bool = False
+    reloads: int = 0  # readings that went well
+    failures: int = 0  # readings that did not
     _made: bool = False  # the only key is the one made at start
     _reports: list[str] = field(default_factory=list)
 
@@ -192,6 +194,8 @@ class KeyStore:
         A file that cannot be read keeps the last keys; an emptied one lets nobody in.
         """
         failed, self._failed = self._failed, isinstance(result, OSError)
+        self.failures += self._failed
+        self.reloads += not self._failed
         if isinstance(result, OSError):
             if not failed:
                 yield (

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any, Protocol
 
 from http11 import MAX_FRAMED, Headers, HTTPError, Response
+from telemetry import NO_USAGE, Usage
 
 JSON = b"application/json; charset=utf-8"  # as Ollama sends it
 NDJSON = b"application/x-ndjson"
@@ -105,7 +106,8 @@ class Route:
     """One route: what we do with it, and what goes upstream.
 
     `target` is what is sent upstream, None where OllProx answers by itself with what `own`
-    names. `codec` is None where the request has no body that must be read.
+    names. `codec` is None where the request has no body that must be read. `asks` says
+    whether it asks a model for an answer.
     """
 
     methods: tuple[bytes, ...]
@@ -116,6 +118,7 @@ class Route:
     form: Form = Form.OLLAMA
     rest: bytes = b""  # what may follow the path: a pattern for the name that it ends in
     own: str = ""
+    asks: bool = False
 
 
 def write_anew(value: dict[str, Any]) -> bytes:
@@ -242,6 +245,7 @@ class BaseNotes:
     too_large = False
     reported = False
     held = 0
+    usage = NO_USAGE
 
     def keeps(self, tape: bytes) -> bool:
         """Whether the whole answer on the tape may be stored, at a complete end."""
@@ -301,6 +305,7 @@ class LineNotes(BaseNotes):
         self._chat = chat
         self._text = "content" if chat else "response"  # the name of what is said
         self._max_object = max_object
+        self._lines = 0
         self._last: dict[str, Any] = {}
         self._valid = True
         self._begin_fold()
@@ -322,6 +327,7 @@ class LineNotes(BaseNotes):
         """Note a whole tape again, if it was forgotten."""
         if not self._folding and not self.too_large:
             self._begin_fold()
+            self._lines = 0
             for piece in pieces:
                 self.feed(piece)
 
@@ -329,6 +335,16 @@ class LineNotes(BaseNotes):
     def finished(self) -> bool:  # type: ignore[override]  # told by what has come
         """Whether the last line has come."""
         return self._valid and self._last.get("done") is True and not self.reported
+
+    @property
+    def usage(self) -> Usage:  # type: ignore[override]  # told by what has come
+        """What it has come to, by the last line if there is one."""
+        if self._last.get("done") is not True:
+            return Usage(self._lines)
+        nanoseconds = _count(self._last, "prompt_eval_duration") + _count(
+            self._last, "eval_duration"
+        )
+        return Usage(self._lines, _count(self._last, "eval_count"), nanoseconds / 1e9)
 
     def keeps(self, tape: bytes) -> bool:
         """Whether it is an answer, and not the loading of a model."""
@@ -344,6 +360,7 @@ class LineNotes(BaseNotes):
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
         self._object = b""
+        self._lines += piece.count(b"\n") or 1
         texts = [text for text in piece.split(b"\n") if text]
         if not self._folding:
             del texts[:-1]
@@ -445,6 +462,7 @@ class EventNotes(BaseNotes):
     delimiter = b"\n\n"
 
     def __init__(self) -> None:
+        self._events = 0
         self._reason = False
         self._done = False
         self._error = False
@@ -453,6 +471,11 @@ class EventNotes(BaseNotes):
     def finished(self) -> bool:  # type: ignore[override]  # told by what has come
         """Whether the last event has come."""
         return self._done and not self._error
+
+    @property
+    def usage(self) -> Usage:  # type: ignore[override]  # told by what has come
+        """What it has come to: events alone, since few say more."""
+        return Usage(self._events)
 
     @property
     def reported(self) -> bool:  # type: ignore[override]  # told by what has come
@@ -469,6 +492,7 @@ class EventNotes(BaseNotes):
 
     def feed(self, piece: bytes) -> None:
         """Note whole events."""
+        self._events += piece.count(b"\n\n") or 1
         for event in piece.split(b"\n\n"):
             if not event.startswith(b"data: "):
                 continue
@@ -482,6 +506,12 @@ class EventNotes(BaseNotes):
         if self._done or self._error:
             return None
         return "Ollama ended its answer without [DONE]. Ask again."
+
+
+def _count(line: dict[str, Any], name: str) -> int:
+    """Return a number of a last line; 0 for what makes no sense."""
+    value = line.get(name)
+    return value if isinstance(value, int) and 0 < value < 1 << 60 else 0
 
 
 def _has_reason(data: bytes) -> bool:
@@ -651,8 +681,11 @@ def _v1_rows(post: tuple[bytes, ...], get: tuple[bytes, ...]) -> dict[bytes, Rou
         b"/v1/responses": AsItCame(),
     }
     return {
-        **{path: Route(post, path, codec, form=Form.OPENAI) for path, codec in codecs.items()},
-        b"/v1/messages": Route(post, b"/v1/messages", AsItCame(), form=Form.ANTHROPIC),
+        **{
+            path: Route(post, path, codec, form=Form.OPENAI, asks=True)
+            for path, codec in codecs.items()
+        },
+        b"/v1/messages": Route(post, b"/v1/messages", AsItCame(), form=Form.ANTHROPIC, asks=True),
         b"/v1/models": Route(get, b"/v1/models", form=Form.OPENAI),
         b"/v1/models/": Route(get, b"/v1/models/", form=Form.OPENAI, rest=_MODEL),
     }
@@ -688,11 +721,11 @@ def route_table(max_object: int) -> RouteTable:
     chat = Native("messages", max_object)
     return RouteTable(
         {
-            b"/call_model": Route(post, b"/api/generate", generate),
-            b"/api/generate": Route(post, b"/api/generate", generate, streams=True),
-            b"/api/chat": Route(post, b"/api/chat", chat, streams=True),
-            b"/api/embed": Route(post, b"/api/embed", AsItCame("input", "*")),
-            b"/api/embeddings": Route(post, b"/api/embeddings", AsItCame("prompt", "*")),
+            b"/call_model": Route(post, b"/api/generate", generate, asks=True),
+            b"/api/generate": Route(post, b"/api/generate", generate, streams=True, asks=True),
+            b"/api/chat": Route(post, b"/api/chat", chat, streams=True, asks=True),
+            b"/api/embed": Route(post, b"/api/embed", AsItCame("input", "*"), asks=True),
+            b"/api/embeddings": Route(post, b"/api/embeddings", AsItCame("prompt", "*"), asks=True),
             b"/api/show": Route(post, b"/api/show", AsItCame()),
             b"/": Route(get, b"/"),
             b"/api/version": Route(get, VERSION),
@@ -702,6 +735,10 @@ def route_table(max_object: int) -> RouteTable:
             **_admin_rows(post),
             b"/health": Route(get, None, access=Access.OPEN, own="health"),
             b"/ready": Route(get, None, access=Access.OPEN, own="ready"),
+            b"/dashboard": Route(get, None, access=Access.OPEN, own="dashboard"),
+            b"/metrics": Route(get, None, own="metrics"),
+            b"/metrics.json": Route(get, None, own="view"),
+            b"/cache": Route((b"DELETE",), None, access=Access.ADMIN, own="drop"),
         }
     )
 

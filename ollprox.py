@@ -10,20 +10,28 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
 import ollama_api as api
 import startup
+from cache import Cache
+from flight import Flights
 from http11 import parse_request_head
+from inquiry import Inquiry, ModelWatch
 from keystore import KeyStore, take_credential
-from proxy import Proxy
+from metrics import Metrics
+from pages import Pages
+from proxy import Proxy, StoredAnswer
 from server import Limits, Server
 from settings import Settings, SettingsError, address, load
-from telemetry import AccessLog, LineWriter, setup_logging
+from telemetry import AccessLog, LineWriter, Record, setup_logging
 from upstream import Upstream
 
 __version__ = "0.1.0"
+
+LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 
 log = logging.getLogger("ollprox")
 
@@ -39,7 +47,21 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         idle_timeout=settings.idle_timeout,
         tls=startup.upstream_tls(settings),
     )
-    proxy = Proxy(settings, keys, upstream, api.route_table(settings.max_object_bytes))
+    routes = api.route_table(settings.max_object_bytes)
+    cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
+    flights = Flights(settings.cache_max_entry_bytes, cache)
+    metrics = Metrics(__version__, cache, flights, keys)
+    flights.ended = metrics.count_flight
+    inquiry = Inquiry(upstream)
+    models = ModelWatch(inquiry, cache, flights, metrics.know)
+    pages = Pages(settings.admin_labels, inquiry, cache, flights, metrics)
+    proxy = Proxy(settings, keys, upstream, routes, cache, flights, pages.answer)
+    access_log = AccessLog(writer, settings.log_level, as_json=settings.log_format == "json")
+
+    def done(record: Record) -> None:
+        metrics.count(record)
+        access_log(record)
+
     server = Server(
         proxy.handle,
         proxy.render_error,
@@ -47,7 +69,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
             parse_request_head,
             take_credential=partial(take_credential, keys.salt, settings.api_key_in_path),
         ),
-        AccessLog(writer, settings.log_level),
+        done,
         Limits(
             max_head=settings.max_head_bytes,
             head_timeout=settings.head_timeout,
@@ -57,6 +79,8 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
             max_connections=startup.raise_file_limit(settings.max_connections),
         ),
     )
+    metrics.connections = lambda: len(server.clients)
+    metrics.upstream_requests = lambda: upstream.requests
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
     tls = certificate.context if certificate else None
     asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
@@ -73,16 +97,15 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     chores = [
         asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
-        asyncio.create_task(_say_upstream(proxy)),
-        asyncio.create_task(_each(1.0, startup.Collector(proxy.cache).poll)),
+        asyncio.create_task(_watch_lag(metrics)),
+        asyncio.create_task(_say_upstream(inquiry, upstream.address)),
+        asyncio.create_task(_each(1.0, startup.Collector(cache).poll)),
     ]
     if certificate:
         chores.append(asyncio.create_task(_each(settings.key_refresh, certificate.poll)))
     if settings.model_refresh:
         changed = proxy.models_changed
-        chores.append(
-            asyncio.create_task(_each(settings.model_refresh, proxy.refresh_models, changed))
-        )
+        chores.append(asyncio.create_task(_each(settings.model_refresh, models.refresh, changed)))
     await signals.first.wait()
     log.info(
         "stopping: %d clients have %g s to finish", len(server.clients), settings.drain_timeout
@@ -131,10 +154,18 @@ async def _poll_keys(keys: KeyStore) -> None:
         log.log(level, "%s", line)
 
 
-async def _say_upstream(proxy: Proxy) -> None:
-    said = await proxy.probe()
+async def _watch_lag(metrics: Metrics) -> None:
+    """Note how late the event loop wakes who sleeps."""
+    while True:
+        due = time.monotonic() + LAG_INTERVAL
+        await asyncio.sleep(LAG_INTERVAL)
+        metrics.note_lag(max(0.0, time.monotonic() - due))
+
+
+async def _say_upstream(inquiry: Inquiry, address: str) -> None:
+    said = await inquiry.version()
     if isinstance(said, str):
-        print(f"Ollama {said} answers at {proxy.upstream.address}", flush=True)
+        print(f"Ollama {said} answers at {address}", flush=True)
     else:
         print(f"Ollama does not answer yet; requests are tried all the same. {said}", flush=True)
 
@@ -156,8 +187,9 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load(os.environ)
         if chosen.ping:
             return startup.ping(settings)
-        writer = LineWriter(sys.stderr.fileno())
-        setup_logging(settings.log_level, writer)
+        as_json = settings.log_format == "json"
+        writer = LineWriter(sys.stderr.fileno(), as_json=as_json)
+        setup_logging(settings.log_level, writer, as_json=as_json)
         try:
             keys = startup.open_keys(settings)
             startup.check(settings)

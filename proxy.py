@@ -30,18 +30,14 @@ from http11 import (
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from ollama_api import Access, Form, Question, Route, RouteTable
 from settings import Settings
-from telemetry import MAX_SHOWN, Record
-from upstream import Upstream
+from telemetry import MAX_SHOWN, Record, Usage
+from upstream import FORWARDED, VIA, Upstream
 
 log = logging.getLogger("ollprox")
 
-PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to say its version
-PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
-TAGS_TIMEOUT = 10.0  # seconds for the list of models
 MAX_QUESTIONS = 512  # small bodies whose question is remembered
 MAX_KNOWN_BODY = 2048  # bytes of such a body
 MAX_AT_ONCE = 1 << 20  # bytes of a body that is parsed while all others wait
-MAX_TAGS = 16 << 20  # bytes of that list
 
 
 class StoredAnswer(NamedTuple):
@@ -53,6 +49,7 @@ class StoredAnswer(NamedTuple):
     object: bytes
     born: float  # when upstream's head came, on the monotonic clock
     model: str
+    usage: Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,28 +92,32 @@ class Proxy:
         keys: which API keys are valid.
         upstream: Ollama.
         routes: what is known of Ollama's API.
+        cache: the stored answers.
+        flights: the answers under way.
+        own: answers what OllProx answers by itself: by a page's name, for a key's label.
 
     """
 
     def __init__(
-        self, settings: Settings, keys: KeyStore, upstream: Upstream, routes: RouteTable
+        self,
+        settings: Settings,
+        keys: KeyStore,
+        upstream: Upstream,
+        routes: RouteTable,
+        cache: Cache[StoredAnswer],
+        flights: Flights,
+        own: Callable[[str, Head, str], Awaitable[Response]],
     ) -> None:
         self.settings = settings
         self.keys = keys
         self.upstream = upstream
         self.routes = routes
-        self.cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
-        self.flights = Flights(settings.cache_max_entry_bytes, self.cache)
+        self.cache = cache
+        self.flights = flights
+        self.own = own
         self.models_changed = asyncio.Event()  # a model was managed: read the digests again
-        self._digests: dict[str, str] | None = None  # each model's, as last listed by upstream
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._wrong_keys = WrongKeys()
-        self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
-        self._probing = asyncio.Lock()
-        self._own: dict[str, Callable[[], Awaitable[Response]]] = {
-            "health": self._health,
-            "ready": self._ready,
-        }
 
     async def handle(self, request: Request, record: Record) -> Response:
         """Answer a request. The head decides who is let in; then the body is read."""
@@ -124,11 +125,12 @@ class Proxy:
         record.method = _METHODS.get(head.method, "other")
         record.headers = self._cors(head)
         if head.method == b"OPTIONS" and record.headers:
+            record.own = True
             return self._preflight(head)
         route, target = self._admit(head, record)
         if route.own:
-            return await self._own[route.own]()
-        record.headers += _VIA
+            return await self.own(route.own, head, record.label or "")
+        record.headers += VIA
         if route.access is Access.ADMIN:
             return await self._manage(request, target, record)
         question = await self._read_question(route, request)
@@ -152,7 +154,7 @@ class Proxy:
     def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
         """Check key, path and method by the head alone; return the route and its target."""
         if _goes_in_a_circle(head):
-            raise _circle()
+            raise circle()
         found = self.routes.find(head.path)
         if found is None:
             self._authenticate(head, record)
@@ -160,6 +162,8 @@ class Proxy:
             raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
         route, target = found
         record.path = head.path[:MAX_SHOWN].decode()
+        record.route = record.path if head.path in self.routes.rows else target.decode()
+        record.own, record.asks = route.own != "", route.asks
         record.quiet = route.access is Access.OPEN
         if head.method == b"OPTIONS":
             raise _wrong_method(route)  # a browser that may not ask; no key comes with it
@@ -168,7 +172,9 @@ class Proxy:
             raise _wrong_method(route)
         if route.access is Access.ADMIN and label not in self.settings.admin_labels:
             raise HTTPError(
-                403, "managing models is for keys whose label is in ADMIN_LABELS; ask the operator"
+                403,
+                "managing models and the cache is for keys whose label is in ADMIN_LABELS;"
+                " ask the operator",
             )
         return route, target
 
@@ -178,7 +184,9 @@ class Proxy:
         label = self.keys.label(digest)
         if digest is not None:
             record.caller = label or digest.hex()[:8]
+        record.label = label
         if label is None:
+            record.wrong_key = True
             if digest is not None:
                 self._slow_down(record)
             wrong = "there is no API key" if digest is None else "the API key is not valid"
@@ -281,6 +289,7 @@ class Proxy:
         ttl = max(0, int(self.cache.ttl) - age)
         record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
         record.headers += ((b"Age", b"%d" % age),)
+        record.usage = answer.usage
         if question.stream or question.relayed:
             return Response(200, answer.headers, answer.body)
         return Response(200, answer.object_headers, answer.object)
@@ -303,18 +312,21 @@ class Proxy:
             record.outcome, record.cache_status = "collapsed", b"OllProx; fwd=miss; collapsed"
             return flight
         if wishes.only_if_cached:
+            record.outcome = "-"
             raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
         if key is None:
             record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
         if wishes.private:
             key = None
-        headers = _FORWARDED if question.key is not None else _passed_on(head)
+        headers = FORWARDED if question.key is not None else _passed_on(head)
+        headers += ((b"X-Request-ID", record.request_id),)
         return self.flights.begin(
             key,
             partial(self.upstream.exchange, head.method, target, headers, question.body()),
             route.codec.notes if route.codec else api.progress_notes,
             partial(self._store, key, question) if key is not None else None,
             api.normalised(question.model),
+            record.label if route.asks else None,
         )
 
     async def _manage(self, request: Request, target: bytes, record: Record) -> Response:
@@ -322,9 +334,8 @@ class Proxy:
         head = request.head
         record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
         body = request.pieces() if head.has_body else b""
-        exchange = partial(
-            self.upstream.exchange, head.method, target, _passed_on(head), body, head.length
-        )
+        headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
+        exchange = partial(self.upstream.exchange, head.method, target, headers, body, head.length)
         flight = self.flights.begin(None, exchange, api.progress_notes, None)
         response = await self._replay(flight.join(), _NO_QUESTION, Form.OLLAMA, record)
         leave = response.release
@@ -351,7 +362,13 @@ class Proxy:
         if size > self.settings.cache_max_entry_bytes or flight.born is None:
             return False
         answer = StoredAnswer(
-            flight.headers, body, _as_object(flight.headers), folded, flight.born, flight.model
+            flight.headers,
+            body,
+            _as_object(flight.headers),
+            folded,
+            flight.born,
+            flight.model,
+            notes.usage,
         )
         size += sum(len(name) + len(value) for name, value in flight.headers)
         return self.cache.put(key, answer, size, time.monotonic() - flight.born)
@@ -388,73 +405,12 @@ class Proxy:
         _say_stored(flight, record)
         return Response(flight.status, flight.headers, body, flight.length)
 
-    # What OllProx answers by itself.
 
-    async def _health(self) -> Response:
-        return Response(200, ((b"Content-Type", api.JSON),), b'{"status":"ok"}')
-
-    async def _ready(self) -> Response:
-        async with self._probing:
-            if time.monotonic() - self._probed[0] >= PROBE_INTERVAL:
-                version = await self.probe()
-                self._probed = (time.monotonic(), isinstance(version, str))
-        if not self._probed[1]:
-            raise HTTPError(503, "Ollama does not answer")
-        return Response(200, ((b"Content-Type", api.JSON),), b'{"status":"ready"}')
-
-    async def probe(self) -> str | HTTPError:
-        """Ask upstream for its version."""
-        try:
-            body = await self._fetch(api.VERSION, PROBE_TIMEOUT)
-        except HTTPError as error:
-            return error
-        return api.version(body)
-
-    async def refresh_models(self) -> None:
-        """Drop the answers of every model that is another one now, or gone."""
-        try:
-            found = api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
-        except HTTPError as error:
-            log.debug("the list of models could not be read: %s", error.message)
-            found = None
-        if found is None:
-            self._digests = self._digests or {}  # what is listed next may have changed meanwhile
-            return
-        before, self._digests = self._digests, found
-        if before is None:  # the first list is where it starts, if nothing could be missed
-            return
-        changed = {n for n in before.keys() | found.keys() if before.get(n) != found.get(n)}
-        if changed:
-            dropped = self.cache.drop(lambda answer: answer.model in changed)
-            self.flights.ground(changed.__contains__)
-            log.info("%d models have changed: %d stored answers dropped", len(changed), dropped)
-
-    async def _fetch(self, target: bytes, seconds: float) -> bytes:
-        """Read a small answer of upstream's for ourselves. Raises HTTPError."""
-        try:
-            async with asyncio.timeout(seconds):
-                async with self.upstream.exchange(b"GET", target, _FORWARDED, b"") as response:
-                    pieces, size = [], 0
-                    async for piece in response.body:  # type: ignore[union-attr]
-                        pieces.append(piece)
-                        if (size := size + len(piece)) > MAX_TAGS:
-                            raise HTTPError(502, "the answer is too large")
-        except TimeoutError:
-            raise HTTPError(504, f"no answer within {seconds:g} s") from None
-        if response.status == 508:
-            raise _circle()
-        if response.status != 200:
-            raise HTTPError(502, f"Its answer had status {response.status}.")
-        return b"".join(pieces)
-
-
-_VIA: Headers = ((b"Via", b"1.1 OllProx"),)  # RFC 9110 section 7.6.3
-_FORWARDED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"), *_VIA)
 # Headers that go no further: they are about this connection, or about who the client is;
 # and codings, in which OllProx could not read an answer.
 _STOPPED = frozenset(
     b"host expect via origin referer cookie proxy-authorization accept-encoding forwarded"
-    b" x-real-ip".split()
+    b" x-real-ip x-request-id".split()
 )
 _CHALLENGES: Headers = (  # two fields: some clients do not understand both in one
     (b"WWW-Authenticate", b'Basic realm="OllProx"'),
@@ -492,7 +448,8 @@ def _goes_in_a_circle(head: Head) -> bool:
     )
 
 
-def _circle() -> HTTPError:
+def circle() -> HTTPError:
+    """Say that requests come back."""
     return HTTPError(508, "OLLAMA_HOST leads back to OllProx: give it Ollama's own address")
 
 

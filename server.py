@@ -7,8 +7,11 @@ the time of a body, how long it may take to read what is written to it.
 import array
 import asyncio
 import fcntl
+import itertools
 import logging
 import math
+import re
+import secrets
 import socket
 import ssl
 import struct
@@ -326,6 +329,7 @@ class _Client(asyncio.Protocol):
             self._refuse(error)
             return False
         record = Record(self._address)
+        record.request_id = _request_id(head)
         self._answering = True
         self._unread = head.has_body
         try:
@@ -523,7 +527,8 @@ class _Client(asyncio.Protocol):
             more += _CLOSE
         elif http10:
             more += _KEEP_ALIVE
-        return frame_response(response.status, response.headers, more, http_date())
+        start = frame_response(response.status, response.headers, more, http_date())
+        return b"%bX-Request-ID: %b\r\n\r\n" % (start, record.request_id)
 
     async def _write_slices(self, body: bytes, record: Record) -> None:
         """Write a long body as fast as the client takes it."""
@@ -590,6 +595,7 @@ class _Client(asyncio.Protocol):
         """Answer what is no request; the connection ends with it."""
         record = Record(self._address)
         record.status = error.status
+        record.request_id = _request_id(None)
         response = self._server.render_error(error, None, record)
         body = response.body if isinstance(response.body, bytes) else b""
         framed = self._frame(response, record, len(body), again=False, chunked=False, http10=False)
@@ -658,6 +664,19 @@ def _surplus(most: int) -> HTTPError:
         f"OllProx serves {most} connections at once (MAX_CONNECTIONS)",
         ((b"Retry-After", b"1"),),
     )
+
+
+_PROCESS = secrets.token_hex(4).encode()  # what the ids of this process begin with
+_numbers = itertools.count(1)
+_SANE_ID = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
+
+
+def _request_id(head: Head | None) -> bytes:
+    """Return the id that a request came with, if it is sane, or a new one."""
+    given = head.get(b"x-request-id") if head is not None else None
+    if given is not None and _SANE_ID.fullmatch(given):
+        return given
+    return b"%b-%x" % (_PROCESS, next(_numbers))
 
 
 _CHUNKED: Headers = ((b"Transfer-Encoding", b"chunked"),)

@@ -84,6 +84,12 @@ def _level(text: str) -> str:
     return text.upper()
 
 
+def _log_format(text: str) -> str:
+    if text.lower() not in {"text", "json"}:
+        raise ValueError("must be text or json")
+    return text.lower()
+
+
 def _switch(text: str) -> bool:
     if text.lower() in {"true", "1", "yes", "on"}:
         return True
@@ -144,6 +150,7 @@ class Settings:
     write_timeout: float = _setting(60.0, _seconds)
     drain_timeout: float = _setting(30.0, _seconds)
     log_level: str = _setting("INFO", _level)
+    log_format: str = _setting("text", _log_format)
 
     @property
     def key_path(self) -> Path:

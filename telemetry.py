@@ -12,13 +12,27 @@ import re
 import threading
 import time
 from contextlib import suppress
-from datetime import UTC, datetime
+from typing import NamedTuple
 
 FLUSH_INTERVAL = 0.1  # seconds that a line may be gathered
 MAX_PENDING = 1 << 20  # bytes of lines that wait for the terminal
 MAX_SHOWN = 100  # characters shown of what a client chose
 
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
+
+
+class Usage(NamedTuple):
+    """What an answer has come to: lines, tokens generated, and GPU time in seconds.
+
+    The time is that for prompt and answer, without the loading of the model.
+    """
+
+    lines: int = 0
+    tokens: int = 0
+    gpu_seconds: float = 0.0
+
+
+NO_USAGE = Usage()
 
 
 class Record:
@@ -35,9 +49,16 @@ class Record:
     outcome: str = "-"  # hit, miss, collapsed or bypass
     cache_status: bytes = b"OllProx"  # RFC 9211
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the response, whatever it will be
+    request_id: bytes = b"-"  # the client's where it is sane, else one of ours
     bytes_sent: int = 0
     first_byte: float | None = None
     quiet: bool = False  # a probe, of interest at DEBUG alone
+    own: bool = False  # it is for a page of OllProx's own
+    asks: bool = False  # it asks a model for an answer
+    route: str = "other"  # the path, or what it begins with where clients choose the rest
+    label: str | None = None  # the key's, once it was found valid
+    wrong_key: bool = False
+    usage: Usage = NO_USAGE  # of a stored answer that was given
 
     def __init__(self, client: str) -> None:
         self.client = client
@@ -47,8 +68,9 @@ class Record:
 class LineWriter:
     """Write lines to a file descriptor from a thread of its own."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, *, as_json: bool = False) -> None:
         self._descriptor = descriptor
+        self._as_json = as_json
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._taken = 0  # bytes, counted by the loop's thread alone
         self._written = 0  # bytes, counted by the writing thread alone
@@ -63,7 +85,8 @@ class LineWriter:
             self._dropped += 1
             return
         if self._dropped:
-            line = b"(%d log lines were dropped)\n%b" % (self._dropped, line)
+            said = f"{self._dropped} log lines were dropped"
+            line = (as_json("WARNING", said) if self._as_json else f"({said})\n".encode()) + line
             self._dropped = 0
         self._taken += len(line)
         self._queue.put(line)
@@ -93,21 +116,23 @@ class LineWriter:
 class LineHandler(logging.Handler):
     """Log through a `LineWriter`, so that all lines keep their order."""
 
-    def __init__(self, writer: LineWriter) -> None:
+    def __init__(self, writer: LineWriter, *, as_json: bool) -> None:
         super().__init__()
         self._writer = writer
+        self._as_json = as_json
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one log record as one line."""
-        self._writer.write(self.format(record).encode("utf-8", "replace") + b"\n")
+        """Write one log record as one line, or with a traceback as several."""
+        if self._as_json:
+            self._writer.write(as_json(record.levelname, self.format(record)))
+            return
+        line = f"{stamp()} {record.levelname} {self.format(record)}\n"
+        self._writer.write(line.encode("utf-8", "replace"))
 
 
-def setup_logging(level: str, writer: LineWriter) -> None:
+def setup_logging(level: str, writer: LineWriter, *, as_json: bool = False) -> None:
     """Send all of OllProx's log lines to `writer`, from `level` on."""
-    handler = LineHandler(writer)
-    formatter = logging.Formatter("%(asctime)sZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
-    formatter.converter = time.gmtime
-    handler.setFormatter(formatter)
+    handler = LineHandler(writer, as_json=as_json)
     logger = logging.getLogger("ollprox")
     logger.handlers = [handler]
     logger.propagate = False
@@ -118,27 +143,71 @@ def setup_logging(level: str, writer: LineWriter) -> None:
 class AccessLog:
     """Write one line for each exchange, at its end."""
 
-    def __init__(self, writer: LineWriter, level: str) -> None:
+    def __init__(self, writer: LineWriter, level: str, *, as_json: bool = False) -> None:
         self._writer = writer
+        self._format = format_as_json if as_json else format_record
         self._info = level in {"DEBUG", "INFO"}
         self._debug = level == "DEBUG"
 
     def __call__(self, record: Record) -> None:
         """Write the record's line, where its level is wanted."""
         if self._debug if record.quiet else self._info:
-            self._writer.write(format_record(record, time.monotonic()))
+            self._writer.write(self._format(record, time.monotonic()))
 
 
 def format_record(record: Record, now: float) -> bytes:
     """Format an access line. What clients chose is escaped and cut."""
     first = "-" if record.first_byte is None else f"{record.first_byte - record.started:.4f}"
-    stamp = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6]
     return (
-        f"{stamp}Z access client={record.client} key={shown(record.caller)}"
+        f"{stamp()} access id={record.request_id.decode()}"
+        f" client={record.client} key={shown(record.caller)}"
         f" method={shown(record.method)} path={record.path} model={shown(record.model)}"
         f" status={record.status} cache={record.outcome} bytes={record.bytes_sent}"
         f" first_byte={first} total={now - record.started:.4f}\n"
     ).encode()
+
+
+def format_as_json(record: Record, now: float) -> bytes:
+    """Format the same as a JSON object; times are numbers, what is not there is null."""
+    first = record.first_byte
+    return as_json(
+        "INFO",
+        "access",
+        id=record.request_id.decode(),
+        client=record.client,
+        key=_or_null(record.caller),
+        method=_or_null(record.method),
+        path=_or_null(record.path),
+        model=_or_null(record.model),
+        status=record.status,
+        cache=_or_null(record.outcome),
+        bytes=record.bytes_sent,
+        first_byte=None if first is None else round(first - record.started, 6),
+        total=round(now - record.started, 6),
+    )
+
+
+def _or_null(text: str) -> str | None:
+    return None if text == "-" else text[:MAX_SHOWN]
+
+
+def as_json(level: str, message: str, **fields: object) -> bytes:
+    """Write a log line as JSON; `time`, `level` and `message` are in every one."""
+    return (
+        json.dumps({"time": stamp(), "level": level, "message": message, **fields}).encode() + b"\n"
+    )
+
+
+_second = (0, "")
+
+
+def stamp() -> str:
+    """Return the time in UTC, to the millisecond, as in ISO 8601."""
+    global _second
+    now = time.time()
+    if _second[0] != int(now):
+        _second = int(now), time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(now))
+    return f"{_second[1]}.{int(now * 1000) % 1000:03d}Z"
 
 
 def shown(text: str) -> str:

@@ -34,6 +34,9 @@ MAX_HEAD = 64 << 10  # bytes of a response's head; Ollama's have about 120
 READ_SIZE = 64 << 10  # bytes
 MAX_INTERIM = 8  # 1xx heads before the response
 
+VIA: Headers = ((b"Via", b"1.1 OllProx"),)  # RFC 9110 section 7.6.3
+FORWARDED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"), *VIA)
+
 _BODILESS = frozenset({b"GET", b"HEAD"})  # methods that need not say that no body follows
 
 
@@ -127,6 +130,7 @@ class Upstream:
         self._idle_timeout = idle_timeout
         self._tls = tls
         self._host_header = (b"Host", address.encode())
+        self.requests = 0  # that upstream got
         self._idle: list[_Connection] = []
         self._waiting: set[_Connection] = set()  # that have a deadline
         self._failures = _Failures(self)
@@ -193,10 +197,16 @@ class Upstream:
         connection.deadline = time.monotonic() + self._first_byte_timeout
         try:
             with self._failures:
-                return await self._head(connection, message)
-        except BaseException:
+                head = await self._head(connection, message)
+        except _Stale:
             await self.abort(connection)
             raise
+        except BaseException:
+            self.requests += 1
+            await self.abort(connection)
+            raise
+        self.requests += 1
+        return head
 
     async def upload(
         self, message: bytes, body: AsyncIterator[bytes], *, chunked: bool
@@ -204,6 +214,7 @@ class Upstream:
         """Send a body while it comes, until it ends or upstream answers."""
         connection = await self._connect()
         connection.uploaded = False
+        self.requests += 1
         self._waiting.add(connection)
         upload = asyncio.create_task(self._upload(connection, message, body, chunked=chunked))
         answer = asyncio.create_task(self._head(connection, b""))
@@ -311,7 +322,7 @@ class Upstream:
                     )
         except TimeoutError:
             what = f"could not be reached within {self._connect_timeout:g} s"
-            raise self.failure(what) from None
+            raise self.failure(what, kind="unreachable") from None
         return _Connection(reader, asyncio.StreamWriter(transport, protocol, reader, loop))
 
     def _take(self) -> _Connection | None:
@@ -339,12 +350,13 @@ class Upstream:
     def _closed(self) -> HTTPError:
         return self.failure("closed the connection without an answer")
 
-    def failure(self, what: str, status: int = 502) -> HTTPError:
+    def failure(self, what: str, status: int = 502, *, kind: str = "broken") -> HTTPError:
         """Say what upstream did, and what to look at."""
         return HTTPError(
             status,
             f"Ollama at {self.address} {what}. Check that Ollama runs there and is not"
             " overloaded, and the OLLAMA_HOST and OLLAMA_PORT settings.",
+            kind="timeout" if status == 504 else kind,
         )
 
 
@@ -362,12 +374,12 @@ class _Failures:
     ) -> None:
         if isinstance(error, BadHead):
             what = f"sent what is no HTTP response: {error.message}"
-            raise self._upstream.failure(what) from error
+            raise self._upstream.failure(what, kind="protocol") from error
         if isinstance(error, TimeoutError) and not error.errno:
             return  # a timeout of ours; the system's has a number
         if isinstance(error, OSError | UnicodeError):  # UnicodeError: a name that means nothing
             what = f"cannot be reached ({_reason(error)})"
-            raise self._upstream.failure(what) from error
+            raise self._upstream.failure(what, kind="unreachable") from error
 
 
 class _Exchange:

@@ -14,10 +14,10 @@ from standin import Seen, StandIn
 
 from cache import Cache
 from flight import Flights
-from http11 import Head
+from http11 import Head, Response
 from keystore import KeyStore
 from ollama_api import Access, AsItCame, Form, Route, route_table
-from proxy import Proxy
+from proxy import Proxy, StoredAnswer
 from settings import Settings
 from telemetry import Record
 from upstream import Upstream
@@ -73,7 +73,12 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     )
     store = KeyStore.open(None, b"")
     store.admit(b"key", "me")
-    proxy = Proxy(Settings(), store, upstream, table)
+    cache: Cache[StoredAnswer] = Cache(1 << 20, 60)
+
+    async def own(name: str, head: Head, label: str) -> Response:
+        raise NotImplementedError
+
+    proxy = Proxy(Settings(), store, upstream, table, cache, Flights(1 << 20, cache), own)
     (digest,) = store.labels
     outcomes = []
     for credential in (digest, digest):
@@ -99,8 +104,6 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     assert [seen.path for seen in standin.seen] == ["/api/upstream-of-it"]
     await upstream.close()
     await standin.stop()
-    assert isinstance(proxy.cache, Cache)
-    assert isinstance(proxy.flights, Flights)
 
 
 def test_no_path_stands_outside_the_table() -> None:

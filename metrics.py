@@ -1,0 +1,439 @@
+"""Count what OllProx does, and say it: as text for Prometheus, as JSON for the page.
+
+Every number comes from the record of an exchange, or from a flight at its end. Names of
+models and labels that are counted one by one are known ones only, and bounded, so that no
+client can make the number of series grow.
+"""
+
+import os
+import resource
+import time
+from bisect import bisect_left
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from cache import Cache
+from flight import Ending, Flight, Flights
+from keystore import KeyStore
+from ollama_api import normalised
+from telemetry import NO_USAGE, Record, Usage
+
+BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
+MAX_NAMES = 1000  # models, and labels, that are counted one by one
+MAX_RUNNING = 100  # answers under way that are listed
+OTHER = "other"  # all models, or labels, beyond those
+
+Sample = tuple[str, Mapping[str, object], float]
+"""A sample's suffix to the metric's name, its labels, and its value."""
+
+
+class Histogram:
+    """How often something took how many seconds."""
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BUCKETS) + 1)
+        self.sum = 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Count one more."""
+        self.counts[bisect_left(BUCKETS, seconds)] += 1
+        self.sum += seconds
+
+    def samples(self, labels: dict[str, object]) -> Iterator[Sample]:
+        """Write it as cumulative buckets, sum and count."""
+        total = 0
+        for bound, count in zip((*BUCKETS, "+Inf"), self.counts, strict=True):
+            total += count
+            yield "_bucket", {**labels, "le": bound}, total
+        yield "_sum", labels, self.sum
+        yield "_count", labels, total
+
+
+@dataclass(slots=True)
+class Use:
+    """What a label or a model has had: requests for answers, and what they were."""
+
+    requests: int = 0
+    saved: int = 0  # of these, from the cache or joined
+    tokens: int = 0  # generated for it
+
+
+@dataclass(slots=True)
+class Total:
+    """What many answers have come to; see `Usage`."""
+
+    lines: int = 0
+    tokens: int = 0
+    gpu_seconds: float = 0.0
+
+    def add(self, usage: Usage, times: int = 1) -> None:
+        """Add one answer's, or that of one answer so many times."""
+        self.lines += usage.lines * times
+        self.tokens += usage.tokens * times
+        self.gpu_seconds += usage.gpu_seconds * times
+
+
+@dataclass(slots=True)
+class Minute:
+    """One minute of requests for answers."""
+
+    start: int  # seconds since 1970
+    answers: int = 0
+    hits: int = 0
+    tokens: int = 0  # of answers that ended in it
+
+
+@dataclass
+class Metrics:
+    """The counts since the start, and where the rest can be read.
+
+    `connections` and `upstream_requests` are asked for when they are wanted.
+    """
+
+    version: str
+    cache: Cache[Any]
+    flights: Flights
+    keys: KeyStore
+    connections: Callable[[], int] = lambda: 0
+    upstream_requests: Callable[[], int] = lambda: 0
+    started: float = field(default_factory=time.time)
+
+    def __post_init__(self) -> None:
+        self._requests: dict[tuple[str, int, str], int] = defaultdict(int)
+        self._own: dict[tuple[str, int], int] = defaultdict(int)
+        self._answers = dict.fromkeys(("hit", "miss", "collapsed", "bypass", "refused"), 0)
+        self._first_byte: dict[str, Histogram] = defaultdict(Histogram)
+        self._total: dict[str, Histogram] = defaultdict(Histogram)
+        self._by_label: dict[str, Use] = defaultdict(Use)
+        self._by_model: dict[str, Use] = defaultdict(Use)
+        self._minutes = deque([Minute(0)], maxlen=60)
+        self._lags = deque([0.0], maxlen=120)  # seconds, each half a second
+        self._errors: dict[str, int] = defaultdict(int)  # of upstream's, by kind
+        self._refused_keys = 0
+        self._cancelled = 0
+        self._generated = Total()
+        self._from_cache = Total()
+        self._shared = Total()
+        self._models: frozenset[str] = frozenset()  # that upstream has listed
+        self._names: dict[str, str] = {}  # of these, by what requests call them
+
+    # What has happened.
+
+    def count(self, record: Record) -> None:
+        """Count an exchange at its end."""
+        status = record.status
+        self._refused_keys += record.wrong_key
+        if record.own:
+            self._own[record.route, status] += 1
+            return
+        outcome = record.outcome if record.outcome != "-" else "refused"
+        self._requests[record.route, status, outcome] += 1
+        now = time.monotonic()
+        self._total[outcome].observe(now - record.started)
+        if record.first_byte is not None:
+            self._first_byte[outcome].observe(record.first_byte - record.started)
+        if not record.asks:
+            return
+        self._answers[outcome] += 1
+        minute = self._minute()
+        minute.answers += outcome != "refused"
+        saved = outcome in {"hit", "collapsed"}
+        if outcome == "hit":
+            minute.hits += 1
+            self._from_cache.add(record.usage)
+        if record.label is not None:
+            self._count_use(self._by_label, record.label, saved)
+        if outcome != "refused":
+            self._count_use(self._by_model, self._known(record.model), saved)
+
+    def count_flight(self, flight: Flight) -> None:
+        """Count an answer at its end; its readers are those who get it whole."""
+        if flight.ending is Ending.ABANDONED:
+            self._cancelled += 1
+        if flight.error is not None:
+            self._errors[flight.error.kind or "broken"] += 1
+        elif flight.status >= 500:
+            self._errors["status"] += 1
+        elif flight.notes is not None and flight.notes.reported:
+            self._errors["reported"] += 1
+        usage = flight.notes.usage if flight.notes is not None else NO_USAGE
+        self._generated.add(usage)
+        self._minute().tokens += usage.tokens
+        if flight.ending is Ending.COMPLETE and flight.readers:
+            self._shared.add(usage, len(flight.readers) - 1)
+        if flight.model:
+            self._use(self._by_model, self._known(flight.model)).tokens += usage.tokens
+        if flight.caller is not None:
+            self._use(self._by_label, flight.caller).tokens += usage.tokens
+
+    def note_lag(self, seconds: float) -> None:
+        """Note how late the event loop was."""
+        self._lags.append(seconds)
+
+    def know(self, models: Iterable[str]) -> None:
+        """Take the names of the models that there are."""
+        self._models, self._names = frozenset(models), {}
+
+    def _known(self, model: str) -> str:
+        """Return a model's name if there is such a model; so a client can invent none."""
+        if (name := self._names.get(model)) is not None:
+            return name
+        name = normalised(model)
+        if name not in self._models:
+            return OTHER
+        name = name.removesuffix(":latest")
+        if len(self._names) < MAX_NAMES:
+            self._names[model] = name
+        return name
+
+    def _use(self, table: dict[str, Use], name: str) -> Use:
+        return table[name if name in table or len(table) < MAX_NAMES else OTHER]
+
+    def _count_use(self, table: dict[str, Use], name: str, saved: bool) -> None:
+        use = self._use(table, name)
+        use.requests += 1
+        use.saved += saved
+
+    def _minute(self) -> Minute:
+        start = int(time.time()) // 60 * 60
+        if self._minutes[-1].start != start:
+            self._minutes.append(Minute(start))
+        return self._minutes[-1]
+
+    # What is said.
+
+    def by_label(self, label: str, admins: tuple[str, ...]) -> bool:
+        """Whether the key of this label sees what the others do."""
+        return label in admins or len(self.keys.labels) == 1
+
+    def view(self, *, by_label: bool) -> dict[str, object]:
+        """Return what the page shows."""
+        now = time.time()
+        return {
+            "version": self.version,
+            "now": now,
+            "started": self.started,
+            "rows_by_label": by_label,
+            "answers": self._answers,
+            "saved": {
+                "answers": self._answers["hit"] + self._answers["collapsed"],
+                "tokens": self._from_cache.tokens + self._shared.tokens,
+                "gpu_seconds": self._from_cache.gpu_seconds + self._shared.gpu_seconds,
+            },
+            "generated": {"tokens": self._generated.tokens, "lines": self._generated.lines},
+            "cache": {
+                "entries": len(self.cache),
+                "bytes": self.cache.stored_bytes,
+                "max_bytes": self.cache.max_bytes,
+                "evictions": self.cache.evictions,
+                "expiries": self.cache.expiries,
+            },
+            "keys": len(self.keys.labels),
+            "connections": self.connections(),
+            "running": self._running(by_label),
+            "minutes": [
+                {"start": m.start, "answers": m.answers, "hits": m.hits, "tokens": m.tokens}
+                for m in self._minutes
+                if m.start > now - 3600
+            ],
+            "models": [{"model": name, **_row(u)} for name, u in self._by_model.items()],
+            "labels": [{"label": name, **_row(u)} for name, u in self._by_label.items()]
+            if by_label
+            else None,
+            "errors": [{"what": what, "count": count} for what, count in self._failures()],
+        }
+
+    def _running(self, by_label: bool) -> list[dict[str, object]]:
+        running = [flight for flight in self.flights if flight.caller is not None]
+        return [
+            {
+                "id": flight.number,
+                "model": self._known(flight.model),
+                "label": flight.caller if by_label else None,
+                "seconds": time.monotonic() - flight.began,
+                "lines": flight.notes.usage.lines if flight.notes is not None else 0,
+                "readers": len(flight.readers),
+            }
+            for flight in running[-MAX_RUNNING:]
+        ]
+
+    def _failures(self) -> Iterator[tuple[str, int]]:
+        for kind, count in self._errors.items():
+            yield _KINDS[kind], count
+        by_status: dict[int, int] = defaultdict(int)
+        for (_, status, outcome), count in self._requests.items():
+            if outcome == "refused":
+                by_status[status] += count
+        for status, count in sorted(by_status.items()):
+            yield f"refused with {status}", count
+
+    def text(self, *, by_label: bool) -> str:
+        """Return all metrics as Prometheus reads them (exposition format 0.0.4)."""
+        lines = []
+        for name, kind, meaning, samples in self._metrics(by_label=by_label):
+            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+            for suffix, labels, value in samples:
+                said = ",".join(f'{key}="{_escaped(str(v))}"' for key, v in labels.items())
+                lines.append(f"{name}{suffix}{f'{{{said}}}' if said else ''} {value}")
+        return "\n".join(lines) + "\n"
+
+    def _metrics(self, *, by_label: bool) -> Iterator[tuple[str, str, str, list[Sample]]]:
+        """Each metric: name, type, meaning, samples."""
+
+        def one(value: float) -> list[Sample]:
+            return [("", {}, value)]
+
+        counter, gauge, histogram = "counter", "gauge", "histogram"
+        yield (
+            "ollprox_build_info",
+            gauge,
+            "Which OllProx this is.",
+            [("", {"version": self.version}, 1)],
+        )
+        yield (
+            "ollprox_requests_total",
+            counter,
+            "Requests, but for OllProx's own pages, by what came of them.",
+            [
+                ("", {"route": route, "status": status, "cache": outcome}, count)
+                for (route, status, outcome), count in self._requests.items()
+            ],
+        )
+        yield (
+            "ollprox_own_requests_total",
+            counter,
+            "Requests for OllProx's own pages, such as this one.",
+            [("", {"route": r, "status": s}, count) for (r, s), count in self._own.items()],
+        )
+        for name, meaning, table in (
+            ("first_byte", "Time until the first byte was sent.", self._first_byte),
+            ("request_duration", "Time until a request was over.", self._total),
+        ):
+            samples = [s for outcome, h in table.items() for s in h.samples({"cache": outcome})]
+            yield f"ollprox_{name}_seconds", histogram, meaning, samples
+        yield "ollprox_answers_under_way", gauge, "Answers under way.", one(len(self.flights))
+        readers = sum(len(flight.readers) for flight in self.flights)
+        yield "ollprox_readers", gauge, "Clients that wait for them.", one(readers)
+        yield (
+            "ollprox_upstream_requests_total",
+            counter,
+            "Requests sent to Ollama, OllProx's own ones included.",
+            one(self.upstream_requests()),
+        )
+        yield (
+            "ollprox_upstream_errors_total",
+            counter,
+            "Answers that Ollama did not give, by kind.",
+            [("", {"kind": kind}, self._errors.get(kind, 0)) for kind in _KINDS],
+        )
+        yield (
+            "ollprox_upstream_cancelled_total",
+            counter,
+            "Answers that were stopped because nobody waited any more.",
+            one(self._cancelled),
+        )
+        sources = {
+            "generated": self._generated,
+            "cached": self._from_cache,
+            "shared": self._shared,
+        }
+        for unit, meaning in (("lines", "Lines"), ("tokens", "Tokens")):
+            yield (
+                f"ollprox_{unit}_total",
+                counter,
+                f"{meaning} generated, served from the cache, and shared by those who joined.",
+                [("", {"source": s}, getattr(usage, unit)) for s, usage in sources.items()],
+            )
+        yield (
+            "ollprox_gpu_seconds_total",
+            counter,
+            "GPU time of the answers that were generated.",
+            one(self._generated.gpu_seconds),
+        )
+        saved = self._from_cache.gpu_seconds + self._shared.gpu_seconds
+        yield "ollprox_gpu_seconds_saved_total", counter, "GPU time not needed again.", one(saved)
+        yield from self._by_name("model", self._by_model)
+        if by_label:
+            yield from self._by_name("key", self._by_label)
+        cache = self.cache
+        yield "ollprox_cache_entries", gauge, "Answers that are kept.", one(len(cache))
+        yield "ollprox_cache_bytes", gauge, "Memory charged for them.", one(cache.stored_bytes)
+        yield "ollprox_cache_max_bytes", gauge, "CACHE_MAX_BYTES.", one(cache.max_bytes)
+        yield (
+            "ollprox_cache_evictions_total",
+            counter,
+            "Answers that had to make room.",
+            one(cache.evictions),
+        )
+        yield "ollprox_cache_expiries_total", counter, "Answers that expired.", one(cache.expiries)
+        keys = self.keys
+        yield "ollprox_keys", gauge, "API keys that are valid.", one(len(keys.labels))
+        yield "ollprox_key_reloads_total", counter, "Readings of the key file.", one(keys.reloads)
+        yield (
+            "ollprox_key_reload_failures_total",
+            counter,
+            "Readings of the key file that failed.",
+            one(keys.failures),
+        )
+        yield (
+            "ollprox_authentication_failures_total",
+            counter,
+            "Requests with a wrong API key, or with none.",
+            one(self._refused_keys),
+        )
+        yield "ollprox_connections", gauge, "Clients connected.", one(self.connections())
+        yield (
+            "ollprox_loop_lag_seconds",
+            gauge,
+            "How late the event loop was at most, within a minute.",
+            one(max(self._lags)),
+        )
+        yield from _process(self.started)
+
+    def _by_name(
+        self, what: str, table: dict[str, Use]
+    ) -> Iterator[tuple[str, str, str, list[Sample]]]:
+        for name, meaning in (
+            ("requests", "Requests for answers"),
+            ("saved", "Requests answered from the cache or shared"),
+            ("tokens", "Tokens generated"),
+        ):
+            samples = [("", {what: label}, _row(use)[name]) for label, use in table.items()]
+            yield f"ollprox_{what}_{name}_total", "counter", f"{meaning}, by {what}.", samples
+
+
+_KINDS = {
+    "unreachable": "Ollama could not be reached",
+    "timeout": "Ollama was too slow",
+    "broken": "Ollama broke off",
+    "protocol": "Ollama sent what is no HTTP",
+    "status": "Ollama answered with status 500 or above",
+    "reported": "Ollama reported an error in a stream",
+}
+
+
+def _row(use: Use) -> dict[str, int]:
+    return {"requests": use.requests, "saved": use.saved, "tokens": use.tokens}
+
+
+def _process(started: float) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    """The names that all Prometheus clients give to what they know of their process."""
+    times = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = times.ru_utime + times.ru_stime
+    yield "process_cpu_seconds_total", "counter", "CPU time used.", [("", {}, cpu)]
+    yield "process_start_time_seconds", "gauge", "When it started.", [("", {}, started)]
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return  # not Linux
+    memory = pages * os.sysconf("SC_PAGE_SIZE")
+    yield "process_resident_memory_bytes", "gauge", "Memory in use.", [("", {}, memory)]
+    yield "process_open_fds", "gauge", "Files and sockets open.", [("", {}, files)]
+
+
+def _escaped(value: str) -> str:
+    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
