@@ -401,7 +401,9 @@ class Metrics:
             ("saved", "Requests answered from the cache or shared"),
             ("tokens", "Tokens generated"),
         ):
-            samples = [("", {what: label}, _row(use)[name]) for label, use in table.items()]
+            samples: list[Sample] = [
+                ("", {what: label}, _row(use)[name]) for label, use in table.items()
+            ]
             yield f"ollprox_{what}_{name}_total", "counter", f"{meaning}, by {what}.", samples
 
 
