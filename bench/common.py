@@ -26,6 +26,7 @@ BENCH = ROOT / "bench"
 RESULTS = BENCH / "results.json"
 KEY = "a-key-for-the-benchmarks"
 QUESTION = '{"model":"llama2","prompt":"Why is the sky blue?"}'
+OTHERS = "work of other programs, % of the cores"
 NUMBER = 10**12  # the first of the numbers that make questions differ, all of one length
 
 Figures = dict[str, dict[str, list[float]]]
@@ -299,8 +300,21 @@ def note(figures: Figures, measure: str, who: str, value: float) -> None:
     print(f"{measure:45} {who:25} {value:12,.2f}", flush=True)
 
 
+def worked() -> float:
+    """Return the seconds that all cores have worked since they began."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return (user + nice + system) / os.sysconf("SC_CLK_TCK")
+
+
+_begun = time.monotonic(), worked()
+
+
 def save(name: str, figures: Figures) -> None:
-    """Put a program's figures in the file of all results."""
+    """Put a program's figures in the file of all results, and how much others have worked."""
+    spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    others = worked() - _begun[1] - sum(used.ru_utime + used.ru_stime for used in spent)
+    whole = (time.monotonic() - _begun[0]) * (os.cpu_count() or 1)
+    note(figures, OTHERS, "machine", max(0.0, 100 * others / whole))
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     results[name] = figures
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
