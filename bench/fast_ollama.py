@@ -1,12 +1,13 @@
 """A stand-in for Ollama that is fast enough not to be the limit.
 
-usage: fast_ollama.py PORT [LINES [PAUSE [dated]]]
+usage: fast_ollama.py PORT [LINES [PAUSE [dated] [alone]]]
 
 Each POST gets a stream of LINES lines in chunks, one chunk a line, all at once; with PAUSE the
 first line comes at once and the next ones after so many seconds each, and `created_at` is the
 nanosecond of the monotonic clock in which the line is sent. A prompt that begins with a number
 asks for so many lines. With `dated` each head has another Date, as if the answers came seconds
-apart, as a model's do.
+apart, as a model's do. With `alone` each line of a long answer is written by itself, as Ollama
+does; else 500 at a time.
 """
 
 import asyncio
@@ -36,20 +37,20 @@ VERSION = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
     b'{"version":"0.13.5"}'
 )
-MANY = 500  # lines of a long answer that are written at once: 58 KB
 
 
 def chunk(line: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(line), line)
 
 
-BLOCK = chunk(LINE) * MANY
 END = chunk(LAST) + b"0\r\n\r\n"
 
 
 class Upstream(asyncio.Protocol):
     lines = 3
     pause = 0.0
+    block = chunk(LINE) * 500  # of a long answer, written at once: 58 KB
+    many = 500  # lines in it
     dated = False
     dates = itertools.count(DATE)
     whole: dict[int, bytes] = {}  # noqa: RUF012 - shared by all connections, as are the dates
@@ -92,7 +93,7 @@ class Upstream(asyncio.Protocol):
         if self.pause:
             self.transport.write(self.head())
             self.write_line(lines, self.loop.time())
-        elif lines > MANY:
+        elif lines > 500:
             self.transport.write(self.head())
             self.left = lines
             self.write_blocks()
@@ -119,9 +120,9 @@ class Upstream(asyncio.Protocol):
     def write_blocks(self) -> None:
         """Write until the connection is full, or all is written."""
         while self.left and not self.transport.get_write_buffer_size():
-            many = min(MANY, self.left)
+            many = min(self.many, self.left)
             self.left -= many
-            self.transport.write(BLOCK if many == MANY else chunk(LINE) * many)
+            self.transport.write(self.block if many == self.many else chunk(LINE) * many)
             if not self.left:
                 self.transport.write(END)
 
@@ -132,7 +133,9 @@ async def main() -> None:
         Upstream.lines = int(rest[0])
     if rest[1:]:
         Upstream.pause = float(rest[1])
-    Upstream.dated = rest[2:] == ["dated"]
+    Upstream.dated = "dated" in rest[2:]
+    if "alone" in rest[2:]:
+        Upstream.block, Upstream.many = chunk(LINE), 1
     loop = asyncio.get_running_loop()
     server = await loop.create_server(Upstream, "127.0.0.1", int(port), backlog=4096)
     await server.serve_forever()

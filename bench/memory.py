@@ -10,7 +10,7 @@ usage: memory.py [ROUNDS [ENTRIES [CONNECTIONS]]]
 - entries: 100,000 answers of one line, each asked for once by 8 clients, and each with another
   Date in its head, as a model's are. By how much the resident memory has grown for each, less
   the bytes of the answer's two forms (stream and object) and of its head. "Charged" is the same
-  for what the cache has counted in its budget, as it is told from inside (`inside.py`).
+  for what the cache has counted in its budget, as it is told from inside (`inside.py`). Once.
 - longest step: of the event loop, in processor time and told from inside, while the cache is
   filled and in some seconds of hits after. It holds the pauses for the collection of garbage,
   which are also given alone.

@@ -89,6 +89,13 @@ TARGETS = [
         "times",
         least=True,
     ),
+    Target(
+        "streams",
+        "relayed lines, written alone, to nginx",
+        ratio("relayed lines/s, written alone", NGINX),
+        None,
+        "times",
+    ),
     Target("streams", "first line, more, median", more(f"{FIRST}, median ms"), 0.5, "ms"),
     Target("streams", "first line, more, 99 %", more(f"{FIRST}, 99 % ms"), 2, "ms"),
     Target(

@@ -8,7 +8,8 @@ the stand-in, which shows what these two can do by themselves.
 
 - relayed lines: 16 streams of 40,000 lines of 107 bytes, made and read as fast as they come;
   from the first request to the end of the last stream. The stand-in writes 500 lines at a time,
-  so what is measured is the way of the bytes rather than of single pieces.
+  so what is measured is the way of the bytes rather than of single pieces. "Written alone": 5,000
+  lines, each with a write of its own, as Ollama does; there the stand-in itself is the limit.
 - first line: 16 clients ask one question after the other; an answer has ten lines, the first at
   once, then 10 ms apart. From the request to its first line, over all requests.
 - 1,000 streams at once: a line each 100 ms, begun within one second. Each line carries the
@@ -44,7 +45,7 @@ from common import (
 )
 from fast_ollama import LINE
 
-STREAMS, LINES = 16, 40_000
+STREAMS, LINES, ALONE = 16, 40_000, 5_000
 CROWD = 1000
 STAMP = re.compile(rb'"created_at":"0*(\d+)"')
 END = b"0\r\n\r\n"  # a line ends otherwise
@@ -83,7 +84,7 @@ def ready(selector: selectors.BaseSelector, seconds: float = 60) -> list[Client]
     return [key.data for key, _ in selector.select(seconds)]
 
 
-def relayed(port: int) -> float:
+def relayed(port: int, lines: int) -> float:
     """Return the lines per second of all streams together."""
     buffer, size = bytearray(1 << 20), 0
     with selectors.DefaultSelector() as selector:
@@ -91,7 +92,7 @@ def relayed(port: int) -> float:
         begun = time.perf_counter()
         for client in clients:
             selector.register(client.connection, selectors.EVENT_READ, client)
-            client.ask(question(LINES))
+            client.ask(question(lines))
         while selector.get_map():
             for client in ready(selector):
                 count = client.connection.recv_into(buffer)
@@ -100,9 +101,9 @@ def relayed(port: int) -> float:
                     selector.unregister(client.connection)
                     client.connection.close()
         seconds = time.perf_counter() - begun
-    if size < STREAMS * LINES * len(LINE):
+    if size < STREAMS * lines * len(LINE):
         raise RuntimeError(f"only {size} bytes have come")
-    return STREAMS * LINES / seconds
+    return STREAMS * lines / seconds
 
 
 class Crowd:
@@ -152,11 +153,15 @@ def measure_lines(figures: Figures, rounds: int) -> None:
         "nginx": lambda upstream: nginx(upstream, cached=False),
         "straight": straight,
     }
-    with script("fast_ollama.py") as upstream:
-        for _ in range(rounds):
-            for who, start in with_nginx(contenders).items():
-                with start(upstream) as port:
-                    note(figures, "relayed lines/s", who, relayed(port))
+    for measure, lines, how in (
+        ("relayed lines/s", LINES, ""),
+        ("relayed lines/s, written alone", ALONE, "alone"),
+    ):
+        with script("fast_ollama.py", 3, 0, how) as upstream:
+            for _ in range(rounds):
+                for who, start in with_nginx(contenders).items():
+                    with start(upstream) as port:
+                        note(figures, measure, who, relayed(port, lines))
 
 
 def measure_first(figures: Figures, rounds: int) -> None:
