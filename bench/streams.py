@@ -9,7 +9,8 @@ the stand-in, which shows what these two can do by themselves.
 - relayed lines: 16 streams of 40,000 lines of 107 bytes, made and read as fast as they come;
   from the first request to the end of the last stream. The stand-in writes 500 lines at a time,
   so what is measured is the way of the bytes rather than of single pieces. "Written alone": 5,000
-  lines, each with a write of its own, as Ollama does; there the stand-in itself is the limit.
+  lines, each with a write of its own, as Ollama does; there the stand-in itself is the limit, and
+  whoever is slow to look finds more lines at once, so these figures tell the least.
 - first line: 16 clients ask one question after the other; an answer has ten lines, the first at
   once, then 10 ms apart. From the request to its first line, over all requests.
 - 1,000 streams at once: a line each 100 ms, begun within one second. Each line carries the
