@@ -2,7 +2,7 @@
 
 usage: big.py [ROUNDS]
 
-A request of 31 MB, an image in base64 in `/api/chat`, is sent as fast as OllProx takes it. From
+A request of 31 MiB, an image in base64 in `/api/chat`, is sent as fast as OllProx takes it. From
 its first byte to its answer's last one, another client asks for a hit each millisecond, on a
 connection of its own. What counts is the longest of its waits in each round. "Alone" is the same
 for a second without the large request. The stand-in and both clients share a core, so a wait of
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import report
 from common import KEY, Figures, ask, be_the_load, connect, note, ollprox, post, save, script
 
-SIZE = 31 << 20
+SIZE = 31 << 20  # bytes
 numbers = itertools.count()
 
 
