@@ -19,9 +19,14 @@ test: .venv/dev.stamp tests/node/node_modules/.stamp
 test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
 	$(BIN)/python -m pytest -rs -n 0 tests/test_e2e.py $(ARGS)
 
+# Each program can also be run alone; the report takes the last figures of each.
 bench: .venv/run.stamp
-	$(BIN)/python bench/shared.py
+	-$(BIN)/python bench/shared.py
 	$(BIN)/python bench/speed.py
+	$(BIN)/python bench/streams.py
+	$(BIN)/python bench/memory.py
+	$(BIN)/python bench/big.py
+	$(BIN)/python bench/report.py
 
 soak: .venv/run.stamp
 	$(BIN)/python bench/soak.py $(ARGS)

@@ -13,7 +13,7 @@ import json
 import sys
 import time
 
-from common import KEY, median, ollprox, script
+from common import KEY, median, ollprox, save, script
 
 LINES, PAUSE = 100, 0.01
 
@@ -41,11 +41,13 @@ async def at_once(port: int, prompt: str, clients: int) -> float:
 
 async def measure(clients: int) -> int:
     alone, together, written = [], [], []
-    with script("upstream.py", LINES, PAUSE) as upstream, ollprox(upstream) as (port, _):
+    with script("fast_ollama.py", LINES, PAUSE) as upstream, ollprox(upstream) as (port, _):
         for number in range(3):
             alone.append(await at_once(port, f"alone {number}", 1))
             together.append(await at_once(port, f"together {number}", clients))
             written.append(await at_once(port, f"together {number}", clients))
+    figures = {"one alone": alone, f"{clients} at once": together, f"{clients} hits": written}
+    save("shared", {"seconds": figures})
     limit = 1.1 * median(alone) + median(written)
     print(f"one alone          {median(alone):.3f} s")
     print(f"{clients} at once        {median(together):.3f} s")

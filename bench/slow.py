@@ -51,7 +51,7 @@ def main() -> int:
         print("slowhttptest is not installed (apt-get install slowhttptest)")
         return 1
     print("| traffic | answers | median ms | 99 % ms | most ms |\n| --- | --- | --- | --- | --- |")
-    with script("upstream.py") as upstream, ollprox(upstream) as (port, _):
+    with script("fast_ollama.py") as upstream, ollprox(upstream) as (port, _):
         for name, options in ATTACKS.items():
             attack = None
             if options:
