@@ -269,9 +269,10 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     if not isinstance(event, h11.Response | h11.InformationalResponse):
         raise BadHead(502, "its head is malformed")
     tokens = _tokens(pairs, b"connection")
+    headers = end_to_end(tuple(event.headers.raw_items()), without=_OURS)
     return ResponseHead(
         status=event.status_code,
-        headers=end_to_end(tuple(event.headers.raw_items()), without=_OURS),
+        headers=tuple(map(_shared, headers)),
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
@@ -323,6 +324,12 @@ def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> 
     """
     dropped = HOP_BY_HOP | {b"content-length"} | without | _tokens(headers, b"connection")
     return tuple(pair for pair in headers if pair[0].lower() not in dropped)
+
+
+@lru_cache(maxsize=MAX_FRAMED)
+def _shared(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    """Return the same object for the same header: many stored answers have it."""
+    return pair
 
 
 def _take_whole_chunks(buffer: bytearray) -> bytes:

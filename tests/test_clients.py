@@ -231,7 +231,7 @@ async def test_clients_that_join_each_other_get_the_same(
     ollama.script.hold_head = True
     tasks = [asyncio.create_task(asyncio.to_thread(use, at(ollprox.port), KEY)) for _ in range(3)]
     await ollama.until(lambda: len(ollama.asked()) > before)
-    while ollprox.text().count("access client=") == 0 and not _waiting(ollprox, 3):
+    while ollprox.text().count(" access id=") == 0 and not _waiting(ollprox, 3):
         await asyncio.sleep(0.02)
     ollama.script.hold_head = False
     ollama.script.let_go.set()

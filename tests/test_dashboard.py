@@ -95,7 +95,7 @@ async def test_a_wrong_key_is_said_to_be_wrong(
 ) -> None:
     key = "schlüssel-鍵"  # more than a header takes as it is
     file = tmp_path / "foreign.txt"
-    file.write_text(f"{key}\n")
+    file.write_text(f"{key}\nanother-one-that-may-not-see-it\n")
     program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=file)
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, "no-such-key")

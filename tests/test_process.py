@@ -147,8 +147,8 @@ async def test_one_access_line_says_all_and_no_more(ollprox: Program, ollama: St
     await ask(ollprox.port, "POST", "/call_model", question())
     line = (await ollprox.says(r".* model=llama2 status=200 .*\n"))[0]
     assert re.fullmatch(
-        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z access client=127\.0\.0\.1 key=tester"
-        r" method=POST path=/call_model model=llama2 status=200 cache=miss bytes=\d+"
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z access id=[0-9a-f]{8}-[0-9a-f]+"
+        r" client=127\.0\.0\.1 key=tester method=POST path=/call_model model=llama2 status=200 cache=miss bytes=\d+"
         r" first_byte=\d+\.\d{4} total=\d+\.\d{4}\n",
         line,
     )
@@ -157,7 +157,7 @@ async def test_one_access_line_says_all_and_no_more(ollprox: Program, ollama: St
     assert "x" * 100 not in text
     assert "must not be logged" not in text
     assert "hidden" not in text
-    assert text.count("access client=") == 2
+    assert text.count(" access id=") == 2
 
 
 @pytest.mark.parametrize(("level", "lines"), [("DEBUG", 2), ("INFO", 1), ("WARNING", 0)])
@@ -168,7 +168,7 @@ async def test_probes_are_logged_at_debug_alone(
     await ask(ollprox.port, "GET", "/health")
     await ask(ollprox.port, "POST", "/call_model", question())
     await ollprox.stop()
-    assert ollprox.text().count("access client=") == lines
+    assert ollprox.text().count(" access id=") == lines
 
 
 async def test_a_log_that_nobody_reads_does_not_stop_the_proxy(

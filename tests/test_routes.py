@@ -535,6 +535,7 @@ def test_who_may_what_is_said_by_the_table() -> None:
     assert {path for path, row in rows.items() if row.access is Access.OPEN} == {
         b"/health",
         b"/ready",
+        b"/dashboard",
     }
     admin = {path for path, row in rows.items() if row.access is Access.ADMIN}
-    assert len(admin) == 6
+    assert len(admin) == 7
