@@ -7,19 +7,26 @@ One byte budget holds both: the stored values, and what answers under way have r
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-V = TypeVar("V")
-
-ENTRY_OVERHEAD = 600
-"""Bytes charged for an entry beside its value: the key, the dictionary's slot and link,
-the entry and the objects of a stored answer (measured with `tracemalloc`: 540)."""
+ENTRY_OVERHEAD = 590
+"""Bytes charged for an entry beside what its value says of its size: the key, the
+dictionary's slot and link, and the objects of a stored answer (`bench/memory.py` measures them)."""
 
 
-class _Entry(NamedTuple, Generic[V]):
-    value: V
-    size: int  # bytes, overhead included
-    expires: float  # on the cache's clock
+class Kept(Protocol):
+    """What a value must tell of itself; an entry of the cache's own would cost more memory."""
+
+    @property
+    def size(self) -> int:
+        """Its bytes, without the overhead of an entry; never another number."""
+
+    @property
+    def born(self) -> float:
+        """When it was made, on the cache's clock."""
+
+
+V = TypeVar("V", bound=Kept)
 
 
 class Cache(Generic[V]):
@@ -43,55 +50,54 @@ class Cache(Generic[V]):
         self.evictions = 0
         self.expiries = 0
         self._clock = clock
-        self._entries: OrderedDict[bytes, _Entry[V]] = OrderedDict()
+        self._entries: OrderedDict[bytes, V] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def get(self, key: bytes) -> V | None:
         """Return what is kept under `key`, now the most recently used; None if nothing."""
-        entry = self._entries.get(key)
-        if entry is None or entry.expires <= self._clock():
+        value = self._entries.get(key)
+        if value is None or self._clock() - value.born >= self.ttl:
             return None
         self._entries.move_to_end(key)
-        return entry.value
+        return value
 
     def expire(self, key: bytes) -> bool:
         """Forget `key` if it has expired; True if that was so."""
-        entry = self._entries.get(key)
-        if entry is None or entry.expires > self._clock():
+        value = self._entries.get(key)
+        if value is None or self._clock() - value.born < self.ttl:
             return False
         self.expiries += 1
         self._remove(key)
         return True
 
-    def put(self, key: bytes, value: V, size: int, age: float = 0.0) -> bool:
+    def put(self, key: bytes, value: V) -> bool:
         """Keep `value`, evicting the least recently used to make room.
 
         Args:
             key: what identifies it; an older value under it is replaced.
             value: must not change any more.
-            size: its bytes, without the overhead of an entry.
-            age: seconds that it has already lived.
 
         Returns:
             False if it cannot fit or would be expired at once: nothing has changed.
 
         """
-        size += ENTRY_OVERHEAD
-        if age >= self.ttl or size > self.max_bytes - self.reserved_bytes:
+        size = value.size + ENTRY_OVERHEAD
+        expired = self._clock() - value.born >= self.ttl
+        if expired or size > self.max_bytes - self.reserved_bytes:
             return False
         if key in self._entries:
             self._remove(key)
         self._make_room(size)
         self.puts += 1
-        self._entries[key] = _Entry(value, size, self._clock() + self.ttl - age)
+        self._entries[key] = value
         self.stored_bytes += size
         return True
 
     def drop(self, wanted: Callable[[V], bool]) -> int:
         """Forget every value for which `wanted` is true; return how many they were."""
-        keys = [key for key, entry in self._entries.items() if wanted(entry.value)]
+        keys = [key for key, value in self._entries.items() if wanted(value)]
         for key in keys:
             self._remove(key)
         return len(keys)
@@ -121,4 +127,4 @@ class Cache(Generic[V]):
             self._remove(next(iter(self._entries)))
 
     def _remove(self, key: bytes) -> None:
-        self.stored_bytes -= self._entries.pop(key).size
+        self.stored_bytes -= self._entries.pop(key).size + ENTRY_OVERHEAD

@@ -269,10 +269,9 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     if not isinstance(event, h11.Response | h11.InformationalResponse):
         raise BadHead(502, "its head is malformed")
     tokens = _tokens(pairs, b"connection")
-    headers = end_to_end(tuple(event.headers.raw_items()), without=_OURS)
     return ResponseHead(
         status=event.status_code,
-        headers=tuple(map(_shared, headers)),
+        headers=end_to_end(tuple(event.headers.raw_items()), without=_OURS),
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
@@ -324,12 +323,6 @@ def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> 
     """
     dropped = HOP_BY_HOP | {b"content-length"} | without | _tokens(headers, b"connection")
     return tuple(pair for pair in headers if pair[0].lower() not in dropped)
-
-
-@lru_cache(maxsize=MAX_FRAMED)
-def _shared(pair: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    """Return the same object for the same header: many stored answers have it."""
-    return pair
 
 
 def _take_whole_chunks(buffer: bytearray) -> bytes:
@@ -448,6 +441,18 @@ def frame_response(status: int, headers: Headers, more: Headers, date: bytes) ->
     if not any(name.lower() == b"date" for name, _ in headers):
         lines.append(b"Date: " + date)
     return b"\r\n".join(lines) + b"\r\n"
+
+
+def pack(headers: Headers) -> bytes:
+    """Write headers as one object, which takes a fraction of their memory."""
+    return b"\r\n".join([b"%b: %b" % pair for pair in headers])
+
+
+@lru_cache(maxsize=MAX_FRAMED)
+def unpack(packed: bytes) -> Headers:
+    """Read what `pack` has written."""
+    lines = packed.split(b"\r\n") if packed else []
+    return tuple((name, value) for name, _, value in (line.partition(b": ") for line in lines))
 
 
 def frame_request(

@@ -8,6 +8,7 @@ import hashlib
 import logging
 import math
 import re
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from http11 import (
     Response,
     Truncated,
     end_to_end,
+    pack,
+    unpack,
 )
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from ollama_api import Access, Form, Question, Route, RouteTable
@@ -41,15 +44,25 @@ MAX_AT_ONCE = 1 << 20  # bytes of a body that is parsed while all others wait
 
 
 class StoredAnswer(NamedTuple):
-    """A complete answer: what a stream's reader gets, and what a single object's does."""
+    """A complete answer: what a stream's reader gets, and what a single object's does.
 
-    headers: Headers
+    It is flat, since there are many.
+    """
+
+    packed: bytes  # the headers
     body: bytes
-    object_headers: Headers
     object: bytes
-    born: float  # when upstream's head came, on the monotonic clock
     model: str
-    usage: Usage
+    born: float  # when upstream's head came, on the monotonic clock
+    lines: int
+    tokens: int
+    gpu_seconds: float
+
+    @property
+    def size(self) -> int:
+        """Its bytes; where stream and object are one, they are counted once."""
+        both = len(self.body) if self.object is self.body else len(self.body) + len(self.object)
+        return len(self.packed) + both
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,10 +302,11 @@ class Proxy:
         ttl = max(0, int(self.cache.ttl) - age)
         record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
         record.headers += ((b"Age", b"%d" % age),)
-        record.usage = answer.usage
+        record.usage = Usage(answer.lines, answer.tokens, answer.gpu_seconds)
+        headers = unpack(answer.packed)
         if question.stream or question.relayed:
-            return Response(200, answer.headers, answer.body)
-        return Response(200, answer.object_headers, answer.object)
+            return Response(200, headers, answer.body)
+        return Response(200, _as_object(headers), answer.object)
 
     # What has to be asked.
 
@@ -358,20 +372,13 @@ class Proxy:
             folded = body if question.relayed else notes.fold()
         except HTTPError:
             return False
-        size = len(body) + (0 if question.relayed else len(folded))
-        if size > self.settings.cache_max_entry_bytes or flight.born is None:
+        if flight.born is None:
             return False
-        answer = StoredAnswer(
-            flight.headers,
-            body,
-            _as_object(flight.headers),
-            folded,
-            flight.born,
-            flight.model,
-            notes.usage,
-        )
-        size += sum(len(name) + len(value) for name, value in flight.headers)
-        return self.cache.put(key, answer, size, time.monotonic() - flight.born)
+        headers, model = pack(flight.headers), sys.intern(flight.model)
+        answer = StoredAnswer(headers, body, folded, model, flight.born, *notes.usage)
+        if answer.size > self.settings.cache_max_entry_bytes:
+            return False
+        return self.cache.put(key, answer)
 
     async def _replay(
         self, reader: Reader, question: Question, form: Form, record: Record

@@ -23,12 +23,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import cache  # noqa: E402
 import ollprox  # noqa: E402
 
-caches: list["cache.Cache[object]"] = []
+caches: list["cache.Cache[Any]"] = []
 begun = 0.0
 longest = {"step": 0.0, "collection": 0.0}
 
 
-def note_cache(self: "cache.Cache[object]", *arguments: Any, **named: Any) -> None:
+def note_cache(self: "cache.Cache[Any]", *arguments: Any, **named: Any) -> None:
     caches.append(self)
     initialise(self, *arguments, **named)
 

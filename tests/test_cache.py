@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,23 @@ class Clock:
         return self.now
 
 
+class Thing(NamedTuple):
+    name: str
+    size: int
+    born: float
+
+
+class Names(Cache[Thing]):
+    """A cache of things that are told by their names."""
+
+    def keep(self, key: bytes, name: str, size: int, *, age: float = 0.0) -> bool:
+        return self.put(key, Thing(name, size, self._clock() - age))
+
+    def name(self, key: bytes) -> str | None:
+        thing = self.get(key)
+        return thing.name if thing is not None else None
+
+
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
@@ -26,73 +44,73 @@ def room(entries: int) -> int:
 
 
 def test_the_least_recently_used_makes_room(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(2), 60, clock)
-    assert cache.put(b"a", "A", 100)
-    assert cache.put(b"b", "B", 100)
-    assert cache.get(b"a") == "A"
-    assert cache.put(b"c", "C", 100)
-    assert (cache.get(b"a"), cache.get(b"b"), cache.get(b"c")) == ("A", None, "C")
+    cache = Names(room(2), 60, clock)
+    assert cache.keep(b"a", "A", 100)
+    assert cache.keep(b"b", "B", 100)
+    assert cache.name(b"a") == "A"
+    assert cache.keep(b"c", "C", 100)
+    assert (cache.name(b"a"), cache.name(b"b"), cache.name(b"c")) == ("A", None, "C")
     assert cache.evictions == 1
 
 
 def test_a_value_expires(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(2), 60, clock)
-    cache.put(b"a", "A", 100, age=20)
+    cache = Names(room(2), 60, clock)
+    cache.keep(b"a", "A", 100, age=20)
     clock.now += 39.9
-    assert cache.get(b"a") == "A"
+    assert cache.name(b"a") == "A"
     clock.now += 0.1
-    assert cache.get(b"a") is None
+    assert cache.name(b"a") is None
     assert cache.expire(b"a")
     assert not cache.expire(b"a")
     assert (len(cache), cache.stored_bytes, cache.expiries) == (0, 0, 1)
 
 
 def test_what_is_too_large_or_too_old_changes_nothing(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(1), 60, clock)
-    cache.put(b"a", "A", 100)
-    assert not cache.put(b"a", "B", 101)
-    assert not cache.put(b"a", "B", 100, age=60)
-    assert cache.get(b"a") == "A"
+    cache = Names(room(1), 60, clock)
+    cache.keep(b"a", "A", 100)
+    assert not cache.keep(b"a", "B", 101)
+    assert not cache.keep(b"a", "B", 100, age=60)
+    assert cache.name(b"a") == "A"
 
 
 def test_a_ttl_of_zero_keeps_nothing(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(1), 0, clock)
-    assert not cache.put(b"a", "A", 1)
+    cache = Names(room(1), 0, clock)
+    assert not cache.keep(b"a", "A", 1)
 
 
 def test_replacing_counts_once(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(2), 60, clock)
-    cache.put(b"a", "A", 100)
-    cache.put(b"a", "B", 50)
+    cache = Names(room(2), 60, clock)
+    cache.keep(b"a", "A", 100)
+    cache.keep(b"a", "B", 50)
     assert (len(cache), cache.stored_bytes) == (1, 50 + ENTRY_OVERHEAD)
 
 
 def test_reservations_take_from_the_same_budget(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(2), 60, clock)
-    cache.put(b"a", "A", 100)
-    cache.put(b"b", "B", 100)
+    cache = Names(room(2), 60, clock)
+    cache.keep(b"a", "A", 100)
+    cache.keep(b"b", "B", 100)
     assert cache.reserve(room(1))
-    assert (cache.get(b"a"), cache.get(b"b")) == (None, "B")
+    assert (cache.name(b"a"), cache.name(b"b")) == (None, "B")
     assert not cache.reserve(room(1) + 1)
-    assert cache.get(b"b") == "B"
-    assert not cache.put(b"c", "C", room(1))
+    assert cache.name(b"b") == "B"
+    assert not cache.keep(b"c", "C", room(1))
     cache.release(room(1))
-    assert cache.put(b"c", "C", 100)
+    assert cache.keep(b"c", "C", 100)
 
 
 def test_what_must_be_reserved_is_counted_and_later_made_room_for(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(2), 60, clock)
+    cache = Names(room(2), 60, clock)
     assert cache.reserve(room(3), must=True)
     assert not cache.reserve(1)
-    assert not cache.put(b"a", "A", 1)
+    assert not cache.keep(b"a", "A", 1)
 
 
 def test_dropping_by_value(clock: Clock) -> None:
-    cache: Cache[str] = Cache(room(3), 60, clock)
+    cache = Names(room(3), 60, clock)
     for key, value in ((b"a", "x"), (b"b", "y"), (b"c", "x")):
-        cache.put(key, value, 100)
-    assert cache.drop(lambda value: value == "x") == 2
-    assert (len(cache), cache.get(b"b")) == (1, "y")
+        cache.keep(key, value, 100)
+    assert cache.drop(lambda thing: thing.name == "x") == 2
+    assert (len(cache), cache.name(b"b")) == (1, "y")
 
 
 Step = tuple[str, int, int]
@@ -106,21 +124,21 @@ STEPS = st.lists(
 def test_it_is_the_plain_model_of_an_lru(steps: Sequence[Step]) -> None:
     """The model is a list from the least to the most recently used, searched each time."""
     clock, budget, ttl = Clock(), 3 * ENTRY_OVERHEAD + 1500, 50
-    cache: Cache[int] = Cache(budget, ttl, clock)
-    model: list[tuple[bytes, int, float, int]] = []  # key, value, when put, size
+    cache = Names(budget, ttl, clock)
+    model: list[tuple[bytes, str, float, int]] = []  # key, value, when put, size
     for number, (what, index, amount) in enumerate(steps):
         key = bytes([index])
         if what == "wait":
             clock.now += amount / 20
         elif what == "get":
             fresh = [row for row in model if row[0] == key and clock.now - row[2] < ttl]
-            assert cache.get(key) == (fresh[0][1] if fresh else None)
+            assert cache.name(key) == (fresh[0][1] if fresh else None)
             if fresh:
                 model = [row for row in model if row[0] != key] + fresh
         else:
-            assert cache.put(key, number, amount)
+            assert cache.keep(key, str(number), amount)
             model = [row for row in model if row[0] != key]
-            model.append((key, number, clock.now, amount + ENTRY_OVERHEAD))
+            model.append((key, str(number), clock.now, amount + ENTRY_OVERHEAD))
             while sum(row[3] for row in model) > budget:
                 model.pop(0)
         assert cache.stored_bytes == sum(row[3] for row in model) <= budget

@@ -12,6 +12,7 @@ from cache import Cache
 from flight import PIECE_OVERHEAD, Ending, Flight, Flights, Reader
 from http11 import HTTPError, Response, Truncated
 from ollama_api import BaseNotes, LineNotes
+from proxy import StoredAnswer
 
 DONE = b'{"response":"","done":true}\n'
 
@@ -60,7 +61,7 @@ class Field:
 
     def __init__(self, window: int = 10_000, budget: int = 100_000) -> None:
         self.upstream = Upstream()
-        self.budget: Cache[bytes] = Cache(budget, 60)
+        self.budget: Cache[StoredAnswer] = Cache(budget, 60)
         self.flights = Flights(window, self.budget)
         self.stored: list[bytes] = []
         self.on_store: Callable[[], None] = lambda: None
