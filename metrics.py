@@ -19,7 +19,7 @@ from cache import Cache
 from flight import Ending, Flight, Flights
 from keystore import KeyStore
 from ollama_api import normalised
-from telemetry import NO_USAGE, Record, Usage
+from telemetry import NO_USAGE, Record, Spent
 
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 MAX_NAMES = 1000  # models, and labels, that are counted one by one
@@ -60,6 +60,11 @@ class Use:
     saved: int = 0  # of these, from the cache or joined
     tokens: int = 0  # generated for it
 
+    def count(self, saved: bool) -> None:
+        """Count a request."""
+        self.requests += 1
+        self.saved += saved
+
 
 @dataclass(slots=True)
 class Total:
@@ -69,7 +74,7 @@ class Total:
     tokens: int = 0
     gpu_seconds: float = 0.0
 
-    def add(self, usage: Usage, times: int = 1) -> None:
+    def add(self, usage: Spent, times: int = 1) -> None:
         """Add one answer's, or that of one answer so many times."""
         self.lines += usage.lines * times
         self.tokens += usage.tokens * times
@@ -110,6 +115,7 @@ class Metrics:
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
         self._minutes = deque([Minute(0)], maxlen=60)
+        self._minute_over = 0.0  # when the last of them is, on the monotonic clock
         self._lags = deque([0.0], maxlen=120)  # seconds, each half a second
         self._errors: dict[str, int] = defaultdict(int)  # of upstream's, by kind
         self._refused_keys = 0
@@ -138,16 +144,17 @@ class Metrics:
         if not record.asks:
             return
         self._answers[outcome] += 1
-        minute = self._minute()
-        minute.answers += outcome != "refused"
-        saved = outcome in {"hit", "collapsed"}
+        saved = outcome in _SAVED
+        if record.label is not None:
+            self._use(self._by_label, record.label).count(saved)
+        if outcome == "refused":
+            return
+        self._use(self._by_model, self._known(record.model)).count(saved)
+        minute = self._minute(now)
+        minute.answers += 1
         if outcome == "hit":
             minute.hits += 1
             self._from_cache.add(record.usage)
-        if record.label is not None:
-            self._count_use(self._by_label, record.label, saved)
-        if outcome != "refused":
-            self._count_use(self._by_model, self._known(record.model), saved)
 
     def count_flight(self, flight: Flight) -> None:
         """Count an answer at its end; its readers are those who get it whole."""
@@ -161,7 +168,7 @@ class Metrics:
             self._errors["reported"] += 1
         usage = flight.notes.usage if flight.notes is not None else NO_USAGE
         self._generated.add(usage)
-        self._minute().tokens += usage.tokens
+        self._minute(time.monotonic()).tokens += usage.tokens
         if flight.ending is Ending.COMPLETE and flight.readers:
             self._shared.add(usage, len(flight.readers) - 1)
         if flight.model:
@@ -192,15 +199,11 @@ class Metrics:
     def _use(self, table: dict[str, Use], name: str) -> Use:
         return table[name if name in table or len(table) < MAX_NAMES else OTHER]
 
-    def _count_use(self, table: dict[str, Use], name: str, saved: bool) -> None:
-        use = self._use(table, name)
-        use.requests += 1
-        use.saved += saved
-
-    def _minute(self) -> Minute:
-        start = int(time.time()) // 60 * 60
-        if self._minutes[-1].start != start:
-            self._minutes.append(Minute(start))
+    def _minute(self, now: float) -> Minute:
+        if now >= self._minute_over:
+            into = time.time() % 60
+            self._minutes.append(Minute(round(time.time() - into)))
+            self._minute_over = now + 60 - into
         return self._minutes[-1]
 
     # What is said.
@@ -407,6 +410,7 @@ class Metrics:
             yield f"ollprox_{what}_{name}_total", "counter", f"{meaning}, by {what}.", samples
 
 
+_SAVED = frozenset({"hit", "collapsed"})  # outcomes that cost no GPU time
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",

@@ -33,7 +33,7 @@ from http11 import (
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from ollama_api import Access, Form, Question, Route, RouteTable
 from settings import Settings
-from telemetry import MAX_SHOWN, Record, Usage
+from telemetry import MAX_SHOWN, Record
 from upstream import FORWARDED, VIA, Upstream
 
 log = logging.getLogger("ollprox")
@@ -302,7 +302,7 @@ class Proxy:
         ttl = max(0, int(self.cache.ttl) - age)
         record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
         record.headers += ((b"Age", b"%d" % age),)
-        record.usage = Usage(answer.lines, answer.tokens, answer.gpu_seconds)
+        record.usage = answer
         headers = unpack(answer.packed)
         if question.stream or question.relayed:
             return Response(200, headers, answer.body)

@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from contextlib import suppress
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 FLUSH_INTERVAL = 0.1  # seconds that a line may be gathered
 MAX_PENDING = 1 << 20  # bytes of lines that wait for the terminal
@@ -21,11 +21,27 @@ MAX_SHOWN = 100  # characters shown of what a client chose
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 
 
-class Usage(NamedTuple):
+class Spent(Protocol):
     """What an answer has come to: lines, tokens generated, and GPU time in seconds.
 
     The time is that for prompt and answer, without the loading of the model.
     """
+
+    @property
+    def lines(self) -> int:
+        """Lines, or events."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens generated."""
+
+    @property
+    def gpu_seconds(self) -> float:
+        """GPU time, in seconds."""
+
+
+class Usage(NamedTuple):
+    """What an answer has come to, alone; see `Spent`."""
 
     lines: int = 0
     tokens: int = 0
@@ -58,7 +74,7 @@ class Record:
     route: str = "other"  # the path, or what it begins with where clients choose the rest
     label: str | None = None  # the key's, once it was found valid
     wrong_key: bool = False
-    usage: Usage = NO_USAGE  # of a stored answer that was given
+    usage: Spent = NO_USAGE  # of a stored answer that was given
 
     def __init__(self, client: str) -> None:
         self.client = client

@@ -56,9 +56,9 @@ def tell(*_: object) -> None:
 
 
 run = asyncio.Handle._run
-asyncio.Handle._run = note_step  # type: ignore[method-assign]
+asyncio.Handle._run = note_step  # type: ignore
 initialise = cache.Cache.__init__
-cache.Cache.__init__ = note_cache  # type: ignore[assignment]
+cache.Cache.__init__ = note_cache  # type: ignore[method-assign]
 gc.callbacks.append(note_collection)
 signal.signal(signal.SIGUSR1, tell)
 sys.exit(ollprox.main([]))
