@@ -434,13 +434,18 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 @lru_cache(maxsize=MAX_FRAMED)
-def frame_response(status: int, headers: Headers, more: Headers, date: bytes) -> bytes:
-    """Write a response's head but for the empty line; with a Date unless `headers` have one."""
-    lines = [b"HTTP/1.1 %d %b" % (status, _REASONS.get(status, b"Unknown"))]
-    lines += [b"%b: %b" % pair for pair in headers + more]
+def frame_response(
+    status: int, headers: Headers, more: Headers, date: bytes
+) -> tuple[bytes, bytes]:
+    """Write a response's status line, and the rest of its head.
+
+    It has a Date, unless `headers` have one.
+    """
+    lines = [b"%b: %b\r\n" % pair for pair in headers + more]
     if not any(name.lower() == b"date" for name, _ in headers):
-        lines.append(b"Date: " + date)
-    return b"\r\n".join(lines) + b"\r\n"
+        lines.insert(0, b"Date: %b\r\n" % date)
+    first = b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))
+    return first, b"".join(lines) + b"\r\n"
 
 
 def pack(headers: Headers) -> bytes:

@@ -527,8 +527,8 @@ class _Client(asyncio.Protocol):
             more += _CLOSE
         elif http10:
             more += _KEEP_ALIVE
-        start = frame_response(response.status, response.headers, more, http_date())
-        return b"%bX-Request-ID: %b\r\n\r\n" % (start, record.request_id)
+        first, rest = frame_response(response.status, response.headers, more, http_date())
+        return b"%bX-Request-ID: %b\r\n%b" % (first, record.request_id, rest)
 
     async def _write_slices(self, body: bytes, record: Record) -> None:
         """Write a long body as fast as the client takes it."""
