@@ -47,7 +47,7 @@ _CHUNK_LINE = re.compile(
     rb"([0-9A-Fa-f]{1,16})((?:;%b(?:=(?:%b|\"[\t !#-\[\]-~\x80-\xff]*\"))?)*)\r\n"
     % (_TOKEN, _TOKEN)
 )
-_SIZES = re.compile(rb"[0-9A-Fa-f]{1,16}(?:,[0-9A-Fa-f]{1,16})*")
+_SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
 _CHUNK_START = re.compile(rb"[0-9A-Fa-f]{1,16}(?:;[\t\x20-\x7e\x80-\xff]*)?\r?|")
 # What can be told to be wrong before a head's end has come.
 _HOPELESS = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
@@ -325,23 +325,25 @@ def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> 
     return tuple(pair for pair in headers if pair[0].lower() not in dropped)
 
 
-def _take_whole_chunks(buffer: bytearray) -> bytes:
-    """Take the chunks that have come whole, many at once, where none has anything odd.
+def _whole_chunks(buffer: bytes) -> tuple[bytes, int]:
+    """Decode the chunks that have come whole, many at once, where none has anything odd.
 
     An extension, or CRLF in the data, leaves them all to be decoded one by one.
+
+    Returns:
+        Their data, and how many bytes of the buffer they took.
+
     """
-    parts = bytes(buffer).split(b"\r\n")
+    parts = buffer.split(b"\r\n")
     data = parts[1:-1:2]  # each with CRLF after it
     sizes = parts[: 2 * len(data) : 2]
     if sizes and sizes[-1] == b"0":
         del sizes[-1], data[-1]  # the end of the body
     lengths = [*map(len, data)]
-    if not _SIZES.fullmatch(b",".join(sizes)) or [int(s, 16) for s in sizes] != lengths:
-        return b""
-    if 0 in lengths:
-        return b""  # another end, with more behind it
-    del buffer[: sum(lengths) + sum(map(len, sizes)) + 4 * len(sizes)]
-    return b"".join(data)
+    for size, length in set(zip(sizes, lengths, strict=True)):  # most have a few lengths
+        if not length or not _SIZE.fullmatch(size) or int(size, 16) != length:
+            return b"", 0
+    return b"".join(data), sum(lengths) + sum(map(len, sizes)) + 4 * len(sizes)
 
 
 class ChunkedDecoder:
@@ -367,8 +369,6 @@ class ChunkedDecoder:
         if self._failure is not None:
             raise self._failure
         pieces: list[bytes] = []
-        if not self._left and (whole := _take_whole_chunks(buffer)):
-            pieces.append(whole)
         try:
             self._decode(buffer, pieces)
         except BadHead as error:
@@ -379,11 +379,18 @@ class ChunkedDecoder:
 
     def _decode(self, buffer: bytearray, pieces: list[bytes]) -> None:
         position, end = 0, len(buffer)
+        in_one_go = True  # not tried yet
         with memoryview(buffer) as view:
             while position < end and not self._last:
                 if self._left:
                     taken = min(self._left, end - position)
                     position = self._take(view, position, taken, pieces)
+                elif in_one_go:
+                    in_one_go = False
+                    data, taken = _whole_chunks(bytes(view[position:]))
+                    if taken:
+                        pieces.append(data)
+                        position += taken
                 else:
                     match = _CHUNK_LINE.match(buffer, position, position + MAX_CHUNK_LINE)
                     if match is None:
