@@ -441,18 +441,18 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 
 @lru_cache(maxsize=MAX_FRAMED)
-def frame_response(
-    status: int, headers: Headers, more: Headers, date: bytes
-) -> tuple[bytes, bytes]:
-    """Write a response's status line, and the rest of its head.
-
-    It has a Date, unless `headers` have one.
-    """
-    lines = [b"%b: %b\r\n" % pair for pair in headers + more]
+def frame_start(status: int, headers: Headers, date: bytes) -> bytes:
+    """Write a response's first lines, with a Date unless `headers` have one."""
+    lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
     if not any(name.lower() == b"date" for name, _ in headers):
-        lines.insert(0, b"Date: %b\r\n" % date)
-    first = b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))
-    return first, b"".join(lines) + b"\r\n"
+        lines.append(b"Date: %b\r\n" % date)
+    return b"".join(lines) + frame_headers(headers)
+
+
+@lru_cache(maxsize=MAX_FRAMED)
+def frame_headers(headers: Headers) -> bytes:
+    """Write headers."""
+    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
 
 
 def pack(headers: Headers) -> bytes:

@@ -137,20 +137,21 @@ class Metrics:
             return
         outcome = record.outcome if record.outcome != "-" else "refused"
         self._requests[record.route, status, outcome] += 1
-        now = time.monotonic()
-        self._total[outcome].observe(now - record.started)
+        now, started = time.monotonic(), record.started
+        self._total[outcome].observe(now - started)
         if record.first_byte is not None:
-            self._first_byte[outcome].observe(record.first_byte - record.started)
+            self._first_byte[outcome].observe(record.first_byte - started)
         if not record.asks:
             return
         self._answers[outcome] += 1
         saved = outcome in _SAVED
-        if record.label is not None:
-            self._use(self._by_label, record.label).count(saved)
+        if (label := record.label) is not None:
+            (self._by_label.get(label) or self._use(self._by_label, label)).count(saved)
         if outcome == "refused":
             return
-        self._use(self._by_model, self._known(record.model)).count(saved)
-        minute = self._minute(now)
+        model = self._names.get(record.model) or self._known(record.model)
+        (self._by_model.get(model) or self._use(self._by_model, model)).count(saved)
+        minute = self._minutes[-1] if now < self._minute_over else self._minute(now)
         minute.answers += 1
         if outcome == "hit":
             minute.hits += 1
@@ -186,8 +187,6 @@ class Metrics:
 
     def _known(self, model: str) -> str:
         """Return a model's name if there is such a model; so a client can invent none."""
-        if (name := self._names.get(model)) is not None:
-            return name
         name = normalised(model)
         if name not in self._models:
             return OTHER

@@ -146,7 +146,15 @@ class Proxy:
         record.headers += VIA
         if route.access is Access.ADMIN:
             return await self._manage(request, target, record)
-        question = await self._read_question(route, request)
+        question = _NO_QUESTION
+        if route.codec is not None:
+            if head.length is None and not head.chunked:
+                raise HTTPError(411, "send the body with a Content-Length, or chunked")
+            body = await request.read(self.settings.max_body_bytes)
+            if len(body) <= MAX_AT_ONCE:
+                question = self._question(route, route.codec, head.path, body)
+            else:
+                question = await asyncio.to_thread(_question_at_length, route, route.codec, body)
         record.model = question.model or "-"
         wishes = Wishes.of(head)
         key = self._scoped_key(question, record)
@@ -250,22 +258,14 @@ class Proxy:
             allowed.append((b"Access-Control-Allow-Headers", wanted))
         return Response(204, tuple(allowed), b"")
 
-    async def _read_question(self, route: Route, request: Request) -> Question:
-        """Read the body and what it asks, where the route has one."""
-        head = request.head
-        if route.codec is None:
-            return _NO_QUESTION
-        if head.length is None and not head.chunked:
-            raise HTTPError(411, "send the body with a Content-Length, or chunked")
-        body = await request.read(self.settings.max_body_bytes)
-        if len(body) > MAX_AT_ONCE:
-            return await asyncio.to_thread(_question_at_length, route.codec, body, route)
+    def _question(self, route: Route, codec: api.Codec, path: bytes, body: bytes) -> Question:
+        """Read what a body asks; small ones that came before are known."""
         if len(body) > MAX_KNOWN_BODY:
-            return route.codec.question(body, route)
-        index = hashlib.sha256(head.path + b"\n" + body).digest()
+            return codec.question(body, route)
+        index = hashlib.sha256(path + b"\n" + body).digest()
         question = self._questions.get(index)
         if question is None:
-            question = self._questions[index] = route.codec.question(body, route)
+            question = self._questions[index] = codec.question(body, route)
             if len(self._questions) > MAX_QUESTIONS:
                 del self._questions[next(iter(self._questions))]
         return question
@@ -428,7 +428,7 @@ _HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 
 
-def _question_at_length(codec: api.Codec, body: bytes, route: Route) -> Question:
+def _question_at_length(route: Route, codec: api.Codec, body: bytes) -> Question:
     """Read a large body's question, and write the body anew, in a thread.
 
     The interpreter's lock is held by each step, but let go between them.

@@ -27,14 +27,14 @@ from http11 import (
     BadHead,
     ChunkedDecoder,
     Head,
-    Headers,
     HTTPError,
     KnownHeads,
     Request,
     Response,
     Truncated,
     frame_chunk,
-    frame_response,
+    frame_headers,
+    frame_start,
     hopeless,
 )
 from telemetry import Record
@@ -518,17 +518,21 @@ class _Client(asyncio.Protocol):
         http10: bool,
     ) -> bytes:
         """Write a response's head."""
-        more = ((b"Cache-Status", record.cache_status), *record.headers)
         if length is not None and response.status != 204:
-            more += ((b"Content-Length", b"%d" % length),)
-        elif chunked:
-            more += _CHUNKED
+            framing = b"Content-Length: %d\r\n" % length
+        else:
+            framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
         if not again:
-            more += _CLOSE
+            framing += b"Connection: close\r\n"
         elif http10:
-            more += _KEEP_ALIVE
-        first, rest = frame_response(response.status, response.headers, more, http_date())
-        return b"%bX-Request-ID: %b\r\n%b" % (first, record.request_id, rest)
+            framing += b"Connection: keep-alive\r\n"
+        return b"%bCache-Status: %b\r\nX-Request-ID: %b\r\n%b%b\r\n" % (
+            frame_start(response.status, response.headers, http_date()),
+            record.cache_status,
+            record.request_id,
+            frame_headers(record.headers),
+            framing,
+        )
 
     async def _write_slices(self, body: bytes, record: Record) -> None:
         """Write a long body as fast as the client takes it."""
@@ -678,10 +682,6 @@ def _request_id(head: Head | None) -> bytes:
         return given
     return b"%b-%x" % (_PROCESS, next(_numbers))
 
-
-_CHUNKED: Headers = ((b"Transfer-Encoding", b"chunked"),)
-_CLOSE: Headers = ((b"Connection", b"close"),)
-_KEEP_ALIVE: Headers = ((b"Connection", b"keep-alive"),)  # HTTP/1.0 has to be told
 
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
 _MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")

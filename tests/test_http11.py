@@ -14,7 +14,7 @@ from http11 import (
     end_to_end,
     frame_chunk,
     frame_request,
-    frame_response,
+    frame_start,
     hopeless,
     parse_request_head,
     parse_response_head,
@@ -321,7 +321,7 @@ def test_h11_reads_the_responses_that_we_frame() -> None:
     client.send(h11.Request(method="GET", target="/", headers=[("Host", "a")]))
     client.send(h11.EndOfMessage())
     headers = ((b"Content-Type", b"x"), (b"Transfer-Encoding", b"chunked"))
-    head = b"".join(frame_response(200, headers, (), b"today"))
+    head = frame_start(200, headers, b"today") + b"\r\n"
     client.receive_data(head + frame_chunk(b"abc") + LAST_CHUNK)
     response, data, end = (client.next_event() for _ in range(3))
     assert isinstance(response, h11.Response)
