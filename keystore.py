@@ -114,11 +114,11 @@ def read_file(path: Path) -> tuple[bytes, tuple[int, int, int]]:
             by its kind and never waited for.
 
     """
+    if path.is_dir():
+        raise IsADirectoryError(0, "it is a folder, not a file")
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
-        if stat.S_ISDIR(status.st_mode):
-            raise IsADirectoryError(0, "it is a folder, not a file")
         if not stat.S_ISREG(status.st_mode):
             raise OSError(0, "it is not a regular file")
         if status.st_size > MAX_FILE_BYTES:

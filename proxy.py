@@ -183,7 +183,9 @@ class Proxy:
             raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
         route, target = found
         record.path = head.path[:MAX_SHOWN].decode()
-        record.route = record.path if head.path in self.routes.rows else target.decode()
+        record.route = (
+            head.path if head.path in self.routes.rows else route.target or b""
+        ).decode()
         record.own, record.asks = route.own != "", route.asks
         record.quiet = route.access is Access.OPEN
         if head.method == b"OPTIONS":

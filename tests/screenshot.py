@@ -31,7 +31,8 @@ def _sha256(tag: str) -> str:
 
 POLICY = (
     f"default-src 'none'; script-src {_sha256('script')}; style-src {_sha256('style')};"
-    " connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    " img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
+    " frame-ancestors 'none'"
 )
 
 
@@ -87,7 +88,10 @@ def busy() -> dict[str, Any]:
             {"label": "home assistant", "requests": 790, "saved": 395, "tokens": 86_300},
             {"label": "", "requests": 23, "saved": 3, "tokens": 1117},
         ],
-        "errors": [{"what": "Ollama cannot be reached", "count": 3}, {"what": "401", "count": 2}],
+        "errors": [
+            {"what": "Ollama could not be reached", "count": 3},
+            {"what": "refused with 401", "count": 2},
+        ],
     }
 
 
