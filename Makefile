@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := check
-.PHONY: run demo test test-e2e bench soak check fix pin audit clean
+.PHONY: run demo test test-e2e bench profile soak check fix pin audit clean
 
 run: .venv/run.stamp
 	@$(BIN)/python ollprox.py
@@ -27,6 +27,10 @@ bench: .venv/run.stamp
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/big.py
 	$(BIN)/python bench/report.py
+
+# Flame graphs: bench/profile-*.svg.
+profile: .venv/dev.stamp
+	$(BIN)/python bench/flames.py $(ARGS)
 
 soak: .venv/run.stamp
 	$(BIN)/python bench/soak.py $(ARGS)

@@ -21,7 +21,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from http11 import Headers, HTTPError, Response, Truncated
-from telemetry import Usage
+from telemetry import NO_USAGE, Usage
 
 log = logging.getLogger("ollprox.flight")
 
@@ -128,6 +128,7 @@ class Flight:
         self.length: int | None = None
         self.notes: Notes | None = None  # from the response's head on
         self.born: float | None = None  # when that head came, on the clock
+        self.usage = NO_USAGE  # what it has come to, at its end
         self.ending: Ending | None = None
         self.error: HTTPError | None = None
         self.start = 0  # index of the first piece on the tape
@@ -242,6 +243,8 @@ class Flight:
         """Set the ending: store first, announce last."""
         if self.ending is not None:
             return
+        if self.notes is not None:
+            self.usage = self.notes.usage
         if ending is Ending.COMPLETE and self.start == 0 and self._store is not None:
             budget = self._flights.budget
             size = self._size + self._held

@@ -97,7 +97,8 @@ class Head:
     """A request's head, without any credential.
 
     `credential` is the salted digest of the key that was presented, None for none.
-    `length` is the declared length of the body in bytes, None where none is declared.
+    `length` is the declared length of the body in bytes, None where none is declared;
+    `has_body` says whether bytes of it follow. `names` are those of the headers.
     """
 
     method: bytes
@@ -110,6 +111,7 @@ class Head:
     keep_alive: bool
     expects_continue: bool
     http10: bool
+    has_body: bool
     names: frozenset[bytes]
 
     def get(self, name: bytes) -> bytes | None:
@@ -118,11 +120,6 @@ class Head:
             return None
         values = [value for other, value in self.headers if other == name]
         return b", ".join(values)
-
-    @property
-    def has_body(self) -> bool:
-        """Whether bytes of a body follow the head."""
-        return self.chunked or bool(self.length)
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +239,7 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
         and (minor == b"1" or b"keep-alive" in connection_tokens),
         expects_continue=expect is not None and minor == b"1",
         http10=minor == b"0",
+        has_body=chunked or bool(length),
         names=frozenset(name for name, _ in headers),
     )
 

@@ -158,10 +158,6 @@ class KeyStore:
         """Make one; without a salt of the user's, a random one is made for this run."""
         return cls(path, salt or secrets.token_bytes(32), digests=bool(salt))
 
-    def label(self, digest: bytes | None) -> str | None:
-        """Whose key has this digest: its label, maybe empty; None if it is not valid."""
-        return None if digest is None else self.labels.get(digest)
-
     def admit(self, key: bytes, label: str) -> None:
         """Let this one key in, until the file gets keys."""
         self.labels, self._made = {salted_digest(self.salt, key): label}, True

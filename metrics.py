@@ -19,7 +19,7 @@ from cache import Cache
 from flight import Ending, Flight, Flights
 from keystore import KeyStore
 from ollama_api import normalised
-from telemetry import NO_USAGE, Record, Spent
+from telemetry import Record, Spent
 
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 MAX_NAMES = 1000  # models, and labels, that are counted one by one
@@ -59,11 +59,6 @@ class Use:
     requests: int = 0
     saved: int = 0  # of these, from the cache or joined
     tokens: int = 0  # generated for it
-
-    def count(self, saved: bool) -> None:
-        """Count a request."""
-        self.requests += 1
-        self.saved += saved
 
 
 @dataclass(slots=True)
@@ -146,11 +141,15 @@ class Metrics:
         self._answers[outcome] += 1
         saved = outcome in _SAVED
         if (label := record.label) is not None:
-            (self._by_label.get(label) or self._use(self._by_label, label)).count(saved)
+            use = self._by_label.get(label) or self._use(self._by_label, label)
+            use.requests += 1
+            use.saved += saved
         if outcome == "refused":
             return
         model = self._names.get(record.model) or self._known(record.model)
-        (self._by_model.get(model) or self._use(self._by_model, model)).count(saved)
+        use = self._by_model.get(model) or self._use(self._by_model, model)
+        use.requests += 1
+        use.saved += saved
         minute = self._minutes[-1] if now < self._minute_over else self._minute(now)
         minute.answers += 1
         if outcome == "hit":
@@ -167,14 +166,14 @@ class Metrics:
             self._errors["status"] += 1
         elif flight.notes is not None and flight.notes.reported:
             self._errors["reported"] += 1
-        usage = flight.notes.usage if flight.notes is not None else NO_USAGE
+        usage = flight.usage
         self._generated.add(usage)
         self._minute(time.monotonic()).tokens += usage.tokens
         if flight.ending is Ending.COMPLETE and flight.readers:
             self._shared.add(usage, len(flight.readers) - 1)
-        if flight.model:
+        if flight.model and usage.tokens:
             self._use(self._by_model, self._known(flight.model)).tokens += usage.tokens
-        if flight.caller is not None:
+        if flight.caller is not None and usage.tokens:
             self._use(self._by_label, flight.caller).tokens += usage.tokens
 
     def note_lag(self, seconds: float) -> None:

@@ -159,6 +159,7 @@ def _refuse_constant(name: str) -> None:
 
 # Made once: `json.loads` and `json.dumps` make one for each call that is out of the ordinary.
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant)
+_READER = json.JSONDecoder()
 _IN_ORDER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _SORTED = json.JSONEncoder(separators=(",", ":"), allow_nan=False, sort_keys=True)
 _AS_TEXT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
@@ -366,7 +367,7 @@ class LineNotes(BaseNotes):
             del texts[:-1]
         try:
             # One call is faster than many.
-            lines = json.loads(b"[%b]" % b",".join(texts))
+            lines = _READER.decode((b"[%b]" % b",".join(texts)).decode())
         except (ValueError, RecursionError):
             self._valid = False
             return

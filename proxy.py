@@ -77,11 +77,11 @@ class Wishes:
     @classmethod
     def of(cls, head: Head) -> "Wishes":
         """Read them off a head; Pragma counts where there is no Cache-Control."""
+        if head.names.isdisjoint(_WISHES):
+            return _NO_WISHES
         value = head.get(b"cache-control")
         if value is None:
-            value = head.get(b"pragma")
-            if value is None:
-                return _NO_WISHES
+            value = head.get(b"pragma") or b""
         said = {part.strip(b" \t").lower() for part in value.split(b",")}
         ages = [match[1] for part in said if (match := _MAX_AGE.fullmatch(part))]
         max_age = min(map(int, ages)) if ages else math.inf
@@ -94,6 +94,7 @@ class Wishes:
 
 
 _NO_WISHES = Wishes()
+_WISHES = frozenset({b"cache-control", b"pragma"})
 _MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
 
 
@@ -136,7 +137,7 @@ class Proxy:
         """Answer a request. The head decides who is let in; then the body is read."""
         head = request.head
         record.method = _METHODS.get(head.method, "other")
-        record.headers = self._cors(head)
+        record.headers = self._cors(head) if self.settings.cors_origins else ()
         if head.method == b"OPTIONS" and record.headers:
             record.own = True
             return self._preflight(head)
@@ -174,7 +175,7 @@ class Proxy:
 
     def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
         """Check key, path and method by the head alone; return the route and its target."""
-        if _goes_in_a_circle(head):
+        if b"via" in head.names and _goes_in_a_circle(head):
             raise circle()
         found = self.routes.find(head.path)
         if found is None:
@@ -204,7 +205,7 @@ class Proxy:
     def _authenticate(self, head: Head, record: Record) -> str:
         """Return the label of the caller's key. Raises HTTPError 401."""
         digest = head.credential
-        label = self.keys.label(digest)
+        label = self.keys.labels.get(digest) if digest is not None else None
         if digest is not None:
             record.caller = label or digest.hex()[:8]
         record.label = label
@@ -238,7 +239,7 @@ class Proxy:
     def _cors(self, head: Head) -> Headers:
         """Return the headers that let a listed origin's page read the response."""
         origins = self.settings.cors_origins
-        origin = head.get(b"origin") if origins else None
+        origin = head.get(b"origin")
         if origin is None or ("*" not in origins and origin.decode("latin-1") not in origins):
             return ()
         return (
@@ -377,7 +378,7 @@ class Proxy:
         if flight.born is None:
             return False
         headers, model = pack(flight.headers), sys.intern(flight.model)
-        answer = StoredAnswer(headers, body, folded, model, flight.born, *notes.usage)
+        answer = StoredAnswer(headers, body, folded, model, flight.born, *flight.usage)
         if answer.size > self.settings.cache_max_entry_bytes:
             return False
         return self.cache.put(key, answer)

@@ -37,6 +37,7 @@ from http11 import (
     frame_start,
     hopeless,
 )
+from outbox import Outbox
 from telemetry import Record
 
 log = logging.getLogger("ollprox.server")
@@ -103,6 +104,7 @@ class Server:
         self.handshakes: set[asyncio.Task[None]] = set()
         self.serving = 0  # clients that have a place, of `max_connections`
         self.draining = False
+        self.outbox = Outbox()
         self._listener: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
@@ -130,6 +132,7 @@ class Server:
         Never `wait_closed`: from Python 3.12 on it waits for every client.
         """
         self.draining = True
+        self.outbox.flush()
         if self._listener is not None:
             self._listener.close()
         for client in self.clients:
@@ -309,6 +312,7 @@ class _Client(asyncio.Protocol):
                         await asyncio.sleep(0)  # pipelined requests leave the others a turn
                     if self._eof:
                         break  # what was pipelined is asked for by nobody
+                self._server.outbox.flush()
             await self._linger()
         except (Gone, OSError):
             self.transport.abort()
@@ -418,13 +422,14 @@ class _Client(asyncio.Protocol):
 
     async def _more(self) -> None:
         """Wait for more bytes, or for the client's end."""
-        self._read_on(len(self._buffer))
+        if not self._reading:
+            self._read_on(len(self._buffer))
         self._waiter = self._loop.create_future()
         await self._waiter
 
     def _read_on(self, most: int = READ_AHEAD) -> None:
         """Read again, once what waited was taken: only so is the client's end seen."""
-        if not self._reading and len(self._buffer) <= most:
+        if len(self._buffer) <= most:
             self._reading = True
             self.transport.resume_reading()
 
@@ -435,7 +440,8 @@ class _Client(asyncio.Protocol):
             body = bytes(memoryview(self._buffer)[:length])
             del self._buffer[:length]
             self._unread = False
-            self._read_on()
+            if not self._reading:
+                self._read_on()
             return body
         too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
         if length is not None and length > limit:
@@ -462,7 +468,8 @@ class _Client(asyncio.Protocol):
                 del self._buffer[: len(part)]
                 left -= len(part)
                 self._unread = left > 0
-            self._read_on()
+            if not self._reading:
+                self._read_on()
             if part:
                 yield part
             elif self._unread:
@@ -493,13 +500,15 @@ class _Client(asyncio.Protocol):
             response, record, length, again=again, chunked=chunked, http10=head.http10
         )
         record.status = response.status
+        if self._writable is not None:
+            await self._drain()
         if bodiless:
             self._write(framed, b"", record)
         elif not isinstance(body, bytes):
             self._write(framed, b"", record)
             await self._write_stream(body, record, chunked=chunked)
         elif len(body) <= SLICE:
-            self._write(framed + body, body, record)
+            self._write(framed + body, body, record, soon=again)
         else:
             self._write(framed, b"", record)
             await self._write_slices(body, record)
@@ -553,11 +562,14 @@ class _Client(asyncio.Protocol):
         if chunked:
             self.transport.write(LAST_CHUNK)
 
-    def _write(self, framed: bytes, body: bytes, record: Record) -> None:
+    def _write(self, framed: bytes, body: bytes, record: Record, *, soon: bool = False) -> None:
         if record.first_byte is None:
             record.first_byte = time.monotonic()
         record.bytes_sent += len(body)
-        self.transport.write(framed)
+        if soon:
+            self._server.outbox.put(self.transport, framed)
+        else:
+            self.transport.write(framed)
 
     async def _drain(self) -> None:
         """Wait until the client has read most of what was written.
@@ -677,9 +689,10 @@ _SANE_ID = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
 
 def _request_id(head: Head | None) -> bytes:
     """Return the id that a request came with, if it is sane, or a new one."""
-    given = head.get(b"x-request-id") if head is not None else None
-    if given is not None and _SANE_ID.fullmatch(given):
-        return given
+    if head is not None and b"x-request-id" in head.names:
+        given = head.get(b"x-request-id")
+        if given is not None and _SANE_ID.fullmatch(given):
+            return given
     return b"%b-%x" % (_PROCESS, next(_numbers))
 
 

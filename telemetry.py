@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from contextlib import suppress
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 FLUSH_INTERVAL = 0.1  # seconds that a line may be gathered
@@ -228,5 +229,9 @@ def stamp() -> str:
 
 def shown(text: str) -> str:
     """Escape and cut what a client chose, so that it stays one word of one line."""
-    text = text[:MAX_SHOWN]
+    return _shown(text[:MAX_SHOWN])
+
+
+@lru_cache(maxsize=1024)
+def _shown(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)

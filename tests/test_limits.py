@@ -413,3 +413,16 @@ async def test_time_to_leave(ollprox: Program) -> None:
         assert await client.reader.read() == b""
     assert time.monotonic() - begun < 5
     assert KEY not in ollprox.text()
+
+
+async def test_an_answer_is_there_also_for_who_ends_with_the_request(ollprox: Program) -> None:
+    """The client's end comes with the request; what is written soon must come before the close."""
+    await ask(ollprox.port, "POST", "/call_model", question())
+    reader, writer = await asyncio.open_connection("127.0.0.1", ollprox.port)
+    writer.write(request("POST", "/call_model", question()))
+    writer.write_eof()
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert b"OllProx; hit" in answer
+    assert answer.endswith(b"}")
+    writer.close()

@@ -93,6 +93,7 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
             True,
             False,
             False,
+            True,
             frozenset(),
         )
 
