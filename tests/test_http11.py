@@ -158,7 +158,7 @@ def test_each_distinct_head_is_parsed_once() -> None:
         calls.append(raw)
         return parsed(raw)
 
-    known = KnownHeads(parse)
+    known = KnownHeads(parse, check=False)
     one, two = POST + b"Content-Length: 1\r\n\r\n", POST + b"Content-Length: 2\r\n\r\n"
     assert known(one) is known(one)
     assert known(two).length == 2
@@ -167,6 +167,14 @@ def test_each_distinct_head_is_parsed_once() -> None:
         known(POST + b"X: %d\r\n\r\n" % number)
     assert known(one).length == 1
     assert len(calls) == 3003
+
+
+def test_in_development_mode_a_known_head_is_held_against_a_fresh_one() -> None:
+    heads = iter([parsed(GET + b"\r\n"), parsed(GET + b"\r\n"), parsed(GET + b"X: 1\r\n\r\n")])
+    known = KnownHeads(lambda raw: next(heads), check=True)
+    assert known(b"head") == known(b"head")
+    with pytest.raises(AssertionError):
+        known(b"head")
 
 
 # Responses.

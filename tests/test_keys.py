@@ -140,6 +140,22 @@ async def test_adding_and_removing_keys_takes_effect_on_open_connections(
         assert answer.status == 401
 
 
+async def test_a_key_that_sits_in_every_table_is_revoked_all_the_same(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """The head is known, the question is known, and the answer is stored: byte for byte."""
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.2)
+    async with Client(ollprox.port) as client, asyncio.timeout(10):
+        outcomes = [await client.ask("POST", "/call_model", question()) for _ in range(3)]
+        assert ["hit" in answer.cache_status for answer in outcomes] == [False, True, True]
+        key_file.write_text("another-key-0123456789\n")
+        while (answer := await client.ask("POST", "/call_model", question())).status == 200:
+            assert "hit" in answer.cache_status
+        assert answer.status == 401
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 401
+    assert len(ollama.asked()) == 1
+
+
 async def test_an_emptied_file_lets_nobody_in(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
