@@ -23,6 +23,7 @@ log = logging.getLogger("ollprox")
 
 EXIT_SETTINGS = 2  # a setting is wrong
 FREEZE_AFTER = 2000  # stored answers
+COLLECT_AFTER = 10_000  # new objects; Python's own 700 are as many as a few requests have
 EXIT_FAILED = 1  # the start failed for another reason
 
 
@@ -243,6 +244,7 @@ class Collector:
     def __init__(self, cache: Cache[Any]) -> None:
         self._cache = cache
         self._frozen = 0  # answers that the cache had taken by then
+        gc.set_threshold(COLLECT_AFTER, 10, 10)
         gc.collect()
         gc.freeze()
 
