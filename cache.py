@@ -69,7 +69,7 @@ class Cache(Generic[V]):
         if value is None or self._clock() - value.born < self.ttl:
             return False
         self.expiries += 1
-        self._remove(key)
+        self.remove(key)
         return True
 
     def put(self, key: bytes, value: V) -> bool:
@@ -88,7 +88,7 @@ class Cache(Generic[V]):
         if expired or size > self.max_bytes - self.reserved_bytes:
             return False
         if key in self._entries:
-            self._remove(key)
+            self.remove(key)
         self._make_room(size)
         self.puts += 1
         self._entries[key] = value
@@ -99,7 +99,7 @@ class Cache(Generic[V]):
         """Forget every value for which `wanted` is true; return how many they were."""
         keys = [key for key, value in self._entries.items() if wanted(value)]
         for key in keys:
-            self._remove(key)
+            self.remove(key)
         return len(keys)
 
     def reserve(self, size: int, *, must: bool = False) -> bool:
@@ -124,7 +124,9 @@ class Cache(Generic[V]):
     def _make_room(self, size: int) -> None:
         while self.stored_bytes + self.reserved_bytes + size > self.max_bytes:
             self.evictions += 1
-            self._remove(next(iter(self._entries)))
+            self.remove(next(iter(self._entries)))
 
-    def _remove(self, key: bytes) -> None:
-        self.stored_bytes -= self._entries.pop(key).size + ENTRY_OVERHEAD
+    def remove(self, key: bytes) -> None:
+        """Forget `key`, if it is there."""
+        if (value := self._entries.pop(key, None)) is not None:
+            self.stored_bytes -= value.size + ENTRY_OVERHEAD

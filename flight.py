@@ -215,6 +215,8 @@ class Flight:
                 self.length = response.length
                 self.born = self._flights.clock()
                 self.notes = notes = self._make_notes(response)
+                if not self._is_folded():
+                    notes.forget()  # until somebody waits for the fold
                 self._wake_readers(everyone=True)
                 assert not isinstance(response.body, bytes)
                 cutter = _Cutter(notes)

@@ -247,6 +247,7 @@ class BaseNotes:
     reported = False
     held = 0
     usage = NO_USAGE
+    folding = False
 
     def keeps(self, tape: bytes) -> bool:
         """Whether the whole answer on the tape may be stored, at a complete end."""
@@ -311,6 +312,11 @@ class LineNotes(BaseNotes):
         self._valid = True
         self._begin_fold()
 
+    @property
+    def folding(self) -> bool:  # type: ignore[override]  # told by what has come
+        """Whether a fold can be had."""
+        return self._folding
+
     def _begin_fold(self) -> None:
         self._folding = True
         self._texts: dict[str, list[str]] = {self._text: [], "thinking": []}
@@ -349,7 +355,8 @@ class LineNotes(BaseNotes):
 
     def keeps(self, tape: bytes) -> bool:
         """Whether it is an answer, and not the loading of a model."""
-        return self.finished and self._folding and self._last.get("done_reason") not in _LOADS
+        loaded = self._last.get("done_reason") in _LOADS
+        return self.finished and not loaded and not self.too_large
 
     def is_line(self, rest: bytes) -> bool:
         """Whether it is an object; half of one is nothing that a client could read."""
@@ -362,9 +369,10 @@ class LineNotes(BaseNotes):
         """Note whole lines."""
         self._object = b""
         self._lines += piece.count(b"\n") or 1
-        texts = [text for text in piece.split(b"\n") if text]
-        if not self._folding:
-            del texts[:-1]
+        if self._folding:
+            texts = [text for text in piece.split(b"\n") if text]
+        else:
+            texts = [piece.rstrip(b"\n").rpartition(b"\n")[2]]
         try:
             # One call is faster than many.
             lines = _READER.decode((b"[%b]" % b",".join(texts)).decode())
@@ -535,6 +543,16 @@ def _notes(response: Response, streamed: BaseNotes, whole: BaseNotes) -> BaseNot
         return BaseNotes()
     kind = content_type(response.headers)
     return streamed if kind.startswith((NDJSON, SSE)) else whole
+
+
+def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes:
+    """Fold a whole stream that was stored. Raises HTTPError 502 if there is no fold."""
+    assert codec is not None
+    notes = codec.notes(Response(200, headers, b""))
+    notes.feed(stream)
+    if (missing := notes.close()) is not None:
+        raise HTTPError(502, missing)
+    return notes.fold()
 
 
 def progress_notes(response: Response) -> BaseNotes:

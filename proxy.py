@@ -51,7 +51,7 @@ class StoredAnswer(NamedTuple):
 
     packed: bytes  # the headers
     body: bytes
-    object: bytes
+    object: bytes  # empty: nobody has asked for it yet
     model: str
     born: float  # when upstream's head came, on the monotonic clock
     lines: int
@@ -147,19 +147,14 @@ class Proxy:
         record.headers += VIA
         if route.access is Access.ADMIN:
             return await self._manage(request, target, record)
-        question = _NO_QUESTION
-        if route.codec is not None:
-            if head.length is None and not head.chunked:
-                raise HTTPError(411, "send the body with a Content-Length, or chunked")
-            body = await request.read(self.settings.max_body_bytes)
-            if len(body) <= MAX_AT_ONCE:
-                question = self._question(route, route.codec, head.path, body)
-            else:
-                question = await asyncio.to_thread(_question_at_length, route, route.codec, body)
+        question = await self._read_question(route, request)
         record.model = question.model or "-"
         wishes = Wishes.of(head)
         key = self._scoped_key(question, record)
-        if key is not None and (answer := self._look_up(key, wishes, record)) is not None:
+        answer = self._look_up(key, wishes, record) if key is not None else None
+        if key and answer and not (answer.object or question.stream or question.relayed):
+            answer = await self._fold(key, answer, route)
+        if answer is not None:
             return self._hit(answer, question, record)
         flight = self._join_or_begin(key, wishes, question, head, route, target, record)
         reader = flight.join(folds=not (question.stream or question.relayed))
@@ -261,6 +256,18 @@ class Proxy:
             allowed.append((b"Access-Control-Allow-Headers", wanted))
         return Response(204, tuple(allowed), b"")
 
+    async def _read_question(self, route: Route, request: Request) -> Question:
+        """Read the body and what it asks, where the route has one."""
+        head, codec = request.head, route.codec
+        if codec is None:
+            return _NO_QUESTION
+        if head.length is None and not head.chunked:
+            raise HTTPError(411, "send the body with a Content-Length, or chunked")
+        body = await request.read(self.settings.max_body_bytes)
+        if len(body) > MAX_AT_ONCE:
+            return await asyncio.to_thread(_question_at_length, route, codec, body)
+        return self._question(route, codec, head.path, body)
+
     def _question(self, route: Route, codec: api.Codec, path: bytes, body: bytes) -> Question:
         """Read what a body asks; small ones that came before are known."""
         if len(body) > MAX_KNOWN_BODY:
@@ -310,6 +317,21 @@ class Proxy:
         if question.stream or question.relayed:
             return Response(200, headers, answer.body)
         return Response(200, _as_object(headers), answer.object)
+
+    async def _fold(self, key: bytes, answer: StoredAnswer, route: Route) -> StoredAnswer | None:
+        """Fold a stored stream for the first who wants one object, and keep that too.
+
+        What cannot be folded is kept no longer: None.
+        """
+        fold = partial(api.fold, route.codec, unpack(answer.packed), answer.body)
+        try:
+            large = len(answer.body) > MAX_AT_ONCE
+            answer = answer._replace(object=await asyncio.to_thread(fold) if large else fold())
+        except HTTPError:
+            self.cache.remove(key)
+            return None
+        self.cache.put(key, answer)
+        return answer
 
     # What has to be asked.
 
@@ -371,8 +393,10 @@ class Proxy:
         body = flight.whole()
         if flight.status != 200 or not isinstance(notes, api.BaseNotes) or not notes.keeps(body):
             return False
+        folded = body if question.relayed else b""
         try:
-            folded = body if question.relayed else notes.fold()
+            if notes.folding:
+                folded = notes.fold()
         except HTTPError:
             return False
         if flight.born is None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from client import KEY, Answer, Client, ask, question, request
 from conftest import Program, Start
-from standin import RUNNER_DIED, StandIn
+from standin import RUNNER_DIED, Seen, StandIn
 
 OTHER_KEY = "another-key-for-tests"
 
@@ -534,3 +534,46 @@ async def test_many_that_wait_for_one_object_share_its_bytes(
             assert len({answer.body for answer in answers}) == 1
     # Copies of their own would be 160 MB each time.
     assert ollprox.resident("VmHWM") - before < 100 << 20
+
+
+async def test_a_stored_stream_is_folded_once_for_who_wants_an_object(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """Nobody wanted an object while it came; whoever does later gets the same as ever."""
+    stream = await ask(ollprox.port, "POST", "/api/generate", question())
+    first, second = [await ask(ollprox.port, "POST", "/call_model", question()) for _ in range(2)]
+    assert "hit" in first.cache_status
+    assert first.body == second.body
+    texts = [line["response"] for line in stream.lines()]
+    assert first.json()["response"] == "".join(texts)
+    again = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert ("hit" in again.cache_status, again.body) == (True, stream.body)
+    assert len(ollama.asked()) == 1
+
+
+async def test_a_large_stored_stream_is_folded_beside_the_others(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 1000] * 2000
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    await ask(ollprox.port, "POST", "/api/generate", question())
+    answer = await ask(ollprox.port, "POST", "/call_model", question())
+    assert "hit" in answer.cache_status
+    assert answer.json()["response"] == "x" * 2_000_000
+    assert len(ollama.asked()) == 1
+
+
+async def test_a_stored_stream_that_cannot_be_folded_is_asked_for_again(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        lines = b'{"response":"a","done":false}\n{nonsense}\n{"response":"","done":true}\n'
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(lines), lines))
+
+    ollama.script.respond = respond
+    await ask(ollprox.port, "POST", "/api/generate", question())
+    ollama.script.respond = None
+    answer = await ask(ollprox.port, "POST", "/call_model", question())
+    assert answer.status == 200
+    assert "fwd=miss" in answer.cache_status
