@@ -1,0 +1,682 @@
+"""What is counted, by exact numbers; `/metrics` is read with Prometheus's own parser."""
+
+import asyncio
+import contextlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from client import KEY, Client, ask, question, raw, request
+from conftest import Program, Start
+from prometheus_client.parser import text_string_to_metric_families
+from standin import Seen, StandIn
+
+BOSS = "the-key-of-an-admin"
+OTHER = "the-key-of-another"
+GPU = (1997003809 + 4337626101) / 1e9  # seconds of each of the stand-in's answers
+LINES, TOKENS = 6, 5  # of each of them
+OUTCOMES = ("hit", "miss", "collapsed", "bypass", "refused")
+KINDS = ("unreachable", "timeout", "broken", "protocol", "status", "reported")
+
+
+class Numbers:
+    """What `/metrics` has said."""
+
+    def __init__(self, text: str) -> None:
+        self.values: dict[tuple[str, frozenset[tuple[str, str]]], float] = {}
+        for family in text_string_to_metric_families(text):
+            assert family.documentation
+            assert family.type in {"counter", "gauge", "histogram"}
+            for sample in family.samples:
+                index = sample.name, frozenset(sample.labels.items())
+                assert index not in self.values, index
+                self.values[index] = sample.value
+
+    def __call__(self, name: str, **labels: object) -> float:
+        """The sum of a metric's samples that have these labels."""
+        name = f"ollprox_{name}"
+        wanted = {(key, str(value)) for key, value in labels.items()}
+        return sum(v for (n, said), v in self.values.items() if n == name and wanted <= said)
+
+    def by(self, name: str, *labels: str) -> dict[Any, float]:
+        """A metric's samples by the values of some labels."""
+        found: dict[Any, float] = {}
+        for (other, said), value in self.values.items():
+            if other == f"ollprox_{name}":
+                index = tuple(dict(said)[label] for label in labels)
+                found[index if len(labels) > 1 else index[0]] = value
+        return found
+
+    def outcomes(self) -> dict[str, float]:
+        """How many requests came to what; those that none came to are left out."""
+        counts = {outcome: self("requests_total", cache=outcome) for outcome in OUTCOMES}
+        assert sum(counts.values()) == self("requests_total")
+        for name in ("request_duration", "first_byte"):
+            for outcome in OUTCOMES:
+                measured = self(f"{name}_seconds_count", cache=outcome)
+                assert measured == self(f"{name}_seconds_bucket", cache=outcome, le="+Inf")
+                assert measured <= counts[outcome]
+                assert measured == counts[outcome] or name == "first_byte"
+        return {outcome: count for outcome, count in counts.items() if count}
+
+    def saved(self) -> float:
+        """GPU time saved, as a number of the stand-in's answers."""
+        return self("gpu_seconds_saved_total") / GPU
+
+
+async def scrape(port: int, key: str = KEY) -> Numbers:
+    answer = await ask(port, "GET", "/metrics", headers={"APIKEY": "", "Authorization": _by(key)})
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    return Numbers(answer.body.decode())
+
+
+def _by(key: str) -> str:
+    return f"Bearer {key}"  # what Prometheus's `authorization` sends
+
+
+async def until(port: int, condition: Callable[[Numbers], bool]) -> Numbers:
+    """Scrape until something has been counted."""
+    while not condition(numbers := await scrape(port)):
+        await asyncio.sleep(0.01)
+    return numbers
+
+
+@pytest.fixture
+def settings(ollama: StandIn, tmp_path: Path) -> dict[str, object]:
+    path = tmp_path / "three-keys.txt"
+    path.write_text(f"{KEY}  # tester\n{BOSS}  # boss\n{OTHER}\n")
+    return {"OLLAMA_PORT": ollama.port, "API_KEY_FILE": path, "ADMIN_LABELS": "boss"}
+
+
+async def known(ollama: StandIn) -> None:
+    """Wait until OllProx has read the list of models."""
+    await ollama.until(lambda: bool(ollama.asked("/api/tags")))
+
+
+async def read_chunks(client: Client, answer: Any, lines: int) -> None:
+    chunks = client.chunks(answer)
+    while answer.body.count(b"\n") < lines:
+        await anext(chunks)
+
+
+# Requests.
+
+
+async def test_each_request_is_counted_once_by_what_came_of_it(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    await known(ollama)
+    async with Client(ollprox.port) as client:
+        for method, path, body, headers, status in (
+            ("POST", "/api/generate", question(), {}, 200),  # miss
+            ("POST", "/api/generate", question(), {}, 200),  # hit
+            ("POST", "/call_model", question(), {}, 200),  # hit
+            ("POST", "/call_model", question(), {"Cache-Control": "no-cache"}, 200),  # miss
+            ("POST", "/call_model", question(model="no"), {}, 404),  # miss
+            ("POST", "/call_model", {**question(), "Model": "x"}, {}, 200),  # bypass
+            ("GET", "/api/tags", None, {}, 200),  # bypass
+            ("HEAD", "/api/tags", None, {}, 200),  # bypass
+            ("GET", "/api/tags", None, {"APIKEY": ""}, 401),  # refused, as is all that follows
+            ("GET", "/nope", None, {}, 404),
+            ("GET", "/api/generate", None, {}, 405),
+            ("OPTIONS", "/api/generate", None, {"APIKEY": ""}, 405),
+            ("POST", "/api/copy", None, {}, 403),
+            ("POST", "/api/chat", None, {}, 411),
+            ("POST", "/api/chat", b"[]", {}, 400),
+            ("POST", "/call_model", question("x"), {"Cache-Control": "only-if-cached"}, 504),
+            ("GET", "/", None, {"Via": "1.1 OllProx"}, 508),
+            ("GET", "/health", None, {"APIKEY": ""}, 200),  # our own pages
+            ("GET", "/dashboard", None, {"APIKEY": ""}, 200),
+            ("GET", "/metrics.json", None, {}, 200),
+            ("GET", "/metrics", None, {"APIKEY": ""}, 401),
+            ("DELETE", "/cache", None, {}, 403),
+        ):
+            answer = await client.ask(method, path, body, headers)
+            assert answer.status == status, (path, answer.body)
+    assert b" 400 " in await raw(ollprox.port, b"no head\r\n\r\n")
+    numbers = await scrape(ollprox.port)
+    assert numbers.by("requests_total", "route", "status", "cache") == {
+        ("/api/generate", "200", "miss"): 1,
+        ("/api/generate", "200", "hit"): 1,
+        ("/call_model", "200", "hit"): 1,
+        ("/call_model", "200", "miss"): 1,
+        ("/call_model", "404", "miss"): 1,
+        ("/call_model", "200", "bypass"): 1,
+        ("/api/tags", "200", "bypass"): 2,
+        ("/api/tags", "401", "refused"): 1,
+        ("other", "404", "refused"): 1,
+        ("/api/generate", "405", "refused"): 2,
+        ("/api/copy", "403", "refused"): 1,
+        ("/api/chat", "411", "refused"): 1,
+        ("/api/chat", "400", "refused"): 1,
+        ("/call_model", "504", "refused"): 1,
+        ("other", "508", "refused"): 1,
+        ("other", "400", "refused"): 1,
+    }
+    assert numbers.outcomes() == {"hit": 2, "miss": 3, "bypass": 3, "refused": 10}
+    assert numbers.by("own_requests_total", "route", "status") == {
+        ("/health", "200"): 1,
+        ("/dashboard", "200"): 1,
+        ("/metrics.json", "200"): 1,
+        ("/metrics", "401"): 1,
+        ("/cache", "403"): 1,
+    }
+    assert numbers("authentication_failures_total") == 2
+    assert numbers.by("model_requests_total", "model") == {"llama2": 5, "other": 1}
+    assert numbers.by("model_saved_total", "model") == {"llama2": 2, "other": 0}
+    assert numbers.by("model_tokens_total", "model") == {"llama2": 3 * TOKENS, "other": 0}
+    # Of those for answers: not the one for which no key came.
+    assert numbers.by("key_requests_total", "key") == {"tester": 6 + 4}
+    assert numbers.by("key_saved_total", "key") == {"tester": 2}
+    assert numbers.by("key_tokens_total", "key") == {"tester": 3 * TOKENS}
+
+
+async def test_what_hits_save_is_what_the_answer_took(ollprox: Program, ollama: StandIn) -> None:
+    """The time for prompt and answer; `total_duration` has the loading of the model too."""
+    for path, form in (("/api/generate", question()), ("/api/chat", {"model": "llama2"})):
+        body = form | ({"messages": [{"role": "user", "content": "a"}]} if "chat" in path else {})
+        for stream in (True, False, True):  # a miss, and two hits
+            await ask(ollprox.port, "POST", path, {**body, "stream": stream})
+    numbers = await scrape(ollprox.port)
+    assert numbers.outcomes() == {"miss": 2, "hit": 4}
+    assert numbers("gpu_seconds_total") == pytest.approx(2 * GPU)
+    assert numbers.saved() == pytest.approx(4)
+    sources = {"generated": 2, "cached": 4, "shared": 0}
+    assert numbers.by("lines_total", "source") == {s: n * LINES for s, n in sources.items()}
+    assert numbers.by("tokens_total", "source") == {s: n * TOKENS for s, n in sources.items()}
+    assert numbers("cache_entries") == 2
+
+
+async def test_joined_readers_after_the_first_save_what_the_answer_took(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 3
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(Client(ollprox.port)) for _ in range(4)]
+        for number, client in enumerate(clients):
+            path = "/call_model" if number == 1 else "/api/generate"  # one waits for the fold
+            await client.send(request("POST", path, question()))
+            held = await until(ollprox.port, lambda n: n("readers") == number + 1)  # noqa: B023
+        assert held("answers_under_way") == 1
+        assert held("connections") == 5  # with the scrape
+        assert held.outcomes() == {}
+        view = (await ask(ollprox.port, "GET", "/metrics.json")).json()
+        (running,) = view["running"]
+        assert (running["model"], running["label"]) == ("llama2", "tester")
+        assert (running["lines"], running["readers"]) == (3, 4)
+        ollama.script.let_go.set()
+        for client in clients:
+            answer = await client.rest(await client.head())
+            assert answer.complete
+    numbers = await scrape(ollprox.port)
+    assert numbers.outcomes() == {"miss": 1, "collapsed": 3}
+    assert numbers.saved() == pytest.approx(3)
+    assert numbers.by("lines_total", "source") == {
+        "generated": LINES,
+        "cached": 0,
+        "shared": 3 * LINES,
+    }
+    assert numbers("tokens_total", source="shared") == 3 * TOKENS
+    assert numbers("answers_under_way") == numbers("readers") == 0
+    assert numbers("key_saved_total", key="tester") == 3
+
+
+NONSENSE: list[tuple[dict[str, object], float, float]] = [
+    ({}, 0, 0),
+    ({"eval_count": 0, "eval_duration": 0, "prompt_eval_duration": 0}, 0, 0),
+    ({"eval_count": 7, "eval_duration": 2_000_000_000}, 7, 2),
+    ({"eval_count": -7, "eval_duration": -1, "prompt_eval_duration": 10**9}, 0, 1),
+    ({"eval_count": "7", "eval_duration": [1], "prompt_eval_duration": None}, 0, 0),
+    ({"eval_count": 1e300, "eval_duration": 2**70, "prompt_eval_duration": 0.5}, 0, 0),
+    ({"total_duration": 10**9, "load_duration": 10**9}, 0, 0),
+]
+
+
+async def test_durations_that_make_no_sense_count_nothing(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    last: dict[str, object] = {}
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        body = json.dumps({"response": "a", "done": True, **last}).encode() + b"\n"
+        kind = b"Content-Type: application/x-ndjson\r\nContent-Length: %d" % len(body)
+        writer.write(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n%b" % (kind, body))
+
+    ollama.script.respond = respond
+    tokens = seconds = 0.0
+    for number, (durations, count, took) in enumerate(NONSENSE):
+        last.clear()
+        last |= durations
+        for _ in range(2):
+            assert (await ask(ollprox.port, "POST", "/call_model", question(str(number)))).status
+        tokens, seconds = tokens + count, seconds + took
+        numbers = await scrape(ollprox.port)
+        for source in ("generated", "cached"):
+            assert numbers("tokens_total", source=source) == tokens, durations
+        assert numbers("gpu_seconds_total") == numbers("gpu_seconds_saved_total") == seconds
+    assert numbers.outcomes() == {"miss": len(NONSENSE), "hit": len(NONSENSE)}
+
+
+async def test_two_last_lines_are_one_answer(ollprox: Program, ollama: StandIn) -> None:
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        line = b'{"response":"a","done":true,"eval_count":3,"eval_duration":1000000000}\n'
+        kind = b"Content-Type: application/x-ndjson\r\nContent-Length: %d" % (2 * len(line))
+        writer.write(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n%b" % (kind, 2 * line))
+
+    ollama.script.respond = respond
+    for _ in range(3):
+        await ask(ollprox.port, "POST", "/call_model", question())
+    numbers = await scrape(ollprox.port)
+    assert numbers("tokens_total", source="generated") == 3
+    assert numbers("tokens_total", source="cached") == 6
+    assert numbers("gpu_seconds_saved_total") == 2
+
+
+async def test_the_openai_form_counts_its_events(ollprox: Program, ollama: StandIn) -> None:
+    body = {"model": "llama2", "messages": [{"role": "user", "content": "a"}]}
+    for _ in range(2):
+        await ask(ollprox.port, "POST", "/v1/chat/completions", {**body, "stream": True})
+        await ask(ollprox.port, "POST", "/v1/chat/completions", body)
+    events = len(ollama.script.tokens) + 2  # "stop" and [DONE]
+    numbers = await scrape(ollprox.port)
+    assert numbers.outcomes() == {"miss": 2, "hit": 2}
+    assert numbers("lines_total", source="generated") == events
+    assert numbers("lines_total", source="cached") == events
+    assert numbers("tokens_total") == numbers.saved() == 0
+    assert numbers("model_saved_total", model="llama2") == 2
+
+
+async def test_a_fold_begun_late_counts_no_line_twice(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """What was forgotten, since it became too large to be stored, is noted again."""
+    ollama.script.tokens = ["x" * 1000] * 40  # a tape and its fold need 80 KB
+    ollama.script.hold_before = 40
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES="64K"
+    )
+    async with Client(ollprox.port) as first, Client(ollprox.port) as late:
+        answer = await first.begin("POST", "/api/generate", question())
+        await read_chunks(first, answer, 40)
+        await late.send(request("POST", "/call_model", question()))
+        await until(ollprox.port, lambda n: n("readers") == 2)
+        ollama.script.let_go.set()
+        await first.rest(answer)
+        whole = await late.rest(await late.head())
+    assert whole.json()["response"] == "x" * 40_000
+    numbers = await scrape(ollprox.port)
+    assert numbers.by("lines_total", "source") == {"generated": 41, "cached": 0, "shared": 41}
+    assert numbers("tokens_total", source="generated") == 40
+
+
+# What goes wrong.
+
+
+async def test_upstreams_errors_are_counted_by_kind(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings, FIRST_BYTE_TIMEOUT=0.1)
+    script = ollama.script
+    counted = dict.fromkeys(KINDS, 0.0)
+
+    async def fails(kind: str, status: int, path: str = "/call_model") -> None:
+        for _ in range(2):
+            answer = await ask(ollprox.port, "POST", path, question(kind + path))
+            assert answer.status == status
+        counted[kind] += 2
+        numbers = await scrape(ollprox.port)
+        assert numbers.by("upstream_errors_total", "kind") == counted
+        assert numbers("cache_entries") == 0
+        assert numbers("upstream_cancelled_total") == 0
+
+    script.break_after = 2
+    await fails("broken", 502)
+    await fails("broken", 200, "/api/generate")
+    script.break_after = None
+    script.error_after = 1
+    await fails("reported", 500)
+    await fails("reported", 200, "/api/generate")
+    script.error_after = None
+    script.raw = b"HTTP/1.1 503 Busy\r\nContent-Length: 2\r\n\r\n{}"
+    await fails("status", 503)
+    script.raw = b"\x00 garbage\r\n\r\n"
+    await fails("protocol", 502)
+    script.raw = None
+    script.hold_head = True
+    await fails("timeout", 504)
+    await ollama.stop()
+    await fails("unreachable", 502)
+    numbers = await scrape(ollprox.port)
+    assert numbers.outcomes() == {"miss": 2 * 8}
+    assert numbers.by("tokens_total", "source") == {"generated": 0, "cached": 0, "shared": 0}
+    # Of the streams that broke; a single line is an error, which is a line all the same.
+    assert numbers("lines_total", source="generated") == 4 * 2 + 4 * 2
+
+
+async def test_what_is_refused_is_no_error_of_upstreams(ollprox: Program, ollama: StandIn) -> None:
+    """Nor is a 404 of its own."""
+    await ask(ollprox.port, "POST", "/call_model", question(model="no"))
+    await ask(ollprox.port, "POST", "/call_model", b"{")
+    numbers = await scrape(ollprox.port)
+    assert numbers("upstream_errors_total") == 0
+
+
+async def test_a_client_that_leaves_cancels_and_saves_nothing(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 2
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await read_chunks(client, answer, 2)
+    numbers = await until(ollprox.port, lambda n: n("requests_total") == 1)
+    await ollama.until(lambda: ollama.asked()[0].gone)
+    assert numbers.by("requests_total", "route", "status", "cache") == {
+        ("/api/generate", "499", "miss"): 1
+    }
+    assert numbers("upstream_cancelled_total") == 1
+    assert numbers("upstream_errors_total") == 0
+    assert numbers("lines_total", source="generated") == 2
+    assert numbers("tokens_total") == numbers("gpu_seconds_total") == numbers.saved() == 0
+    assert numbers("answers_under_way") == numbers("readers") == numbers("cache_entries") == 0
+
+
+async def test_one_of_two_leaves_and_nothing_is_cancelled_or_saved(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 2
+    async with Client(ollprox.port) as stays:
+        async with Client(ollprox.port) as leaves:
+            first = await leaves.begin("POST", "/api/generate", question())
+            second = await stays.begin("POST", "/api/generate", question())
+            await read_chunks(leaves, first, 2)
+        left = await until(ollprox.port, lambda n: n("readers") == 1)
+        assert left.outcomes() == {"miss": 1}
+        ollama.script.let_go.set()
+        await stays.rest(second)
+        assert second.complete
+    numbers = await scrape(ollprox.port)
+    assert numbers.by("requests_total", "status", "cache") == {
+        ("499", "miss"): 1,
+        ("200", "collapsed"): 1,
+    }
+    assert numbers("upstream_cancelled_total") == 0
+    assert numbers.saved() == 0  # one answer was made, and one client has got it
+    assert numbers("gpu_seconds_total") == pytest.approx(GPU)
+
+
+async def test_leaving_before_the_body_has_come_is_counted_too(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/call_model", b"{", {"Content-Length": "100"}))
+        await until(ollprox.port, lambda n: n("connections") == 2)
+    numbers = await until(ollprox.port, lambda n: n("requests_total") == 1)
+    assert numbers.by("requests_total", "status", "cache") == {("499", "refused"): 1}
+    assert numbers("upstream_cancelled_total") == 0
+
+
+# Ollama's side.
+
+
+async def test_upstream_requests_are_those_that_ollama_got(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async def agree() -> None:
+        numbers = await scrape(ollprox.port)
+        assert numbers("upstream_requests_total") == len(ollama.seen)
+
+    await known(ollama)
+    await ollama.until(lambda: bool(ollama.asked("/api/version")))
+    await ask(ollprox.port, "POST", "/call_model", question())
+    await ask(ollprox.port, "POST", "/call_model", question())  # a hit
+    await ask(ollprox.port, "GET", "/ready", headers={"APIKEY": ""})
+    await ask(ollprox.port, "POST", "/v1/embeddings", {"model": "llama2", "input": "a"})
+    await agree()
+    ollama.script.break_after = 1
+    await ask(ollprox.port, "POST", "/call_model", question("broken"))
+    await agree()
+
+
+# Who sees what.
+
+
+async def test_rows_by_key_are_for_admins(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings)
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question(), {"APIKEY": BOSS})
+        for key, sees in ((BOSS, True), (KEY, False), (OTHER, False)):  # the last has no label
+            headers = {"APIKEY": key}
+            text = (await ask(ollprox.port, "GET", "/metrics", headers=headers)).body.decode()
+            shown = await ask(ollprox.port, "GET", "/metrics.json", headers=headers)
+            view = shown.json()
+            assert view["rows_by_label"] is sees
+            assert (view["labels"] is None) is not sees
+            (running,) = view["running"]
+            assert running["label"] == ("boss" if sees else None)
+            assert running["model"] == "llama2"
+            assert "boss" not in text  # what is under way has no row yet
+            assert (b"boss" in shown.body) is sees
+        ollama.script.let_go.set()
+        await client.rest(answer)
+    for key in (KEY, OTHER):
+        await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": key})
+    numbers = await scrape(ollprox.port, BOSS)
+    assert numbers.by("key_requests_total", "key") == {"boss": 1, "tester": 1, "": 1}
+    assert numbers.by("key_saved_total", "key") == {"boss": 0, "tester": 1, "": 1}
+    for key in (KEY, OTHER):
+        answer = await ask(ollprox.port, "GET", "/metrics", headers={"APIKEY": key})
+        numbers = Numbers(answer.body.decode())
+        assert numbers.outcomes() == {"miss": 1, "hit": 2}
+        assert numbers("gpu_seconds_saved_total") > 0
+        assert not [name for name, labels in numbers.values if "key" in dict(labels)]
+        assert b"boss" not in answer.body
+        assert b"tester" not in answer.body
+        view = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": key})
+        assert b"boss" not in view.body
+        assert b"tester" not in view.body
+
+
+async def test_the_only_key_sees_its_rows_until_there_is_another(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH="0.05")
+    await ask(ollprox.port, "POST", "/call_model", question())
+    numbers = await scrape(ollprox.port)
+    assert numbers("keys") == 1
+    assert numbers.by("key_requests_total", "key") == {"tester": 1}
+    with key_file.open("a") as file:
+        file.write(f"{OTHER}  # other\n")
+    numbers = await until(ollprox.port, lambda n: n("keys") == 2)
+    assert numbers.by("key_requests_total", "key") == {}
+    reloads = numbers("key_reloads_total")
+    key_file.unlink()
+    numbers = await until(ollprox.port, lambda n: n("key_reload_failures_total") > 0)
+    assert numbers("keys") == 2  # the last ones stay valid
+    assert numbers("key_reloads_total") >= reloads
+
+
+async def test_labels_are_escaped(launch: Start, ollama: StandIn, tmp_path: Path) -> None:
+    label = r'a "b" \c\ {d="e",} \n # 鍵'
+    path = tmp_path / "odd-labels.txt"
+    path.write_text(f"{KEY}  # {label}\n")
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=path)
+    await ask(ollprox.port, "POST", "/call_model", question())
+    numbers = await scrape(ollprox.port)
+    assert numbers.by("key_requests_total", "key") == {label: 1}
+    view = (await ask(ollprox.port, "GET", "/metrics.json")).json()
+    assert [row["label"] for row in view["labels"]] == [label]
+
+
+async def test_what_clients_invent_makes_no_series(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings)
+    await known(ollama)
+
+    async def invent(client: Client, name: str) -> None:
+        for method, path, body, key in (
+            ("POST", "/call_model", question(model=name), KEY),
+            ("POST", "/v1/responses", {"model": name}, KEY),
+            ("GET", f"/v1/models/{name}", None, KEY),
+            ("GET", f"/v1/models/a%2F{name}", None, KEY),
+            ("HEAD", f"/api/blobs/sha256:{name:0>64}", None, BOSS),
+            ("GET", f"/{name}?{name}", None, KEY),
+            ("GET", f"/api/tags/{name}", None, KEY),
+            ("GET", f"/key/{name}/api/tags", None, KEY),
+            (f"X{name}", "/api/tags", None, KEY),
+            ("GET", "/api/tags", None, name),
+        ):
+            headers = {"APIKEY": key, "X-Request-ID": name, f"X-{name}": name}
+            await client.ask(method, path, body, headers)
+
+    async with Client(ollprox.port) as client:
+        for number in range(20):  # enough that wrong keys are 401 and 429
+            await invent(client, f"a{number}")
+        await scrape(ollprox.port, BOSS)  # which has a series too
+        before = await scrape(ollprox.port, BOSS)
+        for number in range(20, 120):
+            await invent(client, f"a{number}")
+    after = await scrape(ollprox.port, BOSS)
+    assert before.values.keys() == after.values.keys()
+    assert after("requests_total") == 120 * 10
+    assert after.by("model_requests_total", "model") == {"other": 120 * 2}
+    view = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})
+    assert b"a119" not in view.body
+
+
+# Gauges, and the page's view.
+
+
+async def test_the_cache_counts_what_it_keeps_and_loses(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings, CACHE_TTL="0.5", CACHE_MAX_BYTES="1M")
+    await ask(ollprox.port, "POST", "/call_model", question())
+    numbers = await scrape(ollprox.port)
+    assert numbers("cache_entries") == 1
+    assert 0 < numbers("cache_bytes") < numbers("cache_max_bytes") == 1 << 20
+    while "stale" not in (answer := await _ask(ollprox)).cache_status:
+        assert answer.status == 200
+    numbers = await scrape(ollprox.port)
+    assert numbers("cache_expiries_total") == 1
+    assert numbers("cache_evictions_total") == 0
+    ollama.script.tokens = ["x" * 100_000]
+    for number in range(6):  # of 200 KB each
+        await ask(ollprox.port, "POST", "/call_model", question(str(number)))
+    numbers = await scrape(ollprox.port)
+    assert numbers("cache_entries") + numbers("cache_evictions_total") == 1 + 6
+    assert numbers("cache_evictions_total") > 0
+    assert numbers("cache_bytes") <= 1 << 20
+
+
+async def _ask(ollprox: Program) -> Any:
+    return await ask(ollprox.port, "POST", "/call_model", question())
+
+
+async def test_buckets_fit_models(ollprox: Program, ollama: StandIn) -> None:
+    bounds = [0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 60, 120, 300, 600, float("inf")]
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await asyncio.sleep(0.31)  # this is the time that is measured
+        ollama.script.let_go.set()
+        await client.rest(answer)
+    numbers = await scrape(ollprox.port)
+    for name in ("first_byte_seconds", "request_duration_seconds"):
+        buckets = numbers.by(f"{name}_bucket", "le")
+        assert sorted(map(float, buckets)) == bounds
+        counts = [buckets[bound] for bound in sorted(buckets, key=float)]
+        assert counts == sorted(counts)
+        assert counts[-1] == numbers(f"{name}_count") == 1
+    assert numbers("request_duration_seconds_bucket", le="0.3") == 0
+    assert numbers("request_duration_seconds_sum") >= 0.31
+    assert numbers("first_byte_seconds_sum") <= numbers("request_duration_seconds_sum") - 0.3
+
+
+async def test_the_process_is_measured(ollprox: Program) -> None:
+    values = {name: v for (name, _), v in (await scrape(ollprox.port)).values.items()}
+    assert 0.5 < values["process_resident_memory_bytes"] / ollprox.resident() < 2
+    assert values["process_cpu_seconds_total"] > 0
+    assert values["process_open_fds"] > 3
+    assert values["ollprox_loop_lag_seconds"] >= 0
+
+
+async def test_the_view_says_the_same(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings)
+    await known(ollama)
+    for body in (question(), question(), question(), question("b"), question(model="no")):
+        await ask(ollprox.port, "POST", "/call_model", body)
+    await ask(ollprox.port, "GET", "/api/tags")  # no request for an answer
+    await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "wrong"})
+    headers = {"APIKEY": BOSS}
+    view = (await ask(ollprox.port, "GET", "/metrics.json", headers=headers)).json()
+    numbers = await scrape(ollprox.port, BOSS)
+    assert view["answers"] == {"hit": 2, "miss": 3, "collapsed": 0, "bypass": 0, "refused": 1}
+    assert view["saved"]["answers"] == 2
+    assert view["saved"]["tokens"] == 2 * TOKENS
+    assert view["saved"]["gpu_seconds"] == numbers("gpu_seconds_saved_total")
+    assert view["generated"] == {"tokens": 2 * TOKENS, "lines": 2 * LINES}
+    assert view["cache"]["entries"] == numbers("cache_entries") == 2
+    assert view["cache"]["bytes"] == numbers("cache_bytes")
+    assert view["keys"] == 3
+    assert sum(minute["answers"] for minute in view["minutes"]) == 5
+    assert sum(minute["hits"] for minute in view["minutes"]) == 2
+    assert sum(minute["tokens"] for minute in view["minutes"]) == 2 * TOKENS
+    assert view["models"] == [
+        {"model": "llama2", "requests": 4, "saved": 2, "tokens": 2 * TOKENS},
+        {"model": "other", "requests": 1, "saved": 0, "tokens": 0},
+    ]
+    assert view["labels"] == [{"label": "tester", "requests": 5, "saved": 2, "tokens": 2 * TOKENS}]
+    assert view["errors"] == [{"what": "refused with 401", "count": 1}]
+    assert view["running"] == []
+
+
+# The page of numbers itself.
+
+
+async def test_how_the_numbers_may_be_asked_for(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings, API_KEY_IN_PATH="true")
+    none = {"APIKEY": ""}
+    for path in ("/metrics", "/metrics.json"):
+        for method, url, headers, status in (
+            ("GET", path, none, 401),
+            ("GET", path, {"APIKEY": "wrong"}, 401),
+            ("GET", path, {}, 200),
+            ("GET", f"{path}?a=b", {}, 200),
+            ("GET", f"/key/{KEY}{path}", none, 200),
+            ("GET", f"/key/wrong{path}", {}, 401),
+            ("POST", path, {}, 405),
+            ("OPTIONS", path, {}, 405),
+            ("GET", f"{path}/", {}, 404),
+        ):
+            answer = await ask(ollprox.port, method, url, headers=headers)
+            assert answer.status == status, (method, url)
+        head = await ask(ollprox.port, "HEAD", path)
+        assert (head.status, head.headers["cache-control"]) == (200, "no-store")
+        assert int(head.headers["content-length"]) > 400
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="needs promtool")
+async def test_promtool_finds_no_fault(ollprox: Program) -> None:
+    for body in (question(), question(), question(model="no")):
+        await ask(ollprox.port, "POST", "/call_model", body)
+    text = (await ask(ollprox.port, "GET", "/metrics")).body
+    promtool = await asyncio.create_subprocess_exec(
+        *("promtool", "check", "metrics"),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    out, _ = await promtool.communicate(text)
+    assert (promtool.returncode, out.decode()) == (0, "")
