@@ -440,4 +440,5 @@ def _process(started: float) -> Iterator[tuple[str, str, str, list[Sample]]]:
 
 
 def _escaped(value: str) -> str:
+    value = value.encode("utf-8", "backslashreplace").decode()  # Ollama may say half a surrogate
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")

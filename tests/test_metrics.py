@@ -92,9 +92,11 @@ def settings(ollama: StandIn, tmp_path: Path) -> dict[str, object]:
     return {"OLLAMA_PORT": ollama.port, "API_KEY_FILE": path, "ADMIN_LABELS": "boss"}
 
 
-async def known(ollama: StandIn) -> None:
+async def known(ollama: StandIn, port: int) -> None:
     """Wait until OllProx has read the list of models."""
-    await ollama.until(lambda: bool(ollama.asked("/api/tags")))
+    await ollama.until(lambda: bool(ollama.asked("/api/tags")) and not ollama.generating)
+    for _ in range(3):  # the list has come by now, so it is read before these are answered
+        await ask(port, "GET", "/ready", headers={"APIKEY": ""})
 
 
 async def read_chunks(client: Client, answer: Any, lines: int) -> None:
@@ -109,7 +111,7 @@ async def read_chunks(client: Client, answer: Any, lines: int) -> None:
 async def test_each_request_is_counted_once_by_what_came_of_it(
     ollprox: Program, ollama: StandIn
 ) -> None:
-    await known(ollama)
+    await known(ollama, ollprox.port)
     async with Client(ollprox.port) as client:
         for method, path, body, headers, status in (
             ("POST", "/api/generate", question(), {}, 200),  # miss
@@ -159,6 +161,7 @@ async def test_each_request_is_counted_once_by_what_came_of_it(
     }
     assert numbers.outcomes() == {"hit": 2, "miss": 3, "bypass": 3, "refused": 10}
     assert numbers.by("own_requests_total", "route", "status") == {
+        ("/ready", "200"): 3,
         ("/health", "200"): 1,
         ("/dashboard", "200"): 1,
         ("/metrics.json", "200"): 1,
@@ -194,6 +197,7 @@ async def test_what_hits_save_is_what_the_answer_took(ollprox: Program, ollama: 
 async def test_joined_readers_after_the_first_save_what_the_answer_took(
     ollprox: Program, ollama: StandIn
 ) -> None:
+    await known(ollama, ollprox.port)
     ollama.script.hold_before = 3
     async with contextlib.AsyncExitStack() as stack:
         clients = [await stack.enter_async_context(Client(ollprox.port)) for _ in range(4)]
@@ -277,6 +281,7 @@ async def test_two_last_lines_are_one_answer(ollprox: Program, ollama: StandIn) 
 
 
 async def test_the_openai_form_counts_its_events(ollprox: Program, ollama: StandIn) -> None:
+    await known(ollama, ollprox.port)
     body = {"model": "llama2", "messages": [{"role": "user", "content": "a"}]}
     for _ in range(2):
         await ask(ollprox.port, "POST", "/v1/chat/completions", {**body, "stream": True})
@@ -429,7 +434,7 @@ async def test_upstream_requests_are_those_that_ollama_got(
         numbers = await scrape(ollprox.port)
         assert numbers("upstream_requests_total") == len(ollama.seen)
 
-    await known(ollama)
+    await known(ollama, ollprox.port)
     await ollama.until(lambda: bool(ollama.asked("/api/version")))
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "POST", "/call_model", question())  # a hit
@@ -448,6 +453,7 @@ async def test_rows_by_key_are_for_admins(
     launch: Start, ollama: StandIn, settings: dict[str, object]
 ) -> None:
     ollprox = await launch(**settings)
+    await known(ollama, ollprox.port)
     ollama.script.hold_before = 1
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question(), {"APIKEY": BOSS})
@@ -514,11 +520,36 @@ async def test_labels_are_escaped(launch: Start, ollama: StandIn, tmp_path: Path
     assert [row["label"] for row in view["labels"]] == [label]
 
 
+async def test_whatever_ollama_calls_a_model_can_be_read(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    names = ["half\ud800", 'a"b\\c\n\x1b[31m{d="e"} 7', "鍵\u2028\r", "x" * 5000]
+    listed = json.dumps({"models": [{"name": name, "digest": "0"} for name in names]}).encode()
+    line = b'{"response":"a","done":true}\n'
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        kind, body = ("x-ndjson", line) if seen.method == "POST" else ("json", listed)
+        head = f"Content-Type: application/{kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(b"HTTP/1.1 200 OK\r\n" + head.encode() + body)
+
+    ollama.script.respond = respond
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    await known(ollama, ollprox.port)
+    for name in names:
+        body = {"model": name, "prompt": "a"}
+        assert (await ask(ollprox.port, "POST", "/call_model", body)).status == 200
+    numbers = await scrape(ollprox.port)
+    counted = numbers.by("model_requests_total", "model")
+    assert counted == {name.replace("\ud800", r"\ud800"): 1 for name in names}
+    view = (await ask(ollprox.port, "GET", "/metrics.json")).json()
+    assert view["answers"]["miss"] == len(names)
+
+
 async def test_what_clients_invent_makes_no_series(
     launch: Start, ollama: StandIn, settings: dict[str, object]
 ) -> None:
     ollprox = await launch(**settings)
-    await known(ollama)
+    await known(ollama, ollprox.port)
 
     async def invent(client: Client, name: str) -> None:
         for method, path, body, key in (
@@ -612,7 +643,7 @@ async def test_the_view_says_the_same(
     launch: Start, ollama: StandIn, settings: dict[str, object]
 ) -> None:
     ollprox = await launch(**settings)
-    await known(ollama)
+    await known(ollama, ollprox.port)
     for body in (question(), question(), question(), question("b"), question(model="no")):
         await ask(ollprox.port, "POST", "/call_model", body)
     await ask(ollprox.port, "GET", "/api/tags")  # no request for an answer
