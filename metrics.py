@@ -160,12 +160,8 @@ class Metrics:
         """Count an answer at its end; its readers are those who get it whole."""
         if flight.ending is Ending.ABANDONED:
             self._cancelled += 1
-        if flight.error is not None:
-            self._errors[flight.error.kind or "broken"] += 1
-        elif flight.status >= 500:
-            self._errors["status"] += 1
-        elif flight.notes is not None and flight.notes.reported:
-            self._errors["reported"] += 1
+        if kind := _error_of(flight):
+            self._errors[kind] += 1
         usage = flight.usage
         self._generated.add(usage)
         self._minute(time.monotonic()).tokens += usage.tokens
@@ -417,6 +413,15 @@ _KINDS = {
     "status": "Ollama answered with status 500 or above",
     "reported": "Ollama reported an error in a stream",
 }
+
+
+def _error_of(flight: Flight) -> str:
+    """Return what upstream did wrong; empty for nothing, or if a client was at fault, or we."""
+    if flight.error is not None:
+        return flight.error.kind
+    if flight.status >= 500:
+        return "status"
+    return "reported" if flight.notes is not None and flight.notes.reported else ""
 
 
 def _row(use: Use) -> dict[str, int]:

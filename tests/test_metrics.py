@@ -370,6 +370,29 @@ async def test_what_is_refused_is_no_error_of_upstreams(ollprox: Program, ollama
     assert numbers("upstream_errors_total") == 0
 
 
+@pytest.mark.parametrize(
+    ("body", "headers", "status"),
+    [(b"half", {"Content-Length": "8"}, 408), (b"x\r\n", {"Transfer-Encoding": "chunked"}, 400)],
+)
+async def test_what_a_client_uploads_badly_is_no_error_of_upstreams(
+    launch: Start,
+    ollama: StandIn,
+    settings: dict[str, object],
+    body: bytes,
+    headers: dict[str, str],
+    status: int,
+) -> None:
+    ollprox = await launch(**settings, BODY_TIMEOUT="0.1")
+    headers = {**headers, "APIKEY": BOSS}
+    answer = await ask(ollprox.port, "POST", f"/api/blobs/sha256:{0:064}", body, headers)
+    assert answer.status == status
+    numbers = await scrape(ollprox.port)
+    assert numbers.by("requests_total", "route", "status", "cache") == {
+        ("/api/blobs/", str(status), "bypass"): 1
+    }
+    assert numbers("upstream_errors_total") == 0
+
+
 async def test_a_client_that_leaves_cancels_and_saves_nothing(
     ollprox: Program, ollama: StandIn
 ) -> None:
