@@ -130,7 +130,7 @@ class Upstream:
         self._idle_timeout = idle_timeout
         self._tls = tls
         self._host_header = (b"Host", address.encode())
-        self.requests = 0  # that upstream got
+        self.requests = 0  # that were sent, each attempt counted
         self._idle: list[_Connection] = []
         self._waiting: set[_Connection] = set()  # that have a deadline
         self._failures = _Failures(self)
@@ -193,20 +193,15 @@ class Upstream:
             _Stale: it was closed before any byte of a response.
 
         """
+        self.requests += 1
         self._waiting.add(connection)
         connection.deadline = time.monotonic() + self._first_byte_timeout
         try:
             with self._failures:
-                head = await self._head(connection, message)
-        except _Stale:
-            await self.abort(connection)
-            raise
+                return await self._head(connection, message)
         except BaseException:
-            self.requests += 1
             await self.abort(connection)
             raise
-        self.requests += 1
-        return head
 
     async def upload(
         self, message: bytes, body: AsyncIterator[bytes], *, chunked: bool

@@ -467,6 +467,19 @@ async def test_upstream_requests_are_those_that_ollama_got(
     ollama.script.break_after = 1
     await ask(ollprox.port, "POST", "/call_model", question("broken"))
     await agree()
+    ollama.script.raw = b""  # it takes the request, and says nothing
+    for _ in range(2):
+        await ask(ollprox.port, "GET", "/ready", headers={"APIKEY": ""})  # leaves a connection
+        answer = await ask(ollprox.port, "POST", "/call_model", question("closed"))
+        assert answer.status == 502
+        await agree()
+    ollama.script.raw = None
+    ollama.script.hold_head = True
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/call_model", question("left")))
+        await ollama.until(lambda: ollama.generating > 0)
+    await ollama.until(lambda: ollama.seen[-1].gone)
+    await agree()
 
 
 # Who sees what.
