@@ -124,7 +124,7 @@ class Server:
             if client.deadline < now:
                 client.expire()
             elif client.has_left_unseen():
-                client.task.cancel()
+                client.let_go()
 
     async def drain(self, seconds: float) -> None:
         """Stop listening, and let exchanges finish for so long.
@@ -294,6 +294,11 @@ class _Client(asyncio.Protocol):
     def has_left_unseen(self) -> bool:
         """Whether the client hung up behind bytes that it sent ahead and that still wait."""
         return self._answering and not self._reading and not _is_connected(self.transport)
+
+    def let_go(self) -> None:
+        """Stop answering a client that has hung up."""
+        self._eof = True
+        self.task.cancel()
 
     def hang_up(self) -> None:
         """Cut the client off."""

@@ -447,6 +447,21 @@ async def test_leaving_before_the_body_has_come_is_counted_too(
     assert numbers("upstream_cancelled_total") == 0
 
 
+async def test_who_leaves_behind_bytes_sent_ahead_has_left_all_the_same(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_head = True
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/call_model", question()))
+        await ollama.until(lambda: bool(ollama.asked()))
+        client.writer.write(b"x" * (128 << 10))  # more than is read ahead
+        await until(ollprox.port, lambda n: n("readers") == 1)
+        client.writer.transport.abort()
+    numbers = await until(ollprox.port, lambda n: n("requests_total") == 1)
+    assert numbers.by("requests_total", "status", "cache") == {("499", "miss"): 1}
+    assert numbers("upstream_cancelled_total") == 1
+
+
 # Ollama's side.
 
 
