@@ -188,7 +188,7 @@ def format_as_json(record: Record, now: float) -> bytes:
     """Format the same as a JSON object; times are numbers, what is not there is null."""
     first = record.first_byte
     return as_json(
-        "INFO",
+        "DEBUG" if record.quiet else "INFO",
         "access",
         id=record.request_id.decode(),
         client=record.client,
