@@ -26,7 +26,7 @@ from pages import Pages
 from proxy import Proxy, StoredAnswer
 from server import Limits, Server
 from settings import Settings, SettingsError, address, load
-from telemetry import AccessLog, LineWriter, Record, setup_logging
+from telemetry import AccessLog, LineWriter, Record, setup_logging, shown
 from upstream import Upstream
 
 __version__ = "0.1.0"
@@ -165,7 +165,7 @@ async def _watch_lag(metrics: Metrics) -> None:
 async def _say_upstream(inquiry: Inquiry, address: str) -> None:
     said = await inquiry.version()
     if isinstance(said, str):
-        print(f"Ollama {said} answers at {address}", flush=True)
+        print(f"Ollama {shown(said)} answers at {address}", flush=True)
     else:
         print(f"Ollama does not answer yet; requests are tried all the same. {said}", flush=True)
 
