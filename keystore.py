@@ -295,8 +295,11 @@ def _key_in(name: bytes, value: bytes) -> bytes:
 
 
 def _holds(value: bytes, keys: set[bytes]) -> bool:
-    """Whether a key stands in another header as well, where it must not pass on."""
-    return any(key in value for key in keys if len(key) >= 8)
+    """Whether a key stands in another header as well, where it must not pass on.
+
+    A short one may stand in a longer value by chance.
+    """
+    return any(key in value if len(key) >= 8 else key == value for key in keys)
 
 
 def new_key() -> str:
