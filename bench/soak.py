@@ -5,8 +5,9 @@ usage: soak.py [--seconds 600] [--seed N] [--clients 40]
 The stand-in here fails by plan: a question's number tells its fault, if it has one, and how many
 lines its answer has; each line names the question, the attempt and its own number. So whatever a
 client gets can be checked: it is one attempt's whole answer, or an error which the question's
-own fault explains. At the end files, memory and tasks must be where they began. It exits with 1
-and says why if anything is not so.
+own fault explains. At the end files, memory and tasks must be where they began, and what OllProx
+has counted must be what the clients and the stand-in have. It exits with 1 and says why if anything
+is not so.
 """
 
 import argparse
@@ -56,12 +57,14 @@ class Upstream:
 
     def __init__(self) -> None:
         self.attempts: collections.Counter[int] = collections.Counter()
+        self.requests = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = (OSError, asyncio.IncompleteReadError, asyncio.CancelledError)
         with contextlib.suppress(*ends):
             while True:
                 head = await reader.readuntil(b"\r\n\r\n")
+                self.requests += 1
                 length = re.search(rb"(?i)content-length: (\d+)", head)
                 body = await reader.readexactly(int(length[1]) if length else 0)
                 if head.startswith(b"GET"):
@@ -123,6 +126,8 @@ class Soak:
         self.port = port
         self.chance = chance
         self.outcomes: collections.Counter[str] = collections.Counter()
+        self.requests = 0
+        self.known: collections.Counter[str] = collections.Counter()  # what came of most of them
         self.wrong: list[str] = []
 
     async def client(self, until: float) -> None:
@@ -154,6 +159,7 @@ class Soak:
             b"POST /call_model HTTP/1.1\r\nHost: a\r\nAPIKEY: %b\r\n%bContent-Length: %d\r\n\r\n%b"
             % (b"wrong" if wrong_key else KEY.encode(), fresh, len(body), body)
         )
+        self.requests += 1
         if leaves:
             await asyncio.sleep(self.chance.random() * 0.03)
             self.outcomes["left"] += 1
@@ -167,6 +173,7 @@ class Soak:
         if problem := self.check(number, stream, wrong_key, status, complete, data):
             self.wrong.append(f"question {number} ({fault_of(number)}): {problem}: {data[:300]!r}")
         cached = re.search(rb"Cache-Status: OllProx(?:; )?([^\r]*)", head)
+        self.known[outcome_of(cached[1] if cached else b"")] += 1
         self.outcomes[
             f"{status} {re.sub(r'=[0-9]+', '', cached[1].decode()) if cached else ''}"
         ] += 1
@@ -212,6 +219,56 @@ class Soak:
         return ""
 
 
+def outcome_of(cache_status: bytes) -> str:
+    if cache_status.startswith(b"hit"):
+        return "hit"
+    if b"collapsed" in cache_status:
+        return "collapsed"
+    return "miss" if cache_status.startswith(b"fwd=") else "refused"
+
+
+async def miscounted(soak: Soak, upstream: Upstream) -> list[str]:
+    """Say what OllProx has counted otherwise than its clients and the stand-in have."""
+    asked = f"GET /metrics HTTP/1.1\r\nHost: a\r\nAPIKEY: {KEY}\r\nConnection: close\r\n\r\n"
+    text, got = "", 0
+    for _ in range(100):  # until the last ones that left have been seen to
+        reader, writer = await asyncio.open_connection("127.0.0.1", soak.port)
+        writer.write(asked.encode())
+        text = (await reader.read()).decode()
+        got = upstream.requests  # OllProx may be asking for the list of models meanwhile
+        writer.close()
+        await writer.wait_closed()
+        if number(text, "ollprox_answers_under_way") == 0 and got == upstream.requests:
+            break
+        await asyncio.sleep(0.1)
+    wrong = []
+    counts = {o: number(text, f'ollprox_requests_total{{.*cache="{o}"}}') for o in OUTCOMES}
+    print("requests:", *(f"{count:.0f} {outcome}," for outcome, count in counts.items()))
+    if not number(text, "ollprox_requests_total{.*}") == sum(counts.values()) == soak.requests:
+        wrong.append(f"{soak.requests} requests were counted as {counts}")
+    unknown = soak.requests - soak.known.total()
+    for outcome, count in counts.items():
+        if not soak.known[outcome] <= count <= soak.known[outcome] + unknown:
+            known = f"at least {soak.known[outcome]}, of {unknown} that left it is not known"
+            wrong.append(f"{count} {outcome} were counted; there were {known}")
+    sent = number(text, "ollprox_upstream_requests_total")
+    print(f"requests to upstream: {sent:.0f}")
+    if sent != got:
+        wrong.append(f"{sent} requests to upstream were counted, which got {got}")
+    left = [number(text, f"ollprox_{name}") for name in ("readers", "connections")]
+    if left != [0, 1]:
+        wrong.append(f"readers and connections are {left}, not 0 and 1")
+    return wrong
+
+
+def number(text: str, pattern: str) -> float:
+    """The sum of the samples whose name and labels match."""
+    return sum(map(float, re.findall(rf"^{pattern} (\S+)$", text, re.MULTILINE)))
+
+
+OUTCOMES = ("hit", "miss", "collapsed", "bypass", "refused")
+
+
 def files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
@@ -219,7 +276,8 @@ def files(pid: int) -> int:
 async def soak(seconds: float, seed: int, clients: int) -> list[str]:
     """Run it; return what was wrong."""
     upstream, listen = free_port(), free_port()
-    server = await asyncio.start_server(Upstream().serve, "127.0.0.1", upstream, backlog=1024)
+    standin = Upstream()
+    server = await asyncio.start_server(standin.serve, "127.0.0.1", upstream, backlog=1024)
     with tempfile.TemporaryDirectory() as folder:
         keys, log = Path(folder, "keys"), Path(folder, "log")
         keys.write_text(KEY)
@@ -248,6 +306,7 @@ async def soak(seconds: float, seed: int, clients: int) -> list[str]:
             memory = resident(process.pid)
             await asyncio.gather(*(soak.client(begun + seconds) for _ in range(clients)))
             wrong = [*soak.wrong, *await settled(process.pid, memory)]
+            wrong += await miscounted(soak, standin)
         finally:
             process.terminate()
             await asyncio.to_thread(process.wait)
