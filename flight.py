@@ -133,6 +133,7 @@ class Flight:
         self.error: HTTPError | None = None
         self.start = 0  # index of the first piece on the tape
         self.readers: set[Reader] = set()
+        self.served = 0  # readers that left with all of it before its end
         self.crowded = False  # the recorder has had to wait for its readers
         self._flights = flights
         self._exchange = exchange
@@ -170,6 +171,7 @@ class Flight:
     def leave(self, reader: "Reader") -> None:
         """Let a reader go; with the last one goes the exchange."""
         self.readers.discard(reader)
+        self.served += self.ending is None and reader.has_all
         if not self.readers:
             self._abandon()
         self.wake_recorder()
@@ -354,6 +356,16 @@ class Reader:
     def leave(self) -> None:
         """Leave the flight."""
         self.flight.leave(self)
+
+    @property
+    def has_all(self) -> bool:
+        """Whether the answer is whole, and all of it was read: nobody need wait for its end."""
+        flight, notes = self.flight, self.flight.notes
+        if notes is None or notes.reported or flight.status != 200:
+            return False
+        read = flight.end <= self.position < FOLD
+        ended = flight.ending is Ending.COMPLETE and self.position >= flight.start
+        return ended or (read and notes.finished)
 
     def take_pieces(self) -> None:
         """Begin at the start after all: there turned out to be nothing to fold."""

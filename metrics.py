@@ -57,7 +57,7 @@ class Use:
     """What a label or a model has had: requests for answers, and what they were."""
 
     requests: int = 0
-    saved: int = 0  # of these, from the cache or joined
+    saved: int = 0  # of these, from the cache, or joined and whole
     tokens: int = 0  # generated for it
 
 
@@ -113,6 +113,7 @@ class Metrics:
         self._minute_over = 0.0  # when the last of them is, on the monotonic clock
         self._lags = deque([0.0], maxlen=120)  # seconds, each half a second
         self._errors: dict[str, int] = defaultdict(int)  # of upstream's, by kind
+        self._saved = 0  # answers: from the cache, or joined and whole
         self._refused_keys = 0
         self._cancelled = 0
         self._generated = Total()
@@ -139,7 +140,8 @@ class Metrics:
         if not record.asks:
             return
         self._answers[outcome] += 1
-        saved = outcome in _SAVED
+        saved = outcome == "hit" or record.shared
+        self._saved += saved
         if (label := record.label) is not None:
             use = self._by_label.get(label) or self._use(self._by_label, label)
             use.requests += 1
@@ -157,7 +159,7 @@ class Metrics:
             self._from_cache.add(record.usage)
 
     def count_flight(self, flight: Flight) -> None:
-        """Count an answer at its end; its readers are those who get it whole."""
+        """Count an answer at its end; those who read it then get it whole."""
         if flight.ending is Ending.ABANDONED:
             self._cancelled += 1
         if kind := _error_of(flight):
@@ -165,8 +167,9 @@ class Metrics:
         usage = flight.usage
         self._generated.add(usage)
         self._minute(time.monotonic()).tokens += usage.tokens
-        if flight.ending is Ending.COMPLETE and flight.readers:
-            self._shared.add(usage, len(flight.readers) - 1)
+        got = flight.served + len(flight.readers)
+        if flight.ending is Ending.COMPLETE and got > 1:
+            self._shared.add(usage, got - 1)
         if flight.model and usage.tokens:
             self._use(self._by_model, self._known(flight.model)).tokens += usage.tokens
         if flight.caller is not None and usage.tokens:
@@ -216,7 +219,7 @@ class Metrics:
             "rows_by_label": by_label,
             "answers": self._answers,
             "saved": {
-                "answers": self._answers["hit"] + self._answers["collapsed"],
+                "answers": self._saved,
                 "tokens": self._from_cache.tokens + self._shared.tokens,
                 "gpu_seconds": self._from_cache.gpu_seconds + self._shared.gpu_seconds,
             },
@@ -404,7 +407,6 @@ class Metrics:
             yield f"ollprox_{what}_{name}_total", "counter", f"{meaning}, by {what}.", samples
 
 
-_SAVED = frozenset({"hit", "collapsed"})  # outcomes that cost no GPU time
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",

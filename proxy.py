@@ -416,7 +416,12 @@ class Proxy:
         except BaseException:
             reader.leave()
             raise
-        response.release = reader.leave
+
+        def release() -> None:
+            record.shared = record.outcome == "collapsed" and reader.has_all
+            reader.leave()
+
+        response.release = release
         return response
 
     async def _read_tape(

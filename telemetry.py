@@ -76,6 +76,7 @@ class Record:
     label: str | None = None  # the key's, once it was found valid
     wrong_key: bool = False
     usage: Spent = NO_USAGE  # of a stored answer that was given
+    shared: bool = False  # it joined an answer, and got all of it
 
     def __init__(self, client: str) -> None:
         self.client = client

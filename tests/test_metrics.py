@@ -436,6 +436,45 @@ async def test_one_of_two_leaves_and_nothing_is_cancelled_or_saved(
     assert numbers("gpu_seconds_total") == pytest.approx(GPU)
 
 
+async def test_who_leaves_after_the_last_line_has_got_the_answer(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_end = True
+    async with Client(ollprox.port) as first, Client(ollprox.port) as second:
+        for client in (first, second):
+            answer = await client.begin("POST", "/api/generate", question())
+            await read_chunks(client, answer, LINES)
+    numbers = await until(ollprox.port, lambda n: n("requests_total") == 2)
+    assert numbers.outcomes() == {"miss": 1, "collapsed": 1}
+    assert numbers.saved() == pytest.approx(1)
+    assert numbers("key_saved_total") == 1
+    assert numbers("upstream_cancelled_total") == numbers("upstream_errors_total") == 0
+    assert numbers("cache_entries") == 1
+
+
+@pytest.mark.parametrize("path", ["/api/generate", "/call_model"])
+@pytest.mark.parametrize("fault", ["break_after", "error_after"])
+async def test_those_who_join_what_breaks_have_saved_nothing(
+    ollprox: Program, ollama: StandIn, path: str, fault: str
+) -> None:
+    setattr(ollama.script, fault, 3)
+    ollama.script.hold_before = 2
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(Client(ollprox.port)) for _ in range(3)]
+        for client in clients:
+            await client.send(request("POST", path, question()))
+        await until(ollprox.port, lambda n: n("readers") == 3)
+        ollama.script.let_go.set()
+        for client in clients:
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await client.rest(await client.head())
+    numbers = await until(ollprox.port, lambda n: n("requests_total") == 3)
+    assert numbers.outcomes() == {"miss": 1, "collapsed": 2}
+    assert numbers("key_saved_total") == numbers("tokens_total") == numbers.saved() == 0
+    view = (await ask(ollprox.port, "GET", "/metrics.json")).json()
+    assert view["saved"]["answers"] == 0
+
+
 async def test_leaving_before_the_body_has_come_is_counted_too(
     ollprox: Program, ollama: StandIn
 ) -> None:
