@@ -230,7 +230,7 @@ def outcome_of(cache_status: bytes) -> str:
 async def miscounted(soak: Soak, upstream: Upstream) -> list[str]:
     """Say what OllProx has counted otherwise than its clients and the stand-in have."""
     asked = f"GET /metrics HTTP/1.1\r\nHost: a\r\nAPIKEY: {KEY}\r\nConnection: close\r\n\r\n"
-    text, got = "", 0
+    text, got, left = "", 0, list[float]()
     for _ in range(100):  # until the last ones that left have been seen to
         reader, writer = await asyncio.open_connection("127.0.0.1", soak.port)
         writer.write(asked.encode())
@@ -238,7 +238,10 @@ async def miscounted(soak: Soak, upstream: Upstream) -> list[str]:
         got = upstream.requests  # OllProx may be asking for the list of models meanwhile
         writer.close()
         await writer.wait_closed()
-        if number(text, "ollprox_answers_under_way") == 0 and got == upstream.requests:
+        left = [
+            number(text, f"ollprox_{n}") for n in ("answers_under_way", "readers", "connections")
+        ]
+        if left == [0, 0, 1] and got == upstream.requests:
             break
         await asyncio.sleep(0.1)
     wrong = []
@@ -255,9 +258,8 @@ async def miscounted(soak: Soak, upstream: Upstream) -> list[str]:
     print(f"requests to upstream: {sent:.0f}")
     if sent != got:
         wrong.append(f"{sent} requests to upstream were counted, which got {got}")
-    left = [number(text, f"ollprox_{name}") for name in ("readers", "connections")]
-    if left != [0, 1]:
-        wrong.append(f"readers and connections are {left}, not 0 and 1")
+    if left != [0, 0, 1]:
+        wrong.append(f"answers under way, readers and connections are {left}, not 0, 0 and 1")
     return wrong
 
 

@@ -169,6 +169,25 @@ async def test_an_answer_that_was_dropped_under_way_is_not_kept(
     assert not any(await kept(ollprox.port))
 
 
+async def test_all_forms_of_a_models_answers_are_dropped(
+    launch: Start, settings: dict[str, object]
+) -> None:
+    ollprox = await launch(**settings)
+    message = {"role": "user", "content": "a"}
+    for path, body in (
+        ("/api/chat", {"messages": [message]}),
+        ("/api/embed", {"input": "a"}),
+        ("/v1/chat/completions", {"messages": [message]}),
+        ("/v1/chat/completions", {"messages": [message], "stream": True}),
+        ("/v1/embeddings", {"input": "a"}),
+    ):
+        for model in ("llama2", OTHER):
+            answer = await ask(ollprox.port, "POST", path, {"model": model, **body})
+            assert answer.status == 200
+    assert (await drop(ollprox.port, "?model=llama2")).json() == {"dropped": 5}
+    assert (await drop(ollprox.port)).json() == {"dropped": 5}
+
+
 async def test_a_drop_with_a_body_is_taken(launch: Start, settings: dict[str, object]) -> None:
     ollprox = await launch(**settings)
     await fill(ollprox.port)
