@@ -11,6 +11,7 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -324,14 +325,16 @@ class Proxy:
         What cannot be folded is kept no longer: None.
         """
         fold = partial(api.fold, route.codec, unpack(answer.packed), answer.body)
-        try:
+        folded = None
+        with suppress(HTTPError):
             large = len(answer.body) > MAX_AT_ONCE
-            answer = answer._replace(object=await asyncio.to_thread(fold) if large else fold())
-        except HTTPError:
-            self.cache.remove(key)
-            return None
-        self.cache.put(key, answer)
-        return answer
+            folded = answer._replace(object=await asyncio.to_thread(fold) if large else fold())
+        if self.cache.get(key) is answer:  # else it was dropped meanwhile, or there is a newer one
+            if folded is not None:
+                self.cache.put(key, folded)
+            else:
+                self.cache.remove(key)
+        return folded
 
     # What has to be asked.
 

@@ -1,12 +1,22 @@
 """`DELETE /cache`: who may empty it, and what is gone then."""
 
 import asyncio
+import time
 from pathlib import Path
 
 import pytest
 from client import KEY, Answer, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
+
+from cache import Cache
+from flight import Flights
+from http11 import Head, Response, pack
+from keystore import KeyStore
+from ollama_api import route_table
+from proxy import MAX_AT_ONCE, Proxy, StoredAnswer
+from settings import Settings
+from upstream import Upstream
 
 BOSS = "the-key-of-an-admin"
 OTHER = "gemma3:270m"  # a model beside llama2
@@ -186,6 +196,30 @@ async def test_all_forms_of_a_models_answers_are_dropped(
             assert answer.status == 200
     assert (await drop(ollprox.port, "?model=llama2")).json() == {"dropped": 5}
     assert (await drop(ollprox.port)).json() == {"dropped": 5}
+
+
+async def test_what_is_folded_while_it_is_dropped_is_not_kept_again() -> None:
+    """A large stored stream is folded in a thread, for the first who wants one object."""
+    cache: Cache[StoredAnswer] = Cache(1 << 30, 60)
+    table, flights = route_table(1 << 30), Flights(1 << 20, cache)
+    upstream = Upstream("-", 1, "-", connect_timeout=1, first_byte_timeout=1, idle_timeout=1)
+
+    async def own(name: str, head: Head, label: str) -> Response:
+        raise NotImplementedError
+
+    store = KeyStore.open(None, b"")
+    proxy = Proxy(Settings(), store, upstream, table, cache, flights, own)
+    lines = b'{"response":"x"}\n' * (MAX_AT_ONCE // 16) + b'{"response":"","done":true}\n'
+    packed = pack(((b"Content-Type", b"application/x-ndjson"),))
+    answer = StoredAnswer(packed, lines, b"", "llama2:latest", time.monotonic(), 1, 1, 1.0)
+    assert cache.put(b"key", answer)
+    folding = asyncio.create_task(proxy._fold(b"key", answer, table.rows[b"/call_model"]))
+    await asyncio.sleep(0)  # it is in the thread now
+    assert cache.drop(lambda answer: True) == 1
+    folded = await folding
+    assert folded is not None  # whoever asked before the drop gets it
+    assert len(folded.object) > MAX_AT_ONCE // 16
+    assert len(cache) == 0
 
 
 async def test_a_drop_with_a_body_is_taken(launch: Start, settings: dict[str, object]) -> None:
