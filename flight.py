@@ -241,6 +241,8 @@ class Flight:
             self._finish(Ending.COMPLETE)  # only the body's end was missing
         elif self.ending is None:
             self.error = error
+            if error.kind:  # upstream's fault, which the access lines do not explain
+                log.warning("an answer failed: %s", error.message)
             self._finish(Ending.FAILED)
 
     def _finish(self, ending: Ending) -> None:

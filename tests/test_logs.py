@@ -284,3 +284,12 @@ async def test_what_ollama_says_of_itself_stays_on_its_line(
     ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
     line = (await ollprox.says(r"Ollama .*\n"))[0]
     assert line == rf'Ollama "1\n2026 \u001b[31m" answers at 127.0.0.1:{ollama.port}' + "\n"
+
+
+async def test_what_ollama_did_wrong_is_a_warning(launch: Start, key_file: Path) -> None:
+    """The access line has only the status; a client's own fault is no warning."""
+    ollprox = await launch(OLLAMA_PORT=1, API_KEY_FILE=key_file, MODEL_REFRESH=0)
+    assert (await ask(ollprox.port, "POST", "/call_model", b"[]")).status == 400
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
+    await ollprox.says(r"WARNING an answer failed: Ollama at 127\.0\.0\.1:1 cannot be reached")
+    assert ollprox.text().count("WARNING") == 1
