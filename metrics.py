@@ -5,51 +5,22 @@ models and labels that are counted one by one are known ones only, and bounded, 
 client can make the number of series grow.
 """
 
-import os
-import resource
 import time
-from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from cache import Cache
+from exposition import Exposition, Histogram
 from flight import Ending, Flight, Flights
 from keystore import KeyStore
 from ollama_api import normalised
 from telemetry import Record, Spent
 
-BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 MAX_NAMES = 1000  # models, and labels, that are counted one by one
 MAX_RUNNING = 100  # answers under way that are listed
 OTHER = "other"  # all models, or labels, beyond those
-
-Sample = tuple[str, Mapping[str, object], float]
-"""A sample's suffix to the metric's name, its labels, and its value."""
-
-
-class Histogram:
-    """How often something took how many seconds."""
-
-    def __init__(self) -> None:
-        self.counts = [0] * (len(BUCKETS) + 1)
-        self.sum = 0.0
-
-    def observe(self, seconds: float) -> None:
-        """Count one more."""
-        self.counts[bisect_left(BUCKETS, seconds)] += 1
-        self.sum += seconds
-
-    def samples(self, labels: dict[str, object]) -> Iterator[Sample]:
-        """Write it as cumulative buckets, sum and count."""
-        total = 0
-        for bound, count in zip((*BUCKETS, "+Inf"), self.counts, strict=True):
-            total += count
-            yield "_bucket", {**labels, "le": bound}, total
-        yield "_sum", labels, self.sum
-        yield "_count", labels, total
 
 
 @dataclass(slots=True)
@@ -271,140 +242,81 @@ class Metrics:
             yield f"refused with {status}", count
 
     def text(self, *, by_label: bool) -> str:
-        """Return all metrics as Prometheus reads them (exposition format 0.0.4)."""
-        lines = []
-        for name, kind, meaning, samples in self._metrics(by_label=by_label):
-            lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-            for suffix, labels, value in samples:
-                said = ",".join(f'{key}="{_escaped(str(v))}"' for key, v in labels.items())
-                lines.append(f"{name}{suffix}{f'{{{said}}}' if said else ''} {value}")
-        return "\n".join(lines) + "\n"
-
-    def _metrics(self, *, by_label: bool) -> Iterator[tuple[str, str, str, list[Sample]]]:
-        """Each metric: name, type, meaning, samples."""
-
-        def one(value: float) -> list[Sample]:
-            return [("", {}, value)]
-
-        counter, gauge, histogram = "counter", "gauge", "histogram"
-        yield (
-            "ollprox_build_info",
-            gauge,
-            "Which OllProx this is.",
-            [("", {"version": self.version}, 1)],
-        )
-        yield (
+        """Return all metrics as Prometheus reads them."""
+        out, cache, keys = Exposition(), self.cache, self.keys
+        out.gauge("ollprox_build_info", "Which OllProx it is.", [({"version": self.version}, 1)])
+        out.counter(
             "ollprox_requests_total",
-            counter,
             "Requests, but for OllProx's own pages, by what came of them.",
             [
-                ("", {"route": route, "status": status, "cache": outcome}, count)
+                ({"route": route, "status": status, "cache": outcome}, count)
                 for (route, status, outcome), count in self._requests.items()
             ],
         )
-        yield (
+        out.counter(
             "ollprox_own_requests_total",
-            counter,
             "Requests for OllProx's own pages, such as this one.",
-            [("", {"route": r, "status": s}, count) for (r, s), count in self._own.items()],
+            [({"route": r, "status": s}, count) for (r, s), count in self._own.items()],
         )
-        for name, meaning, table in (
-            ("first_byte", "Time until the first byte was sent.", self._first_byte),
-            ("request_duration", "Time until a request was over.", self._total),
-        ):
-            samples = [s for outcome, h in table.items() for s in h.samples({"cache": outcome})]
-            yield f"ollprox_{name}_seconds", histogram, meaning, samples
-        yield "ollprox_answers_under_way", gauge, "Answers under way.", one(len(self.flights))
+        meaning = "Time until the first byte was sent."
+        out.histogram("ollprox_first_byte_seconds", meaning, "cache", self._first_byte)
+        meaning = "Time until a request was over."
+        out.histogram("ollprox_request_duration_seconds", meaning, "cache", self._total)
+        out.gauge("ollprox_answers_under_way", "Answers under way.", len(self.flights))
         readers = sum(len(flight.readers) for flight in self.flights)
-        yield "ollprox_readers", gauge, "Clients that wait for them.", one(readers)
-        yield (
-            "ollprox_upstream_requests_total",
-            counter,
-            "Requests sent to Ollama, OllProx's own ones included.",
-            one(self.upstream_requests()),
-        )
-        yield (
-            "ollprox_upstream_errors_total",
-            counter,
-            "Answers that Ollama did not give, by kind.",
-            [("", {"kind": kind}, self._errors.get(kind, 0)) for kind in _KINDS],
-        )
-        yield (
-            "ollprox_upstream_cancelled_total",
-            counter,
-            "Answers that were stopped because nobody waited any more.",
-            one(self._cancelled),
-        )
-        sources = {
-            "generated": self._generated,
-            "cached": self._from_cache,
-            "shared": self._shared,
-        }
-        for unit, meaning in (("lines", "Lines"), ("tokens", "Tokens")):
-            yield (
-                f"ollprox_{unit}_total",
-                counter,
-                f"{meaning} generated, served from the cache, and shared by those who joined.",
-                [("", {"source": s}, getattr(usage, unit)) for s, usage in sources.items()],
-            )
-        yield (
-            "ollprox_gpu_seconds_total",
-            counter,
-            "GPU time of the answers that were generated.",
-            one(self._generated.gpu_seconds),
-        )
-        saved = self._from_cache.gpu_seconds + self._shared.gpu_seconds
-        yield "ollprox_gpu_seconds_saved_total", counter, "GPU time not needed again.", one(saved)
-        yield from self._by_name("model", self._by_model)
+        out.gauge("ollprox_readers", "Clients that wait for them.", readers)
+        meaning = "Requests sent to Ollama, OllProx's own ones included."
+        out.counter("ollprox_upstream_requests_total", meaning, self.upstream_requests())
+        errors = [({"kind": kind}, self._errors.get(kind, 0)) for kind in _KINDS]
+        meaning = "Answers that Ollama did not give, by kind."
+        out.counter("ollprox_upstream_errors_total", meaning, errors)
+        meaning = "Answers that were stopped because nobody waited any more."
+        out.counter("ollprox_upstream_cancelled_total", meaning, self._cancelled)
+        self._add_totals(out)
+        self._add_uses(out, "model", self._by_model)
         if by_label:
-            yield from self._by_name("key", self._by_label)
-        cache = self.cache
-        yield "ollprox_cache_entries", gauge, "Answers that are kept.", one(len(cache))
-        yield "ollprox_cache_bytes", gauge, "Memory charged for them.", one(cache.stored_bytes)
-        yield "ollprox_cache_max_bytes", gauge, "CACHE_MAX_BYTES.", one(cache.max_bytes)
-        yield (
-            "ollprox_cache_evictions_total",
-            counter,
-            "Answers that had to make room.",
-            one(cache.evictions),
-        )
-        yield "ollprox_cache_expiries_total", counter, "Answers that expired.", one(cache.expiries)
-        keys = self.keys
-        yield "ollprox_keys", gauge, "API keys that are valid.", one(len(keys.labels))
-        yield "ollprox_key_reloads_total", counter, "Readings of the key file.", one(keys.reloads)
-        yield (
-            "ollprox_key_reload_failures_total",
-            counter,
-            "Readings of the key file that failed.",
-            one(keys.failures),
-        )
-        yield (
-            "ollprox_authentication_failures_total",
-            counter,
-            "Requests with a wrong API key, or with none.",
-            one(self._refused_keys),
-        )
-        yield "ollprox_connections", gauge, "Clients connected.", one(self.connections())
-        yield (
-            "ollprox_loop_lag_seconds",
-            gauge,
-            "How late the event loop was at most, within a minute.",
-            one(max(self._lags)),
-        )
-        yield from _process(self.started)
+            self._add_uses(out, "key", self._by_label)
+        out.gauge("ollprox_cache_entries", "Answers that are kept.", len(cache))
+        out.gauge("ollprox_cache_bytes", "Memory charged for them.", cache.stored_bytes)
+        out.gauge("ollprox_cache_max_bytes", "CACHE_MAX_BYTES.", cache.max_bytes)
+        meaning = "Answers that had to make room for others."
+        out.counter("ollprox_cache_evictions_total", meaning, cache.evictions)
+        out.counter("ollprox_cache_expiries_total", "Answers that expired.", cache.expiries)
+        out.gauge("ollprox_keys", "API keys that are valid.", len(keys.labels))
+        out.counter("ollprox_key_reloads_total", "Readings of the key file.", keys.reloads)
+        meaning = "Readings of the key file that failed."
+        out.counter("ollprox_key_reload_failures_total", meaning, keys.failures)
+        meaning = "Requests with a wrong API key, or with none."
+        out.counter("ollprox_authentication_failures_total", meaning, self._refused_keys)
+        out.gauge("ollprox_connections", "Clients connected.", self.connections())
+        meaning = "How late the event loop was at most, within a minute."
+        out.gauge("ollprox_loop_lag_seconds", meaning, max(self._lags))
+        out.process(self.started)
+        return out.text()
 
-    def _by_name(
-        self, what: str, table: dict[str, Use]
-    ) -> Iterator[tuple[str, str, str, list[Sample]]]:
+    def _add_totals(self, out: Exposition) -> None:
+        """Add what answers have come to."""
+        generated, cached, shared = self._generated, self._from_cache, self._shared
+        sources = {"generated": generated, "cached": cached, "shared": shared}
+        meaning = "generated, served from the cache, and shared by those who joined."
+        lines = [({"source": name}, total.lines) for name, total in sources.items()]
+        out.counter("ollprox_lines_total", f"Lines {meaning}", lines)
+        tokens = [({"source": name}, total.tokens) for name, total in sources.items()]
+        out.counter("ollprox_tokens_total", f"Tokens {meaning}", tokens)
+        meaning = "GPU time of the answers that were generated."
+        out.counter("ollprox_gpu_seconds_total", meaning, generated.gpu_seconds)
+        saved = cached.gpu_seconds + shared.gpu_seconds
+        out.counter("ollprox_gpu_seconds_saved_total", "GPU time not needed again.", saved)
+
+    def _add_uses(self, out: Exposition, what: str, table: dict[str, Use]) -> None:
+        """Add what each model, or each key's label, has had."""
         for name, meaning in (
             ("requests", "Requests for answers"),
             ("saved", "Requests answered from the cache or shared"),
             ("tokens", "Tokens generated"),
         ):
-            samples: list[Sample] = [
-                ("", {what: label}, _row(use)[name]) for label, use in table.items()
-            ]
-            yield f"ollprox_{what}_{name}_total", "counter", f"{meaning}, by {what}.", samples
+            rows = [({what: label}, _row(use)[name]) for label, use in table.items()]
+            out.counter(f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", rows)
 
 
 _KINDS = {
@@ -428,24 +340,3 @@ def _error_of(flight: Flight) -> str:
 
 def _row(use: Use) -> dict[str, int]:
     return {"requests": use.requests, "saved": use.saved, "tokens": use.tokens}
-
-
-def _process(started: float) -> Iterator[tuple[str, str, str, list[Sample]]]:
-    """The names that all Prometheus clients give to what they know of their process."""
-    times = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = times.ru_utime + times.ru_stime
-    yield "process_cpu_seconds_total", "counter", "CPU time used.", [("", {}, cpu)]
-    yield "process_start_time_seconds", "gauge", "When it started.", [("", {}, started)]
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        files = len(os.listdir("/proc/self/fd"))
-    except OSError:
-        return  # not Linux
-    memory = pages * os.sysconf("SC_PAGE_SIZE")
-    yield "process_resident_memory_bytes", "gauge", "Memory in use.", [("", {}, memory)]
-    yield "process_open_fds", "gauge", "Files and sockets open.", [("", {}, files)]
-
-
-def _escaped(value: str) -> str:
-    value = value.encode("utf-8", "backslashreplace").decode()  # Ollama may say half a surrogate
-    return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
