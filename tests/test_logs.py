@@ -292,4 +292,4 @@ async def test_what_ollama_did_wrong_is_a_warning(launch: Start, key_file: Path)
     assert (await ask(ollprox.port, "POST", "/call_model", b"[]")).status == 400
     assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
     await ollprox.says(r"WARNING an answer failed: Ollama at 127\.0\.0\.1:1 cannot be reached")
-    assert ollprox.text().count("WARNING") == 1
+    assert ollprox.text().count("an answer failed") == 1
