@@ -467,7 +467,7 @@ class Flights:
         self.clock = clock
         self._by_key: dict[bytes | None, list[Flight]] = {}  # in the order they began
 
-    def find(self, key: bytes | None, max_age: float = math.inf) -> Flight | None:
+    def find(self, key: bytes, max_age: float = math.inf) -> Flight | None:
         """Return the youngest flight for a key, if it can be joined.
 
         Args:

@@ -240,7 +240,7 @@ def reason(error: OSError) -> str:
 def shorten(reports: Sequence[str]) -> list[str]:
     """Bound the reports on a file's lines."""
     more = len(reports) - MAX_REPORTED
-    return [*reports[:MAX_REPORTED], *([f"and {more} more such lines"] if more > 0 else [])]
+    return [*reports[:MAX_REPORTED], *([f"has {more} more such lines"] if more > 0 else [])]
 
 
 def take_credential(

@@ -77,7 +77,7 @@ class Metrics:
         self._own: dict[tuple[str, int], int] = defaultdict(int)
         self._answers = dict.fromkeys(("hit", "miss", "collapsed", "bypass", "refused"), 0)
         self._first_byte: dict[str, Histogram] = defaultdict(Histogram)
-        self._total: dict[str, Histogram] = defaultdict(Histogram)
+        self._duration: dict[str, Histogram] = defaultdict(Histogram)
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
         self._minutes = deque([Minute(0)], maxlen=60)
@@ -105,7 +105,7 @@ class Metrics:
         outcome = record.outcome if record.outcome != "-" else "refused"
         self._requests[record.route, status, outcome] += 1
         now, started = time.monotonic(), record.started
-        self._total[outcome].observe(now - started)
+        self._duration[outcome].observe(now - started)
         if record.first_byte is not None:
             self._first_byte[outcome].observe(record.first_byte - started)
         if not record.asks:
@@ -176,7 +176,7 @@ class Metrics:
 
     # What is said.
 
-    def by_label(self, label: str, admins: tuple[str, ...]) -> bool:
+    def may_see_labels(self, label: str, admins: tuple[str, ...]) -> bool:
         """Whether the key of this label sees what the others do."""
         return label in admins or len(self.keys.labels) == 1
 
@@ -261,7 +261,7 @@ class Metrics:
         meaning = "Time until the first byte was sent."
         out.histogram("ollprox_first_byte_seconds", meaning, "cache", self._first_byte)
         meaning = "Time until a request was over."
-        out.histogram("ollprox_request_duration_seconds", meaning, "cache", self._total)
+        out.histogram("ollprox_request_duration_seconds", meaning, "cache", self._duration)
         out.gauge("ollprox_answers_under_way", "Answers under way.", len(self.flights))
         readers = sum(len(flight.readers) for flight in self.flights)
         out.gauge("ollprox_readers", "Clients that wait for them.", readers)

@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -89,6 +89,11 @@ class Question:
     stream: bool
     relayed: bool
     deterministic: bool
+    folds: bool = field(init=False)
+    """Whether the client gets upstream's stream as one object."""
+
+    def __post_init__(self) -> None:
+        self.folds = not (self.stream or self.relayed)
 
 
 class Codec(Protocol):
@@ -139,7 +144,7 @@ def read_object(body: bytes) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise HTTPError(400, "the body must be UTF-8 text: a JSON object") from None
     except json.JSONDecodeError as error:
-        where = f"{error.msg} at line {error.lineno} column {error.colno}"
+        where = f"{error.msg}: line {error.lineno} column {error.colno}"
         raise HTTPError(400, f"the body must be a JSON object; it is not JSON: {where}") from None
     except RecursionError:
         raise HTTPError(400, "the body's JSON is nested too deep") from None

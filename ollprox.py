@@ -4,6 +4,14 @@ This wires the parts and runs the process; `proxy.py` says how each request is a
 `python ollprox.py --help` tells how to start it.
 """
 
+try:
+    import h11  # noqa: F401 - to say what to do before anything else fails for lack of it
+except ModuleNotFoundError:
+    raise SystemExit(
+        "ollprox: h11 is not installed: `make run` puts it into .venv and starts OllProx, or"
+        " install requirements.txt and start again"
+    ) from None
+
 import argparse
 import asyncio
 import contextlib

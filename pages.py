@@ -79,11 +79,11 @@ class Pages:
         return Response(200, headers, self._dashboard)
 
     async def _text(self, head: Head, label: str) -> Response:
-        text = self._metrics.text(by_label=self._metrics.by_label(label, self._admins))
+        text = self._metrics.text(by_label=self._metrics.may_see_labels(label, self._admins))
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
     async def _view(self, head: Head, label: str) -> Response:
-        by_label = self._metrics.by_label(label, self._admins)
+        by_label = self._metrics.may_see_labels(label, self._admins)
         return _json(self._metrics.view(by_label=by_label), _FRESH)
 
     async def _drop(self, head: Head, label: str) -> Response:

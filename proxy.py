@@ -153,12 +153,12 @@ class Proxy:
         wishes = Wishes.of(head)
         key = self._scoped_key(question, record)
         answer = self._look_up(key, wishes, record) if key is not None else None
-        if key and answer and not (answer.object or question.stream or question.relayed):
+        if key and answer and question.folds and not answer.object:
             answer = await self._fold(key, answer, route)
         if answer is not None:
             return self._hit(answer, question, record)
         flight = self._join_or_begin(key, wishes, question, head, route, target, record)
-        reader = flight.join(folds=not (question.stream or question.relayed))
+        reader = flight.join(folds=question.folds)
         return await self._replay(reader, question, route.form, record)
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
@@ -315,9 +315,9 @@ class Proxy:
         record.headers += ((b"Age", b"%d" % age),)
         record.usage = answer
         headers = unpack(answer.packed)
-        if question.stream or question.relayed:
-            return Response(200, headers, answer.body)
-        return Response(200, _as_object(headers), answer.object)
+        if question.folds:
+            return Response(200, _as_object(headers), answer.object)
+        return Response(200, headers, answer.body)
 
     async def _fold(self, key: bytes, answer: StoredAnswer, route: Route) -> StoredAnswer | None:
         """Fold a stored stream for the first who wants one object, and keep that too.
@@ -348,9 +348,9 @@ class Proxy:
         target: bytes,
         record: Record,
     ) -> Flight:
-        """Find a flight to join, or begin one. No `await` since the look in the cache."""
-        shared = key is not None and not (wishes.reload or wishes.private)
-        if shared and (flight := self.flights.find(key, wishes.max_age)) is not None:
+        """Find a flight to join, or begin one; at once, or two might begin the same."""
+        shared = not (wishes.reload or wishes.private)
+        if key and shared and (flight := self.flights.find(key, wishes.max_age)) is not None:
             record.outcome, record.cache_status = "collapsed", b"OllProx; fwd=miss; collapsed"
             return flight
         if wishes.only_if_cached:
@@ -434,7 +434,7 @@ class Proxy:
         flight = reader.flight
         kind = api.content_type(flight.headers)
         lines = kind.startswith((api.NDJSON, api.SSE))
-        if lines and flight.status == 200 and not (question.stream or question.relayed):
+        if lines and flight.status == 200 and question.folds:
             folded = await reader.fold()
             _say_stored(flight, record)
             return Response(200, _as_object(flight.headers), folded)

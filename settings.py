@@ -69,7 +69,10 @@ def _port(text: str) -> int:
 
 
 def _listen_port(text: str) -> int:
-    return 0 if text == "0" else _port(text)  # 0: any free port, shown at start
+    try:
+        return 0 if text == "0" else _port(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or 0 for a free one, which is shown at the start") from None
 
 
 def _host(text: str) -> str:
@@ -105,7 +108,9 @@ def _labels(text: str) -> tuple[str, ...]:
 def _origins(text: str) -> tuple[str, ...]:
     origins = _labels(text.lower())
     if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
-        raise ValueError("must be * or a list of origins, such as https://chat.example:8443")
+        raise ValueError(
+            "must be * or a list of origins with no path, such as https://chat.example:8443"
+        )
     return origins
 
 
@@ -210,14 +215,26 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
 def _read_env_file(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
-    from dotenv import dotenv_values  # here, so that keystore.py alone needs nothing installed
-
     try:
-        found = dotenv_values(path, interpolate=False, encoding="utf-8-sig")
+        from dotenv.parser import parse_stream  # here, so that without .env nothing is needed
+    except ModuleNotFoundError:
+        raise SettingsError(
+            f".env: to read {path}, python-dotenv has to be there: `make run` puts it into .venv,"
+            " so start this with .venv/bin/python"
+        ) from None
+    found: dict[str, str] = {}
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for binding in parse_stream(file):
+                if binding.error:
+                    line = binding.original.line
+                    raise SettingsError(f".env: {path}, line {line}, is not NAME=value")
+                if binding.key is not None:
+                    found[binding.key] = binding.value or ""
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise SettingsError(f".env: {path} cannot be read: {reason}") from None
-    return {name: value or "" for name, value in found.items()}
+    return found
 
 
 def _upstream(text: str, port: int | None) -> dict[str, Any]:

@@ -22,9 +22,9 @@ from settings import ROOT, Settings, SettingsError, program_path
 log = logging.getLogger("ollprox")
 
 EXIT_SETTINGS = 2  # a setting is wrong
+EXIT_FAILED = 1  # the start failed for another reason
 FREEZE_AFTER = 2000  # stored answers
 COLLECT_AFTER = 10_000  # new objects; Python's own 700 are as many as a few requests have
-EXIT_FAILED = 1  # the start failed for another reason
 
 
 def open_keys(settings: Settings) -> KeyStore:

@@ -104,7 +104,8 @@ class LineWriter:
             return
         if self._dropped:
             said = f"{self._dropped} log lines were dropped"
-            line = (as_json("WARNING", said) if self._as_json else f"({said})\n".encode()) + line
+            text = f"{stamp()} WARNING {said}\n".encode()
+            line = (as_json("WARNING", said) if self._as_json else text) + line
             self._dropped = 0
         self._taken += len(line)
         self._queue.put(line)

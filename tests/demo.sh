@@ -5,21 +5,27 @@ cd "$(dirname "$0")/.."
 python=$1
 port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 upstream=$(port) listen=$(port) keys=$(mktemp)
+# Whatever .env says: an empty value means the default.
+export API_KEY_SALT='' TLS_CERT_FILE='' TLS_KEY_FILE='' CACHE_ONLY_DETERMINISTIC='' CACHE_PER_KEY='' LOG_FORMAT=''
+export CACHE_MAX_BYTES='' CACHE_MAX_ENTRY_BYTES='' API_KEY_IN_PATH='' MODEL_REFRESH='' OLLAMA_CA_FILE=''
 "$python" keystore.py new --label demo | sed -n 's/^line to append.*: //p' >"$keys"
 key=$(sed 's/ .*//' "$keys")
 
 "$python" tests/standin.py --port "$upstream" --pace 0.2 >/dev/null &
 standin=$!
-env -u API_KEY_SALT OLLAMA_HOST=127.0.0.1 OLLAMA_PORT="$upstream" LISTEN_HOST=127.0.0.1 LISTEN_PORT="$listen" \
+OLLAMA_HOST=127.0.0.1 OLLAMA_PORT="$upstream" LISTEN_HOST=127.0.0.1 LISTEN_PORT="$listen" \
 	API_KEY_FILE="$keys" LOG_LEVEL=WARNING CACHE_TTL=3600 "$python" ollprox.py &
 ollprox=$!
 trap 'kill "$standin" "$ollprox"; wait; rm -f "$keys"' EXIT
 curl -s --retry 50 --retry-delay 0 --retry-max-time 10 --retry-connrefused -o /dev/null "http://127.0.0.1:$listen/health"
 
 ask() {
-	curl -sS -D - -w '\n(%{time_total} s)\n' "http://127.0.0.1:$listen/call_model" \
+	curl -sSf -D - -w '\n(%{time_total} s)\n' "http://127.0.0.1:$listen/call_model" \
 		-H "APIKEY: $key" -H 'Content-Type: application/json' \
 		-d '{"model": "llama2", "prompt": "What is the capital of France?"}' | grep -Ev '^(Date|Content)'
 }
 echo; echo "The first time, the model is asked (look at Cache-Status):"; ask
-echo; echo "The second time, the answer comes from the cache:"; ask
+echo; echo "The second time, the answer comes from the cache:"
+second=$(ask)
+echo "$second"
+grep -q 'OllProx; hit' <<<"$second"

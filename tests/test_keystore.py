@@ -10,7 +10,6 @@ import pytest
 from keystore import (
     KeyStore,
     Parsed,
-    main,
     new_key,
     parse,
     read_file,
@@ -288,10 +287,10 @@ def tool(*arguments: str, given: bytes = b"", **environ: str) -> subprocess.Comp
     )
 
 
-def test_new_makes_a_key_and_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_makes_a_key_and_its_line() -> None:
     assert len(new_key()) * 6 >= 128
-    main(["new", "--label", "Alice of\nroom 5"])
-    key, line = (row.split(":", 1)[1].strip() for row in capsys.readouterr().out.splitlines())
+    out = tool("new", "--label", "Alice of\nroom 5").stdout.decode()
+    key, line = (row.split(":", 1)[1].strip() for row in out.splitlines())
     assert line == f"{key}  # Alice of room 5"
 
 
