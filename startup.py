@@ -23,6 +23,7 @@ log = logging.getLogger("ollprox")
 
 EXIT_SETTINGS = 2  # a setting is wrong
 FREEZE_AFTER = 2000  # stored answers
+THAW_AFTER = 10  # times that was done
 COLLECT_AFTER = 10_000  # new objects; Python's own 700 are as many as a few requests have
 EXIT_FAILED = 1  # the start failed for another reason
 
@@ -239,11 +240,14 @@ class Collector:
 
     With 100,000 of them that would stop everything for tens of milliseconds. What lives
     long is frozen: it is still freed when it is dropped, only cycles are not looked for.
+    Whatever is alive just then is frozen with it, and connections end in cycles of asyncio's
+    own: so now and then all is gone through after all.
     """
 
     def __init__(self, cache: Cache[Any]) -> None:
         self._cache = cache
         self._frozen = 0  # answers that the cache had taken by then
+        self._times = 0  # since all was gone through
         gc.set_threshold(COLLECT_AFTER, 10, 10)
         gc.collect()
         gc.freeze()
@@ -252,6 +256,10 @@ class Collector:
         """Freeze what has been stored since; to be called now and then."""
         if self._cache.puts - self._frozen >= FREEZE_AFTER:
             self._frozen = self._cache.puts
+            self._times += 1
+            if self._times >= THAW_AFTER:
+                self._times = 0
+                gc.unfreeze()
             gc.collect()  # of what is not frozen: a few milliseconds at most
             gc.freeze()
 
