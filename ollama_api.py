@@ -560,14 +560,17 @@ def _notes(response: Response, streamed: BaseNotes, whole: BaseNotes) -> BaseNot
     return streamed if kind.startswith((NDJSON, SSE)) else whole
 
 
-def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes:
-    """Fold a whole stream that was stored. Raises HTTPError 502 if there is no fold."""
+def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes | None:
+    """Fold a whole stream that was stored; None if it turns out to be no whole one.
+
+    Raises:
+        HTTPError: 502 if it is too large, or nested too deep, for one object.
+
+    """
     assert codec is not None
     notes = codec.notes(Response(200, headers, b""))
     notes.feed(stream)
-    if (missing := notes.close()) is not None:
-        raise HTTPError(502, missing)
-    return notes.fold()
+    return notes.fold() if notes.finished else None
 
 
 def progress_notes(response: Response) -> BaseNotes:
