@@ -144,7 +144,9 @@ class Flight:
         self._size = 0  # bytes on the tape
         self._held = 0  # bytes of the budget that the notes have
         self._room: asyncio.Future[None] | None = None  # the recorder waits for its readers
-        self._task = asyncio.get_running_loop().create_task(self._record())
+        self._task: asyncio.Task[None] | None = asyncio.get_running_loop().create_task(
+            self._record()
+        )
 
     @property
     def joinable(self) -> bool:
@@ -205,7 +207,9 @@ class Flight:
         if self.ending is None:
             complete = self.notes is not None and self.notes.finished
             self._finish(Ending.COMPLETE if complete else Ending.ABANDONED)
-        self._task.cancel()
+        if self._task is not None:
+            self._task.cancel()
+            self._task = None  # its last exception holds frames, which hold us: a circle
         self._flights.budget.release(self._size + self._held)
         self._size = self._held = 0
         self._pieces, self._joined = [], None

@@ -34,6 +34,7 @@ _KNOWN_NAMES = frozenset(
         "seed",
     ]
 )
+_ERROR = b'{"error"'  # what the line of an error begins with
 _LOADS = ("load", "unload")  # `done_reason` of an answer that says nothing
 
 
@@ -361,7 +362,9 @@ class LineNotes(BaseNotes):
     def keeps(self, tape: bytes) -> bool:
         """Whether it is an answer, and not the loading of a model."""
         loaded = self._last.get("done_reason") in _LOADS
-        return self.finished and not loaded and not self.too_large
+        if not self.finished or loaded or self.too_large:
+            return False
+        return self._folding or _is_all_answer(tape)  # its lines were not looked at
 
     def is_line(self, rest: bytes) -> bool:
         """Whether it is an object; half of one is nothing that a client could read."""
@@ -385,7 +388,8 @@ class LineNotes(BaseNotes):
             self._valid = False
             return
         objects = [line for line in lines if isinstance(line, dict)]
-        self._valid = self._valid and len(objects) == len(lines)
+        # Of lines that are no JSON each, a comma between can make what is.
+        self._valid = self._valid and len(objects) == len(lines) == len(texts)
         for line in objects:
             if not self.reported:  # after an error nothing counts
                 self._last = line
@@ -465,6 +469,17 @@ class LineNotes(BaseNotes):
                 if thinking := "".join(self._texts["thinking"]):
                     joined["thinking"] = thinking
         return joined
+
+
+def _is_all_answer(tape: bytes) -> bool:
+    """Whether each line looks like an object, and none like an error."""
+    lines = tape.strip(b"\n")
+    return (
+        lines.startswith(b"{")
+        and lines.count(b"}\n{") == lines.count(b"\n")
+        and not lines.startswith(_ERROR)
+        and b"\n" + _ERROR not in lines
+    )
 
 
 class EventNotes(BaseNotes):
@@ -550,14 +565,17 @@ def _notes(response: Response, streamed: BaseNotes, whole: BaseNotes) -> BaseNot
     return streamed if kind.startswith((NDJSON, SSE)) else whole
 
 
-def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes:
-    """Fold a whole stream that was stored. Raises HTTPError 502 if there is no fold."""
+def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes | None:
+    """Fold a whole stream that was stored; None if it turns out to be no whole one.
+
+    Raises:
+        HTTPError: 502 if it is too large, or nested too deep, for one object.
+
+    """
     assert codec is not None
     notes = codec.notes(Response(200, headers, b""))
     notes.feed(stream)
-    if (missing := notes.close()) is not None:
-        raise HTTPError(502, missing)
-    return notes.fold()
+    return notes.fold() if notes.finished else None
 
 
 def progress_notes(response: Response) -> BaseNotes:

@@ -102,12 +102,13 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     print(startup.describe(settings, keys), flush=True)
     if not keys.labels:
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
+    collector = startup.Collector(cache, lambda: len(server.clients))
     chores = [
         asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
         asyncio.create_task(_watch_lag(metrics)),
         asyncio.create_task(_say_upstream(inquiry, upstream.address)),
-        asyncio.create_task(_each(1.0, startup.Collector(cache).poll)),
+        asyncio.create_task(_each(1.0, collector.poll)),
     ]
     if certificate:
         chores.append(asyncio.create_task(_each(settings.key_refresh, certificate.poll)))

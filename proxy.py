@@ -11,7 +11,6 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -131,6 +130,7 @@ class Proxy:
         self.flights = flights
         self.own = own
         self.models_changed = asyncio.Event()  # a model was managed: read the digests again
+        self._folding = asyncio.Lock()  # one large stream at a time
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._wrong_keys = WrongKeys()
 
@@ -154,7 +154,7 @@ class Proxy:
         key = self._scoped_key(question, record)
         answer = self._look_up(key, wishes, record) if key is not None else None
         if key and answer and question.folds and not answer.object:
-            answer = await self._fold(key, answer, route)
+            answer = await self._fold(key, answer, route, record)
         if answer is not None:
             return self._hit(answer, question, record)
         flight = self._join_or_begin(key, wishes, question, head, route, target, record)
@@ -319,22 +319,41 @@ class Proxy:
             return Response(200, _as_object(headers), answer.object)
         return Response(200, headers, answer.body)
 
-    async def _fold(self, key: bytes, answer: StoredAnswer, route: Route) -> StoredAnswer | None:
+    async def _fold(
+        self, key: bytes, answer: StoredAnswer, route: Route, record: Record
+    ) -> StoredAnswer | None:
         """Fold a stored stream for the first who wants one object, and keep that too.
 
-        What cannot be folded is kept no longer: None.
+        What is no whole answer is kept no longer: None.
+
+        Raises:
+            HTTPError: 502 if it is too large for one object; the stream is still kept.
+
         """
         fold = partial(api.fold, route.codec, unpack(answer.packed), answer.body)
-        folded = None
-        with suppress(HTTPError):
-            large = len(answer.body) > MAX_AT_ONCE
-            folded = answer._replace(object=await asyncio.to_thread(fold) if large else fold())
+        try:
+            if len(answer.body) <= MAX_AT_ONCE:
+                return self._keep_fold(key, answer, fold())
+            async with self._folding:  # each takes long, and as much memory again
+                there = self.cache.get(key)
+                if there is not None and there.object and there.born == answer.born:
+                    return there  # somebody else wanted the same
+                return self._keep_fold(key, answer, await asyncio.to_thread(fold))
+        except HTTPError:
+            record.outcome = "-"
+            raise
+
+    def _keep_fold(
+        self, key: bytes, answer: StoredAnswer, folded: bytes | None
+    ) -> StoredAnswer | None:
+        """Keep a stored stream's fold with it; without one, drop it."""
+        whole = None if folded is None else answer._replace(object=folded)
         if self.cache.get(key) is answer:  # else it was dropped meanwhile, or there is a newer one
-            if folded is not None:
-                self.cache.put(key, folded)
-            else:
+            if whole is None:
                 self.cache.remove(key)
-        return folded
+            elif whole.size <= self.settings.cache_max_entry_bytes:
+                self.cache.put(key, whole)
+        return whole
 
     # What has to be asked.
 

@@ -51,6 +51,7 @@ RenderError = Callable[[HTTPError, Head | None, Record], Response]
 SLICE = 256 << 10  # bytes written at once; nginx and Go hand on 32 to 128 KiB
 MAX_SURPLUS = 256  # clients beyond `max_connections` that are told so; more are cut off
 READ_AHEAD = 64 << 10  # bytes taken from a client before they are asked for
+LOOK_AGAIN = 0.05  # seconds
 TCP_ESTABLISHED = 1  # in the first byte of the kernel's `tcp_info`
 GONE = 499  # nginx's status for a client that hung up; logged, never sent
 
@@ -175,7 +176,7 @@ class _Handshake(asyncio.Protocol):
         self._task.add_done_callback(self._server.handshakes.discard)
 
     async def _shake(self, transport: asyncio.Transport) -> None:
-        client, limits = _Client(self._server), self._server.limits
+        client, limits = _Client(self._server, transport), self._server.limits
         try:
             secured = await asyncio.get_running_loop().start_tls(
                 transport,
@@ -199,8 +200,9 @@ class _Client(asyncio.Protocol):
     transport: asyncio.Transport
     task: asyncio.Task[None]
 
-    def __init__(self, server: Server) -> None:
+    def __init__(self, server: Server, wire: asyncio.Transport | None = None) -> None:
         self._server = server
+        self._wire = wire  # what TLS writes to
         self._buffer = bytearray()
         self._waiter: asyncio.Future[None] | None = None
         self._writable: asyncio.Future[None] | None = None  # while the client reads slowly
@@ -209,6 +211,7 @@ class _Client(asyncio.Protocol):
         self._answering = False  # between a request's head and the end of its response
         self._unread = False  # bytes of the body under way are still to come
         self._served = False  # a request was answered
+        self._lagging = 0  # bytes not read yet when a deadline was put off for them
         self._tls = False
         self.deadline = math.inf
         self._address = "-"
@@ -276,7 +279,12 @@ class _Client(asyncio.Protocol):
     # What the server calls.
 
     def expire(self) -> None:
-        """End a wait whose deadline has passed."""
+        """End a wait whose deadline has passed; not while the client reads what it was sent."""
+        unread = 0 if self._buffer else _unread_bytes(self.transport)
+        if unread not in {0, self._lagging}:
+            self._lagging = unread
+            self.deadline = self._loop.time() + self._server.limits.write_timeout
+            return
         self.deadline = math.inf
         if self._buffer and not self._answering and not self.transport.is_closing():
             self._refuse(HTTPError(408, "the request's head took too long to come"))
@@ -286,7 +294,9 @@ class _Client(asyncio.Protocol):
         """Close a connection on which no request is under way."""
         if self._answering or self._buffer or self.transport.is_closing():
             return
-        if self._tls:
+        if self._tls and _unread_bytes(self.transport):
+            self._wake()  # the task ends when that is read
+        elif self._tls:
             self.transport.abort()  # a close would wait for the client to agree
         else:
             self.transport.close()
@@ -318,6 +328,8 @@ class _Client(asyncio.Protocol):
                     if self._eof:
                         break  # what was pipelined is asked for by nobody
                 self._server.outbox.flush()
+                if self._tls:
+                    await self._finish_writing()  # a close gives it but a few seconds
             await self._linger()
         except (Gone, OSError):
             self.transport.abort()
@@ -596,6 +608,18 @@ class _Client(asyncio.Protocol):
         if self.transport.is_closing():
             raise Gone
 
+    async def _finish_writing(self) -> None:
+        """Wait until the kernel has all that was written. Raises Gone."""
+        self.transport.set_write_buffer_limits(high=int(self._tls))  # TLS takes 0 as full
+        await self._drain()
+        try:
+            async with asyncio.timeout(self._server.limits.write_timeout):
+                # What TLS has handed on: nobody tells when it is written.
+                while self._wire is not None and self._wire.get_write_buffer_size():  # noqa: ASYNC110
+                    await asyncio.sleep(LOOK_AGAIN)
+        except TimeoutError:
+            raise Gone from None
+
     async def _cut(self, head: Head) -> None:
         """End a response that is not whole, so that nobody takes it for a whole one.
 
@@ -603,9 +627,8 @@ class _Client(asyncio.Protocol):
         in HTTP/1.0, the connection is reset once its bytes are out.
         """
         if head.http10:
-            self.transport.set_write_buffer_limits(high=0)
             with suppress(Gone):
-                await self._drain()
+                await self._finish_writing()
             sock: Any = self.transport.get_extra_info("socket")
             if sock is not None:
                 linger = struct.pack("ii", 1, 0)
@@ -664,7 +687,7 @@ def _unread_bytes(transport: asyncio.Transport) -> int:
     """Count what is written and not read by the client: our buffer, and the kernel's."""
     sock: Any = transport.get_extra_info("socket")
     count = array.array("i", [0])
-    with suppress(OSError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError):
         fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
     return transport.get_write_buffer_size() + count[0]
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ log = logging.getLogger("ollprox")
 EXIT_SETTINGS = 2  # a setting is wrong
 EXIT_FAILED = 1  # the start failed for another reason
 FREEZE_AFTER = 2000  # stored answers
+THAW_AFTER = 1000  # connections: some 10 MiB
 COLLECT_AFTER = 10_000  # new objects; Python's own 700 are as many as a few requests have
 
 
@@ -239,21 +241,35 @@ class Collector:
 
     With 100,000 of them that would stop everything for tens of milliseconds. What lives
     long is frozen: it is still freed when it is dropped, only cycles are not looked for.
+    Whatever is alive just then is frozen with it, and connections end in cycles of asyncio's
+    own: so all is gone through after all once many of them may have been left.
+
+    Args:
+        cache: the stored answers.
+        connections: counts the connections that there are.
+
     """
 
-    def __init__(self, cache: Cache[Any]) -> None:
+    def __init__(self, cache: Cache[Any], connections: Callable[[], int]) -> None:
         self._cache = cache
+        self._connections = connections
         self._frozen = 0  # answers that the cache had taken by then
+        self._may_be_left = 0  # connections that were frozen
         gc.set_threshold(COLLECT_AFTER, 10, 10)
         gc.collect()
         gc.freeze()
 
     async def poll(self) -> None:
         """Freeze what has been stored since; to be called now and then."""
-        if self._cache.puts - self._frozen >= FREEZE_AFTER:
-            self._frozen = self._cache.puts
-            gc.collect()  # of what is not frozen: a few milliseconds at most
-            gc.freeze()
+        if self._cache.puts - self._frozen < FREEZE_AFTER:
+            return
+        self._frozen = self._cache.puts
+        if self._may_be_left >= THAW_AFTER:
+            self._may_be_left = 0
+            gc.unfreeze()
+        gc.collect()  # of what is not frozen: a few milliseconds at most
+        gc.freeze()
+        self._may_be_left += self._connections()
 
 
 class Signals:

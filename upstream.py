@@ -44,14 +44,21 @@ class _CountingReader(asyncio.StreamReader):
     """A stream reader that tells how many bytes have come."""
 
     fed = 0
+    ended = False
 
     def set_exception(self, exc: BaseException) -> None:
         """Take a reset for an end: what came before it can still be read."""
         self.feed_eof()
 
+    def feed_eof(self) -> None:
+        """End, whatever comes yet: a wait may be ended before its connection is."""
+        self.ended = True
+        super().feed_eof()
+
     def feed_data(self, data: Any) -> None:
         self.fed += len(data)
-        super().feed_data(data)
+        if not self.ended:
+            super().feed_data(data)
 
 
 class _Connection:

@@ -12,6 +12,8 @@ from client import Client, ask, question
 from conftest import Program, Start
 from standin import Cut, Seen, StandIn
 
+from upstream import _CountingReader
+
 LINES = [
     b'{"model":"m","response":"a","done":false}\n',
     b'{"model":"m","response":"b","done":false}\n',
@@ -340,3 +342,36 @@ async def test_ollamas_own_error_is_kept_even_if_a_reset_follows(
         await client.rest(stream)
     assert stream.body == LINES[0] + own
     assert not stream.complete
+
+
+async def test_bytes_that_come_right_after_their_time_are_no_fault(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """An upload is ended in a few steps, in which more of a head that never ends may come."""
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nX: ")
+        while not writer.is_closing():
+            writer.write(b"a")
+            await writer.drain()
+            await asyncio.sleep(0.0001)
+
+    ollama.script.respond = respond
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        ADMIN_LABELS="tester",
+        FIRST_BYTE_TIMEOUT=0.1,
+    )
+    path = "/api/blobs/sha256:" + "a" * 64
+    answers = await asyncio.gather(*(ask(ollprox.port, "POST", path, b"blob") for _ in range(8)))
+    assert {answer.status for answer in answers} == {504}
+
+
+async def test_a_wait_that_was_ended_takes_nothing_more() -> None:
+    reader = _CountingReader()
+    reader.feed_data(b"in time")
+    reader.feed_eof()
+    reader.feed_data(b"late")
+    assert await reader.read() == b"in time"
+    assert reader.fed == len(b"in time" + b"late")

@@ -1,6 +1,8 @@
 """Flights without sockets: a scripted exchange, and events."""
 
 import asyncio
+import gc
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
@@ -124,6 +126,24 @@ async def test_a_late_reader_gets_what_is_there_at_once_and_then_each_line() -> 
 
 def whole_answer(text: str) -> bytes:
     return b"".join(map(line, text)) + DONE
+
+
+async def test_an_abandoned_flight_is_freed_without_the_collector() -> None:
+    """It holds a request's body, and the collector may not look at what is old."""
+    field = Field()
+    flight = field.begin()
+    freed = weakref.ref(flight)
+    gc.disable()
+    try:
+        with joined(flight) as reader:
+            field.upstream.say(line("a"))
+            await reader.head()
+        del flight, reader
+        await settle()
+        assert field.upstream.open == 0
+        assert freed() is None
+    finally:
+        gc.enable()
 
 
 async def test_pieces_end_at_the_end_of_a_line() -> None:

@@ -179,6 +179,44 @@ def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
 # What is complete.
 
 
+GOOD, LAST = b'{"response":"a","done":false}\n', b'{"response":"","done":true}\n'
+
+
+@pytest.mark.parametrize("folds", [True, False])
+@pytest.mark.parametrize(
+    ("lines", "kept"),
+    [
+        ([GOOD, LAST], True),
+        ([LAST], True),
+        ([GOOD, LAST[:-1]], True),
+        ([b'{"response":"\\n{\\"error\\"","done":false}\n', LAST], True),
+        ([b'{"error":"boom"}\n', LAST], False),
+        ([GOOD, b'{"error":"boom"}\n', LAST], False),
+        ([GOOD, b"nonsense\n", LAST], False),
+        ([b"[]\n", GOOD, LAST], False),
+        ([b'{"response":\n', GOOD, LAST], False),
+    ],
+)
+def test_what_comes_in_one_read_with_the_last_line_is_judged_too(
+    lines: list[bytes], kept: bool, folds: bool
+) -> None:
+    tape = b"".join(lines)
+    notes = noted(b"/api/generate", b"")
+    if not folds:
+        notes.forget()
+    notes.feed(tape)
+    assert notes.keeps(tape) is kept
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b'{"response":"a\nb","done":true}\n', b'{"response":"a"},{"response":"","done":true}\n'],
+)
+def test_a_line_is_one_object_and_no_more(lines: bytes) -> None:
+    notes = noted(b"/api/generate", lines)
+    assert not notes.finished
+
+
 def test_a_whole_stream_is_complete() -> None:
     notes = noted_trace(b"/api/generate", "generate-stream-default")
     assert (notes.finished, notes.keeps(b""), notes.close()) == (True, True, None)

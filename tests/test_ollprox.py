@@ -354,6 +354,20 @@ async def test_a_fold_too_large_is_502_with_advice(
     await ollama.until(lambda: ollama.asked()[0].gone)
 
 
+async def test_a_stored_stream_too_large_for_one_object_stays_for_those_who_take_a_stream(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 400] * 5
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_OBJECT_BYTES=1000)
+    stream = await ask(ollprox.port, "POST", "/api/generate", question())
+    answer = await ask(ollprox.port, "POST", "/call_model", question())
+    assert answer.status == 502
+    assert '"stream": true' in answer.json()["error"]
+    again = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert ("hit" in again.cache_status, again.body) == (True, stream.body)
+    assert len(ollama.asked()) == 1
+
+
 async def test_the_least_recently_used_answer_makes_room(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:

@@ -577,3 +577,22 @@ async def test_a_stored_stream_that_cannot_be_folded_is_asked_for_again(
     answer = await ask(ollprox.port, "POST", "/call_model", question())
     assert answer.status == 200
     assert "fwd=miss" in answer.cache_status
+
+
+async def test_a_fold_that_makes_an_answer_too_large_is_given_and_not_kept(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 100] * 100
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES=25_000
+    )
+    headers = {"APIKEY": KEY}
+    stream = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert len(stream.body) < 25_000
+    for _ in range(2):
+        answer = await ask(ollprox.port, "POST", "/call_model", question())
+        assert "hit" in answer.cache_status
+        assert answer.json()["response"] == "x" * 10_000
+        metrics = await ask(ollprox.port, "GET", "/metrics.json", headers=headers)
+        assert metrics.json()["cache"]["bytes"] < 25_000 + 1000
+    assert len(ollama.asked()) == 1

@@ -1,0 +1,141 @@
+"""Clients that read slowly get all of what they were sent, whatever else ends meanwhile.
+
+The server runs in this process, over sockets whose buffers are small.
+"""
+
+import asyncio
+import contextlib
+import math
+import socket
+import ssl
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+from test_limits import certificate
+
+from http11 import Head, HTTPError, Request, Response, Truncated, parse_request_head
+from server import Limits, Server, _Client, _Handshake
+from telemetry import Record
+
+BODY = b"x" * 200_000  # more than all buffers of the kernel
+GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
+LIMITS = Limits(linger_timeout=0.001)  # so that TLS is given no time at a close
+
+
+class Setting:
+    """A server, and one client that reads when it is told to."""
+
+    def __init__(self, cert: tuple[Path, Path] | None, limits: Limits = LIMITS) -> None:
+        self.answered = asyncio.Event()
+        parse = partial(parse_request_head, take_credential=lambda path, pairs: (None, path, pairs))
+        self.server = Server(self.answer, self.render, parse, self.done, limits)
+        self.cert = cert
+        self.client: socket.socket
+
+    async def answer(self, request: Request, record: Record) -> Response:
+        return Response(200, (), BODY)
+
+    def render(self, error: HTTPError, head: Head | None, record: Record) -> Response:
+        return Response(error.status, (), b"")
+
+    def done(self, record: Record) -> None:
+        self.answered.set()
+
+    async def ask(self, request: bytes) -> None:
+        """Send a request, and wait until its response is under way."""
+        ours, self.client = socket.socketpair()
+        for end, option in ((ours, socket.SO_SNDBUF), (self.client, socket.SO_RCVBUF)):
+            end.setsockopt(socket.SOL_SOCKET, option, 4096)
+        accept: Callable[[], asyncio.Protocol] = partial(_Client, self.server)
+        if self.cert is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self.cert)
+            accept = partial(_Handshake, self.server, context)
+        await asyncio.get_running_loop().connect_accepted_socket(accept, ours)
+        await asyncio.to_thread(self._send, request)
+        await self.answered.wait()
+        await asyncio.sleep(0)  # it is written
+        await asyncio.sleep(0)
+
+    def _send(self, request: bytes) -> None:
+        if self.cert is not None:
+            context = ssl.create_default_context(cafile=self.cert[0])
+            self.client = context.wrap_socket(self.client, server_hostname="localhost")
+        self.client.sendall(request)
+
+    async def read(self) -> bytes:
+        return await asyncio.to_thread(self._read)
+
+    def _read(self) -> bytes:
+        """Read a response, or as much of it as there is."""
+        came = b""
+        with contextlib.suppress(OSError):
+            while len(came) < len(BODY) or not came.endswith(BODY):
+                if not (part := self.client.recv(65536)):
+                    break
+                came += part
+        return came
+
+    async def end(self) -> None:
+        self.client.close()
+        await self.server.abort()
+        while self.server.clients:
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.001)  # the transports end
+
+
+@pytest.fixture(params=["plain", "tls"])
+def cert(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Path] | None:
+    return certificate(tmp_path, "first") if request.param == "tls" else None
+
+
+async def test_an_idle_client_that_still_reads_is_not_idle(cert: tuple[Path, Path] | None) -> None:
+    setting = Setting(cert)
+    await setting.ask(GET)
+    later = asyncio.get_running_loop().time() + LIMITS.keepalive_timeout + 1
+    setting.server.check_deadlines(later)
+    assert (await setting.read()).endswith(BODY)
+    setting.server.check_deadlines(math.inf)  # it has read all: now it is
+    assert await asyncio.to_thread(setting.client.recv, 1) == b""
+    await setting.end()
+
+
+async def test_an_idle_client_that_reads_nothing_is_dropped(cert: tuple[Path, Path] | None) -> None:
+    setting = Setting(cert)
+    await setting.ask(GET)
+    setting.server.check_deadlines(1e12)
+    assert setting.server.clients
+    setting.server.check_deadlines(1e12)
+    assert not (await setting.read()).endswith(BODY)
+    await setting.end()
+
+
+async def test_who_reads_while_the_server_stops_gets_all(
+    cert: tuple[Path, Path] | None,
+) -> None:
+    setting = Setting(cert)
+    await setting.ask(GET)
+    drain = asyncio.create_task(setting.server.drain(30))
+    await asyncio.sleep(0.01)
+    came, _ = await asyncio.gather(setting.read(), drain)
+    assert came.endswith(BODY)
+    await setting.end()
+
+
+async def test_a_cut_is_seen_at_once(cert: tuple[Path, Path] | None) -> None:
+    """Over HTTP/1.0, where the client's end of the connection is the only sign of it."""
+    setting = Setting(cert, Limits(write_timeout=3600))
+
+    async def cut() -> AsyncIterator[bytes]:
+        yield b"a"
+        raise Truncated
+
+    async def answer(request: Request, record: Record) -> Response:
+        return Response(200, (), cut())
+
+    setting.server.handler = answer
+    await setting.ask(b"GET / HTTP/1.0\r\n\r\n")
+    assert len(await setting.read()) < 1000  # or it would wait for an hour
+    await setting.end()
