@@ -490,7 +490,7 @@ async def play(  # noqa: C901 - a script
             elif len(readers) > 1:
                 reader.leave()
                 readers.remove(reader)
-                led = led or len(reader.had) > max(len(other.had) for other in readers)
+                led = led or reader.position > max(other.position for other in readers)
         await settle()
         assert field.upstream.open == 1  # as long as one reads
         assert field.budget.reserved_bytes <= 4 * window + 10_000
@@ -530,6 +530,10 @@ class ModelReader:
         self._reader = flight.join()
         self._pieces = self._reader.pieces()
         self._next: asyncio.Task[bytes] | None = None
+
+    @property
+    def position(self) -> int:
+        return self._reader.position
 
     async def read(self) -> None:
         """Take what has come since, if anything."""
