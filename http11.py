@@ -454,8 +454,8 @@ def frame_start(status: int, headers: Headers, date: bytes) -> bytes:
 
 @lru_cache(maxsize=MAX_FRAMED)
 def frame_headers(headers: Headers) -> bytes:
-    """Write headers."""
-    return b"".join([b"%b: %b\r\n" % pair for pair in headers])
+    """Write headers, each with its line's end."""
+    return pack(headers) + b"\r\n" if headers else b""
 
 
 def pack(headers: Headers) -> bytes:

@@ -8,7 +8,7 @@ client can make the number of series grow.
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from cache import Cache
@@ -205,13 +205,9 @@ class Metrics:
             "keys": len(self.keys.labels),
             "connections": self.connections(),
             "running": self._running(by_label),
-            "minutes": [
-                {"start": m.start, "answers": m.answers, "hits": m.hits, "tokens": m.tokens}
-                for m in self._minutes
-                if m.start > now - 3600
-            ],
-            "models": [{"model": name, **_row(u)} for name, u in self._by_model.items()],
-            "labels": [{"label": name, **_row(u)} for name, u in self._by_label.items()]
+            "minutes": [asdict(m) for m in self._minutes if m.start > now - 3600],
+            "models": [{"model": name, **asdict(use)} for name, use in self._by_model.items()],
+            "labels": [{"label": name, **asdict(use)} for name, use in self._by_label.items()]
             if by_label
             else None,
             "errors": [{"what": what, "count": count} for what, count in self._failures()],
@@ -315,7 +311,7 @@ class Metrics:
             ("saved", "Requests answered from the cache or shared"),
             ("tokens", "Tokens generated"),
         ):
-            rows = [({what: label}, _row(use)[name]) for label, use in table.items()]
+            rows = [({what: label}, getattr(use, name)) for label, use in table.items()]
             out.counter(f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", rows)
 
 
@@ -336,7 +332,3 @@ def _error_of(flight: Flight) -> str:
     if flight.status >= 500:
         return "status"
     return "reported" if flight.notes is not None and flight.notes.reported else ""
-
-
-def _row(use: Use) -> dict[str, int]:
-    return {"requests": use.requests, "saved": use.saved, "tokens": use.tokens}

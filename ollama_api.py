@@ -253,7 +253,7 @@ class BaseNotes:
     reported = False
     held = 0
     usage = NO_USAGE
-    folding = False
+    folding = False  # whether a fold can be had
 
     def keeps(self, tape: bytes) -> bool:
         """Whether the whole answer on the tape may be stored, at a complete end."""
@@ -293,17 +293,14 @@ class WholeNotes(BaseNotes):
 
     def keeps(self, tape: bytes) -> bool:
         """Whether it is an object, and no error."""
-        try:
-            value = json.loads(tape)
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(value, dict) and "error" not in value
+        value = _object(tape)
+        return value is not None and "error" not in value
 
 
 class LineNotes(BaseNotes):
     """Notes on a native stream: NDJSON, whose last line has `"done": true`.
 
-    The fold is the last line, with every text joined (see `TextField`), as Ollama's own
+    The fold is the last line, with every text joined (see `_joined`), as Ollama's own
     handlers make the single object of `"stream": false`.
     """
 
@@ -318,13 +315,8 @@ class LineNotes(BaseNotes):
         self._valid = True
         self._begin_fold()
 
-    @property
-    def folding(self) -> bool:  # type: ignore[override]  # told by what has come
-        """Whether a fold can be had."""
-        return self._folding
-
     def _begin_fold(self) -> None:
-        self._folding = True
+        self.folding = True
         self._texts: dict[str, list[str]] = {self._text: [], "thinking": []}
         self._tool_calls: list[Any] = []
         self._logprobs: list[str] = []
@@ -334,11 +326,11 @@ class LineNotes(BaseNotes):
     def forget(self) -> None:
         """Hold nothing for a fold any more; what is fed is still judged."""
         self._begin_fold()
-        self._folding = False
+        self.folding = False
 
     def recall(self, pieces: list[bytes]) -> None:
         """Note a whole tape again, if it was forgotten."""
-        if not self._folding and not self.too_large:
+        if not self.folding and not self.too_large:
             self._begin_fold()
             self._lines = 0
             for piece in pieces:
@@ -364,20 +356,17 @@ class LineNotes(BaseNotes):
         loaded = self._last.get("done_reason") in _LOADS
         if not self.finished or loaded or self.too_large:
             return False
-        return self._folding or _is_all_answer(tape)  # its lines were not looked at
+        return self.folding or _is_all_answer(tape)  # its lines were not looked at
 
     def is_line(self, rest: bytes) -> bool:
         """Whether it is an object; half of one is nothing that a client could read."""
-        try:
-            return isinstance(json.loads(rest), dict)
-        except (ValueError, RecursionError):
-            return False
+        return _object(rest) is not None
 
     def feed(self, piece: bytes) -> None:
         """Note whole lines."""
         self._object = b""
         self._lines += piece.count(b"\n") or 1
-        if self._folding:
+        if self.folding:
             texts = [text for text in piece.split(b"\n") if text]
         else:
             texts = [piece.rstrip(b"\n").rpartition(b"\n")[2]]
@@ -394,7 +383,7 @@ class LineNotes(BaseNotes):
             if not self.reported:  # after an error nothing counts
                 self._last = line
                 self.reported = "error" in line
-        if self._folding:
+        if self.folding:
             self._note(objects)
             if self.held > self._max_object:
                 self.too_large = True
@@ -494,22 +483,16 @@ class EventNotes(BaseNotes):
         self._events = 0
         self._reason = False
         self._done = False
-        self._error = False
 
     @property
     def finished(self) -> bool:  # type: ignore[override]  # told by what has come
         """Whether the last event has come."""
-        return self._done and not self._error
+        return self._done and not self.reported
 
     @property
     def usage(self) -> Usage:  # type: ignore[override]  # told by what has come
         """What it has come to: events alone, since few say more."""
         return Usage(self._events)
-
-    @property
-    def reported(self) -> bool:  # type: ignore[override]  # told by what has come
-        """Whether the last event is Ollama's own error."""
-        return self._error
 
     def keeps(self, tape: bytes) -> bool:
         """Whether it is a whole answer."""
@@ -526,15 +509,24 @@ class EventNotes(BaseNotes):
             if not event.startswith(b"data: "):
                 continue
             self._done = event[6:].strip() == b"[DONE]"
-            self._error = self._error or event.startswith(b'data: {"error"')
+            self.reported = self.reported or event.startswith(b'data: {"error"')
             if not self._reason and b'"finish_reason":null' not in event:
                 self._reason = b'"finish_reason"' in event and _has_reason(event[6:])
 
     def close(self) -> str | None:
         """Say what is missing at upstream's clean end."""
-        if self._done or self._error:
+        if self._done or self.reported:
             return None
         return "Ollama ended its answer without [DONE]. Ask again."
+
+
+def _object(text: bytes) -> dict[str, Any] | None:
+    """Read what upstream said as one JSON object; None if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _count(line: dict[str, Any], name: str) -> int:

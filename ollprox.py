@@ -58,13 +58,15 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     routes = api.route_table(settings.max_object_bytes)
     cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
     flights = Flights(settings.cache_max_entry_bytes, cache)
-    metrics = Metrics(__version__, cache, flights, keys)
+    metrics = Metrics(
+        __version__, cache, flights, keys, lambda: len(server.clients), lambda: upstream.requests
+    )
     flights.ended = metrics.count_flight
     inquiry = Inquiry(upstream)
     models = ModelWatch(inquiry, cache, flights, metrics.know)
     pages = Pages(settings.admin_labels, inquiry, cache, flights, metrics)
     proxy = Proxy(settings, keys, upstream, routes, cache, flights, pages.answer)
-    access_log = AccessLog(writer, settings.log_level, as_json=settings.log_format == "json")
+    access_log = AccessLog(writer, settings.log_level)
 
     def done(record: Record) -> None:
         metrics.count(record)
@@ -87,8 +89,6 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
             max_connections=startup.raise_file_limit(settings.max_connections),
         ),
     )
-    metrics.connections = lambda: len(server.clients)
-    metrics.upstream_requests = lambda: upstream.requests
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
     tls = certificate.context if certificate else None
     asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
@@ -102,7 +102,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     print(startup.describe(settings, keys), flush=True)
     if not keys.labels:
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
-    collector = startup.Collector(cache, lambda: len(server.clients))
+    collector = startup.Collector(cache, metrics.connections)
     chores = [
         asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
@@ -196,9 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
         settings = load(os.environ)
         if chosen.ping:
             return startup.ping(settings)
-        as_json = settings.log_format == "json"
-        writer = LineWriter(sys.stderr.fileno(), as_json=as_json)
-        setup_logging(settings.log_level, writer, as_json=as_json)
+        writer = LineWriter(sys.stderr.fileno(), as_json=settings.log_format == "json")
+        setup_logging(settings.log_level, writer)
         try:
             keys = startup.open_keys(settings)
             startup.check(settings)

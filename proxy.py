@@ -201,24 +201,24 @@ class Proxy:
     def _authenticate(self, head: Head, record: Record) -> str:
         """Return the label of the caller's key. Raises HTTPError 401."""
         digest = head.credential
-        label = self.keys.labels.get(digest) if digest is not None else None
+        wrong = "there is no API key"
         if digest is not None:
-            record.caller = label or digest.hex()[:8]
-        record.label = label
-        if label is None:
-            record.wrong_key = True
-            if digest is not None:
-                self._slow_down(record)
-            wrong = "there is no API key" if digest is None else "the API key is not valid"
-            here = f"{self.settings.listen_scheme}://localhost:{self.settings.listen_port}"
-            raise HTTPError(
-                401,
-                f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
-                f" {here}/call_model -d"
-                """ '{"model": "llama2", "prompt": "Hello"}'""",
-                _CHALLENGES,
-            )
-        return label
+            label = self.keys.labels.get(digest)
+            record.caller, record.label = label or digest.hex()[:8], label
+            if label is not None:
+                return label
+            wrong = "the API key is not valid"
+        record.wrong_key = True
+        if digest is not None:
+            self._slow_down(record)
+        here = f"{self.settings.listen_scheme}://localhost:{self.settings.listen_port}"
+        raise HTTPError(
+            401,
+            f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
+            f" {here}/call_model -d"
+            """ '{"model": "llama2", "prompt": "Hello"}'""",
+            _CHALLENGES,
+        )
 
     def _slow_down(self, record: Record) -> None:
         """Count a wrong key. Raises HTTPError 429 beyond a few a minute from one address."""

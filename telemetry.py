@@ -84,11 +84,11 @@ class Record:
 
 
 class LineWriter:
-    """Write lines to a file descriptor from a thread of its own."""
+    """Write lines to a file descriptor from a thread of its own, as text or as JSON."""
 
     def __init__(self, descriptor: int, *, as_json: bool = False) -> None:
+        self.as_json = as_json
         self._descriptor = descriptor
-        self._as_json = as_json
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
         self._taken = 0  # bytes, counted by the loop's thread alone
         self._written = 0  # bytes, counted by the writing thread alone
@@ -103,12 +103,19 @@ class LineWriter:
             self._dropped += 1
             return
         if self._dropped:
-            said = f"{self._dropped} log lines were dropped"
-            text = f"{stamp()} WARNING {said}\n".encode()
-            line = (as_json("WARNING", said) if self._as_json else text) + line
+            line = self._line("WARNING", f"{self._dropped} log lines were dropped") + line
             self._dropped = 0
         self._taken += len(line)
         self._queue.put(line)
+
+    def say(self, level: str, message: str) -> None:
+        """Take a message: one line, or with a traceback as text several."""
+        self.write(self._line(level, message))
+
+    def _line(self, level: str, message: str) -> bytes:
+        if self.as_json:
+            return as_json(level, message)
+        return f"{stamp()} {level} {message}\n".encode("utf-8", "replace")
 
     def close(self) -> None:
         """Write what is left, for a second at most."""
@@ -135,23 +142,18 @@ class LineWriter:
 class LineHandler(logging.Handler):
     """Log through a `LineWriter`, so that all lines keep their order."""
 
-    def __init__(self, writer: LineWriter, *, as_json: bool) -> None:
+    def __init__(self, writer: LineWriter) -> None:
         super().__init__()
         self._writer = writer
-        self._as_json = as_json
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one log record as one line, or with a traceback as several."""
-        if self._as_json:
-            self._writer.write(as_json(record.levelname, self.format(record)))
-            return
-        line = f"{stamp()} {record.levelname} {self.format(record)}\n"
-        self._writer.write(line.encode("utf-8", "replace"))
+        """Write one log record."""
+        self._writer.say(record.levelname, self.format(record))
 
 
-def setup_logging(level: str, writer: LineWriter, *, as_json: bool = False) -> None:
+def setup_logging(level: str, writer: LineWriter) -> None:
     """Send all of OllProx's log lines to `writer`, from `level` on."""
-    handler = LineHandler(writer, as_json=as_json)
+    handler = LineHandler(writer)
     logger = logging.getLogger("ollprox")
     logger.handlers = [handler]
     logger.propagate = False
@@ -162,9 +164,9 @@ def setup_logging(level: str, writer: LineWriter, *, as_json: bool = False) -> N
 class AccessLog:
     """Write one line for each exchange, at its end."""
 
-    def __init__(self, writer: LineWriter, level: str, *, as_json: bool = False) -> None:
+    def __init__(self, writer: LineWriter, level: str) -> None:
         self._writer = writer
-        self._format = format_as_json if as_json else format_record
+        self._format = format_as_json if writer.as_json else format_record
         self._info = level in {"DEBUG", "INFO"}
         self._debug = level == "DEBUG"
 
