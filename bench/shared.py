@@ -9,25 +9,18 @@ Limits: all clients are on this machine, in one process, which reads as fast as 
 """
 
 import asyncio
-import json
 import sys
 import time
 
-from common import KEY, median, ollprox, save, script
+from common import median, ollprox, post, save, script
 
 LINES, PAUSE = 100, 0.01
 
 
 async def ask(port: int, prompt: str) -> int:
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    body = json.dumps({"model": "llama2", "prompt": prompt}).encode()
-    writer.write(
-        b"POST /api/generate HTTP/1.1\r\nHost: a\r\nAPIKEY: %b\r\nConnection: close\r\n"
-        b"Content-Length: %d\r\n\r\n%b" % (KEY.encode(), len(body), body)
-    )
+    writer.write(post(prompt, stream=True, header="Connection: close\r\n"))
     data = await reader.read()
-    while more := await reader.read():
-        data += more
     writer.close()
     assert data.count(b'"done":') == LINES + 1, data[:300]
     return len(data)

@@ -11,12 +11,11 @@ Limits: attackers and client share this machine, so the attackers' own work is i
 import http.client
 import json
 import shutil
-import statistics
 import subprocess
 import sys
 import time
 
-from common import KEY, QUESTION, ollprox, script
+from common import KEY, QUESTION, median, ollprox, percentile, script
 
 ATTACKS = {
     "alone": [],
@@ -61,11 +60,11 @@ def main() -> int:
                     [*command, "-u", url], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
                 )
                 time.sleep(2)
-            times = sorted(latencies(port, seconds))
+            times = latencies(port, seconds)
             if attack is not None:
                 attack.terminate()
                 attack.wait()
-            row = statistics.median(times), times[int(len(times) * 0.99)], times[-1]
+            row = median(times), percentile(times, 0.99), max(times)
             print(
                 f"| {name} | {len(times)} | {row[0]:.2f} | {row[1]:.2f} | {row[2]:.2f} |",
                 flush=True,

@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator
 from types import TracebackType
 from typing import Any
 
+from standin import StandIn
+
 Headers = dict[str, str]
 KEY = "a-key-for-the-tests"
 
@@ -142,3 +144,28 @@ async def raw(port: int, data: bytes) -> bytes:
 def question(prompt: str = "Why?", **more: object) -> dict[str, object]:
     """A body for `/api/generate` and `/call_model`."""
     return {"model": "llama2", "prompt": prompt, **more}
+
+
+@contextlib.asynccontextmanager
+async def waiting(port: int, ollama: StandIn, body: dict[str, object]) -> AsyncIterator[Client]:
+    """A client whose request Ollama has got and does not answer; it leaves with the block."""
+    ollama.script.hold_head = True
+    async with Client(port) as client:
+        await client.send(request("POST", "/call_model", body))
+        await ollama.until(lambda: bool(ollama.asked()))
+        yield client
+
+
+async def held_stream(
+    client: Client, ollama: StandIn, path: str, body: dict[str, object]
+) -> Answer:
+    """Ask for a stream whose first line must come while Ollama is held, and read it to its end."""
+    ollama.script.hold_before = 1
+    answer = await client.begin("POST", path, body)
+    chunks = client.chunks(answer)
+    first = await anext(chunks)  # it comes while the stand-in is held
+    assert json.loads(first)["response"] == "Paris"
+    ollama.script.let_go.set()
+    assert [chunk async for chunk in chunks]
+    assert answer.complete
+    return answer

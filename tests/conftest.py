@@ -30,6 +30,9 @@ hypothesis.settings.load_profile("ollprox")
 FAULTS = re.compile(r"Traceback|never retrieved|was destroyed|ResourceWarning|never awaited")
 
 
+DEFAULTS = {item.name.upper(): "" for item in fields(Settings)}  # whatever .env says
+
+
 class Program:
     """`python ollprox.py` as a process."""
 
@@ -80,7 +83,7 @@ async def launch(tmp_path: Path) -> AsyncIterator[Start]:
     ) -> Program:
         log = tmp_path / f"ollprox-{len(programs)}.log"
         environ = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME", "LANG"}}
-        environ |= {item.name.upper(): "" for item in fields(Settings)}  # whatever .env says
+        environ |= DEFAULTS
         environ |= {"LISTEN_HOST": "127.0.0.1", "LISTEN_PORT": "0", "PYTHONASYNCIODEBUG": "1"}
         environ |= {name: str(value) for name, value in settings.items()}
         mode = [] if measured else ["-X", "dev"]

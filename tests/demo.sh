@@ -6,8 +6,7 @@ python=$1
 port() { "$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 upstream=$(port) listen=$(port) keys=$(mktemp)
 # Whatever .env says: an empty value means the default.
-export API_KEY_SALT='' TLS_CERT_FILE='' TLS_KEY_FILE='' CACHE_ONLY_DETERMINISTIC='' CACHE_PER_KEY='' LOG_FORMAT=''
-export CACHE_MAX_BYTES='' CACHE_MAX_ENTRY_BYTES='' API_KEY_IN_PATH='' MODEL_REFRESH='' OLLAMA_CA_FILE=''
+for name in $(sed -n 's/^#\{0,1\}\([A-Z_]*\)=.*/\1/p' .env.example); do export "$name="; done
 "$python" keystore.py new --label demo | sed -n 's/^line to append.*: //p' >"$keys"
 key=$(sed 's/ .*//' "$keys")
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from client import KEY, Client, ask, question, raw, request
+from client import KEY, Client, ask, question, raw, request, waiting
 from conftest import Program, Start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -229,20 +229,15 @@ async def test_clients_that_leave_reset_or_half_close_at_any_moment(
 async def test_a_client_that_leaves_after_a_large_body_is_noticed(
     ollprox: Program, ollama: StandIn, size: int
 ) -> None:
-    ollama.script.hold_head = True
-    async with Client(ollprox.port) as client:
-        await client.send(request("POST", "/call_model", question("x" * size)))
-        await ollama.until(lambda: bool(ollama.asked()))
+    async with waiting(ollprox.port, ollama, question("x" * size)):
+        pass
     await ollama.until(lambda: ollama.asked()[0].gone)
 
 
 async def test_a_client_that_leaves_behind_much_that_it_sent_ahead_is_noticed(
     ollprox: Program, ollama: StandIn
 ) -> None:
-    ollama.script.hold_head = True
-    async with Client(ollprox.port) as client:
-        await client.send(request("POST", "/call_model", question()))
-        await ollama.until(lambda: bool(ollama.asked()))
+    async with waiting(ollprox.port, ollama, question()) as client:
         await client.send(request("GET", "/health") * 1200)
         client.writer.transport.abort()
     await ollama.until(lambda: ollama.asked()[0].gone)

@@ -1,7 +1,6 @@
 """The files in `deploy/`: each is checked by its own tool, and what stands in front is tried."""
 
 import asyncio
-import json
 import os
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
-from client import KEY, Client, question
+from client import KEY, Client, held_stream, question
 from conftest import ROOT, Program, Start
 from standin import StandIn
 from test_limits import certificate
@@ -244,15 +243,8 @@ PATHS = [f"/key/{KEY}/api/generate", "/api/generate"]
 
 @pytest.mark.parametrize("path", PATHS, ids=["key-in-path", "key-in-header"])
 async def test_a_line_goes_out_as_it_comes(front: Front, ollama: StandIn, path: str) -> None:
-    ollama.script.hold_before = 1
     async with front.client() as client:
-        answer = await client.begin("POST", path, question())
-        chunks = client.chunks(answer)
-        first = await anext(chunks)  # it comes while the stand-in is held
-        assert json.loads(first)["response"] == "Paris"
-        ollama.script.let_go.set()
-        assert [chunk async for chunk in chunks]
-    assert answer.complete
+        answer = await held_stream(client, ollama, path, question())
     assert [line["response"] for line in answer.lines()] == [*ollama.script.tokens, ""]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from client import KEY, Client, ask, question, raw, request
+from client import KEY, Client, ask, question, raw, request, waiting
 from conftest import Program, Start
 from prometheus_client.parser import text_string_to_metric_families
 from standin import Seen, StandIn
@@ -497,10 +497,7 @@ async def test_leaving_before_the_body_has_come_is_counted_too(
 async def test_who_leaves_behind_bytes_sent_ahead_has_left_all_the_same(
     ollprox: Program, ollama: StandIn
 ) -> None:
-    ollama.script.hold_head = True
-    async with Client(ollprox.port) as client:
-        await client.send(request("POST", "/call_model", question()))
-        await ollama.until(lambda: bool(ollama.asked()))
+    async with waiting(ollprox.port, ollama, question()) as client:
         client.writer.write(b"x" * (128 << 10))  # more than is read ahead
         await until(ollprox.port, lambda n: n("readers") == 1)
         client.writer.transport.abort()

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from client import KEY, Client, ask, question, request
+from client import KEY, Client, ask, held_stream, question, request, waiting
 from conftest import Program, Start
 from standin import StandIn
 
@@ -27,15 +27,8 @@ async def test_call_model_answers_with_one_object(ollprox: Program, ollama: Stan
 async def test_the_first_line_comes_before_the_second_is_made(
     ollprox: Program, ollama: StandIn
 ) -> None:
-    ollama.script.hold_before = 1
     async with Client(ollprox.port) as client:
-        answer = await client.begin("POST", "/call_model", question(stream=True))
-        chunks = client.chunks(answer)
-        first = await anext(chunks)  # it comes while the stand-in is held
-        assert json.loads(first)["response"] == "Paris"
-        ollama.script.let_go.set()
-        assert [chunk async for chunk in chunks]
-    assert answer.complete
+        answer = await held_stream(client, ollama, "/call_model", question(stream=True))
     assert answer.headers["content-type"] == "application/x-ndjson"
     assert [line["response"] for line in answer.lines()] == [*ollama.script.tokens, ""]
 
@@ -465,10 +458,7 @@ async def test_health_and_readiness_need_no_key(launch: Start, ollama: StandIn) 
 async def test_a_request_that_waits_is_noticed_to_leave_with_upstream_silent(
     ollprox: Program, ollama: StandIn
 ) -> None:
-    ollama.script.hold_head = True
-    async with Client(ollprox.port) as client:
-        await client.send(request("POST", "/call_model", question()))
-        await ollama.until(lambda: bool(ollama.asked()))
+    async with waiting(ollprox.port, ollama, question()):
         left = time.monotonic()
     await ollama.until(lambda: ollama.asked()[0].gone)
     assert time.monotonic() - left < 5

@@ -7,15 +7,12 @@ import signal
 import socket
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
 from client import KEY, Client, ask, question, request
-from conftest import ROOT, Program, Start
+from conftest import DEFAULTS, ROOT, Program, Start
 from standin import StandIn
-
-from settings import Settings
 
 
 async def test_the_start_says_what_matters(launch: Start, ollama: StandIn, key_file: Path) -> None:
@@ -180,7 +177,7 @@ async def test_a_log_that_nobody_reads_does_not_stop_the_proxy(
 ) -> None:
     read, write = os.pipe()
     environ = {
-        **{item.name.upper(): "" for item in fields(Settings)},  # whatever .env says
+        **DEFAULTS,
         "PATH": os.environ["PATH"],
         "LISTEN_HOST": "127.0.0.1",
         "LISTEN_PORT": "0",
