@@ -2,7 +2,10 @@ FROM python:3.13-slim AS build
 WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --require-hashes --target /packages -r requirements.txt
-COPY *.py dashboard.html ./
+COPY *.py ./
+COPY wire/ wire/
+COPY answers/ answers/
+COPY watch/ watch/
 # The root is read-only when it runs, so compile now.
 RUN python -m compileall -q /app /packages
 

@@ -22,20 +22,22 @@ import time
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-import ollama_api as api
+import answers.ollama_api as api
 import startup
+from answers.flight import Flights
+from answers.models import Inquiry, ModelWatch
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flights
-from http11 import parse_request_head
-from inquiry import Inquiry, ModelWatch
 from keystore import KeyStore, take_credential
-from metrics import Metrics
-from pages import Pages
-from proxy import Proxy, StoredAnswer
-from server import Limits, Server
+from proxy import Proxy
+from record import Record
 from settings import Settings, SettingsError, address, load
-from telemetry import AccessLog, LineWriter, Record, setup_logging, shown
-from upstream import Upstream
+from watch.metrics import Metrics
+from watch.pages import Pages
+from watch.telemetry import AccessLog, LineWriter, setup_logging, shown
+from wire.http11 import parse_request_head
+from wire.server import Limits, Server
+from wire.upstream import Upstream
 
 __version__ = "0.1.0"
 

@@ -13,12 +13,18 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import NamedTuple
 
-import ollama_api as api
+import answers.ollama_api as api
+from answers.flight import Flight, Flights, Reader
+from answers.notes import JSON, NDJSON, SSE, BaseNotes, content_type, progress_notes
+from answers.ollama_api import Access, Form, Question, Route, RouteTable
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flight, Flights, Reader
-from http11 import (
+from keystore import MAX_WRONG, KeyStore, WrongKeys
+from record import Record
+from settings import Settings
+from watch.telemetry import MAX_SHOWN
+from wire.http11 import (
     MAX_FRAMED,
     Head,
     Headers,
@@ -30,39 +36,13 @@ from http11 import (
     pack,
     unpack,
 )
-from keystore import MAX_WRONG, KeyStore, WrongKeys
-from ollama_api import Access, Form, Question, Route, RouteTable
-from settings import Settings
-from telemetry import MAX_SHOWN, Record
-from upstream import FORWARDED, VIA, Upstream
+from wire.upstream import FORWARDED, VIA, Upstream, loop_error
 
 log = logging.getLogger("ollprox")
 
 MAX_QUESTIONS = 512  # small bodies whose question is remembered
 MAX_KNOWN_BODY = 2048  # bytes of such a body
 MAX_AT_ONCE = 1 << 20  # bytes of a body that is parsed while all others wait
-
-
-class StoredAnswer(NamedTuple):
-    """A complete answer: what a stream's reader gets, and what a single object's does.
-
-    It is flat, since there are many.
-    """
-
-    packed: bytes  # the headers
-    body: bytes
-    object: bytes  # empty: nobody has asked for it yet
-    model: str
-    born: float  # when upstream's head came, on the monotonic clock
-    lines: int
-    tokens: int
-    gpu_seconds: float
-
-    @property
-    def size(self) -> int:
-        """Its bytes; where stream and object are one, they are counted once."""
-        both = len(self.body) if self.object is self.body else len(self.body) + len(self.object)
-        return len(self.packed) + both
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,14 +145,14 @@ class Proxy:
         """Write an error in the form of the API that was called."""
         form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
-        return Response(error.status, ((b"Content-Type", api.JSON), *error.headers), body)
+        return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
 
     # Who gets in, and what is asked.
 
     def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
         """Check key, path and method by the head alone; return the route and its target."""
         if b"via" in head.names and _goes_in_a_circle(head):
-            raise circle()
+            raise loop_error()
         found = self.routes.find(head.path)
         if found is None:
             self._authenticate(head, record)
@@ -384,7 +364,7 @@ class Proxy:
         return self.flights.begin(
             key,
             partial(self.upstream.exchange, head.method, target, headers, question.body()),
-            route.codec.notes if route.codec else api.progress_notes,
+            route.codec.notes if route.codec else progress_notes,
             partial(self._store, key, question) if key is not None else None,
             api.normalised(question.model),
             record.label if route.asks else None,
@@ -397,7 +377,7 @@ class Proxy:
         body = request.pieces() if head.has_body else b""
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
         exchange = partial(self.upstream.exchange, head.method, target, headers, body, head.length)
-        flight = self.flights.begin(None, exchange, api.progress_notes, None)
+        flight = self.flights.begin(None, exchange, progress_notes, None)
         response = await self._replay(flight.join(), _NO_QUESTION, Form.OLLAMA, record)
         leave = response.release
 
@@ -413,7 +393,7 @@ class Proxy:
         """Keep a complete answer; tell whether it was kept."""
         notes = flight.notes
         body = flight.whole()
-        if flight.status != 200 or not isinstance(notes, api.BaseNotes) or not notes.keeps(body):
+        if flight.status != 200 or not isinstance(notes, BaseNotes) or not notes.keeps(body):
             return False
         folded = body if question.relayed else b""
         try:
@@ -451,8 +431,8 @@ class Proxy:
     ) -> Response:
         await reader.head()
         flight = reader.flight
-        kind = api.content_type(flight.headers)
-        lines = kind.startswith((api.NDJSON, api.SSE))
+        kind = content_type(flight.headers)
+        lines = kind.startswith((NDJSON, SSE))
         if lines and flight.status == 200 and question.folds:
             folded = await reader.fold()
             _say_stored(flight, record)
@@ -509,11 +489,6 @@ def _goes_in_a_circle(head: Head) -> bool:
     )
 
 
-def circle() -> HTTPError:
-    """Say that requests come back."""
-    return HTTPError(508, "OLLAMA_HOST leads back to OllProx: give it Ollama's own address")
-
-
 def _wrong_method(route: Route) -> HTTPError:
     allowed = b", ".join(route.methods)
     return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
@@ -523,7 +498,7 @@ def _wrong_method(route: Route) -> HTTPError:
 def _as_object(headers: Headers) -> Headers:
     """Give the headers of a stream the type of a single object."""
     rest = tuple(pair for pair in headers if pair[0].lower() != b"content-type")
-    return ((b"Content-Type", api.JSON), *rest)
+    return ((b"Content-Type", JSON), *rest)
 
 
 def _say_stored(flight: Flight, record: Record) -> None:

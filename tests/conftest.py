@@ -13,6 +13,8 @@ import pytest
 import pytest_asyncio
 
 ROOT = Path(__file__).resolve().parent.parent
+WINGS = ("wire", "answers", "watch")
+SOURCES = [*ROOT.glob("*.py"), *(file for wing in WINGS for file in (ROOT / wing).glob("*.py"))]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from client import KEY  # noqa: E402 - the path had to be set first

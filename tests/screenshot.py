@@ -18,7 +18,7 @@ from typing import Any
 from playwright.async_api import Browser, Page, Request, Route, async_playwright
 
 ROOT = Path(__file__).resolve().parent.parent
-HTML = (ROOT / "dashboard.html").read_text()
+HTML = (ROOT / "watch" / "dashboard.html").read_text()
 CHROMIUM = shutil.which("chromium")
 URL = "http://dashboard.test/dashboard"
 NOW = 1_790_000_041.5  # seconds; any time will do
@@ -109,7 +109,10 @@ class Stage:
         """Answer in OllProx's place."""
         page_headers = {"Content-Security-Policy": POLICY}
         await page.route(
-            URL, lambda route: route.fulfill(path=ROOT / "dashboard.html", headers=page_headers)
+            URL,
+            lambda route: route.fulfill(
+                path=ROOT / "watch" / "dashboard.html", headers=page_headers
+            ),
         )
         await page.route("**/metrics.json", self._answer)
 

@@ -16,19 +16,21 @@ from typing import Any
 
 import pytest
 from client import KEY
-from conftest import ROOT
+from conftest import SOURCES
 
+from answers.flight import Flights
+from answers.ollama_api import route_table
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flights
-from http11 import Head, KnownHeads, Response, parse_request_head, parse_response_head
 from keystore import KeyStore, take_credential
-from metrics import Metrics
-from ollama_api import route_table
-from proxy import Proxy, StoredAnswer
-from server import Limits, Server, _Client
+from proxy import Proxy
+from record import Record
 from settings import Settings
-from telemetry import AccessLog, LineWriter, Record
-from upstream import Upstream, _Connection, _CountingReader
+from watch.metrics import Metrics
+from watch.telemetry import AccessLog, LineWriter
+from wire.http11 import Head, KnownHeads, Response, parse_request_head, parse_response_head
+from wire.server import Limits, Server, _Client
+from wire.upstream import Upstream, _Connection, _CountingReader
 
 # Calls of functions in OllProx's own files, tasks, and timers, for one of each.
 KEPT = {
@@ -36,7 +38,7 @@ KEPT = {
     "miss": (183, 1, 0),
     "line": (45, 0, 0),
 }
-OURS = {str(path) for path in ROOT.glob("*.py")}
+OURS = {str(path) for path in SOURCES}
 HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n"
     b"Date: Mon, 23 Nov 2026 09:10:20 GMT\r\nTransfer-Encoding: chunked\r\n\r\n"

@@ -9,15 +9,16 @@ from client import KEY, Answer, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
 
+from answers.flight import Flights
+from answers.ollama_api import route_table
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flights
-from http11 import Head, Response, pack
 from keystore import KeyStore
-from ollama_api import route_table
-from proxy import MAX_AT_ONCE, Proxy, StoredAnswer
+from proxy import MAX_AT_ONCE, Proxy
+from record import Record
 from settings import Settings
-from telemetry import Record
-from upstream import Upstream
+from wire.http11 import Head, Response, pack
+from wire.upstream import Upstream
 
 BOSS = "the-key-of-an-admin"
 OTHER = "gemma3:270m"  # a model beside llama2

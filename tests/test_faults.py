@@ -12,7 +12,7 @@ from client import Client, ask, question
 from conftest import Program, Start
 from standin import Cut, Seen, StandIn
 
-from upstream import _CountingReader
+from wire.upstream import _CountingReader
 
 LINES = [
     b'{"model":"m","response":"a","done":false}\n',

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from answers.flight import PIECE_OVERHEAD, Ending, Flight, Flights, Reader
+from answers.notes import BaseNotes, LineNotes
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import PIECE_OVERHEAD, Ending, Flight, Flights, Reader
-from http11 import HTTPError, Response, Truncated
-from ollama_api import BaseNotes, LineNotes
-from proxy import StoredAnswer
+from wire.http11 import HTTPError, Response, Truncated
 
 DONE = b'{"response":"","done":true}\n'
 

@@ -3,16 +3,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from http11 import (
-    LAST_CHUNK,
+from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.http11 import (
     BadHead,
-    ChunkedDecoder,
     Head,
     KnownHeads,
     Pairs,
     ResponseHead,
     end_to_end,
-    frame_chunk,
     frame_request,
     frame_start,
     hopeless,

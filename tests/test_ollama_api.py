@@ -8,9 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from standin import Script, StandIn
 
-from http11 import HTTPError, Response
-from ollama_api import (
-    BaseNotes,
+from answers.notes import BaseNotes
+from answers.ollama_api import (
     Form,
     Question,
     digests,
@@ -19,6 +18,7 @@ from ollama_api import (
     route_table,
     version,
 )
+from wire.http11 import HTTPError, Response
 
 TRACES = Path(__file__).parent / "traces"
 TABLE = route_table(32 << 20)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from client import KEY, Client, ask, question, request
-from conftest import DEFAULTS, ROOT, Program, Start
+from conftest import DEFAULTS, ROOT, SOURCES, Program, Start
 from standin import StandIn
 
 
@@ -203,8 +203,10 @@ async def test_a_log_that_nobody_reads_does_not_stop_the_proxy(
 
 
 async def test_settings_come_from_the_env_file_too(tmp_path: Path) -> None:
-    for file in ROOT.glob("*.py"):
-        (tmp_path / file.name).write_bytes(file.read_bytes())
+    for file in SOURCES:
+        copy = tmp_path / file.relative_to(ROOT)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(file.read_bytes())
     (tmp_path / ".env").write_text("LISTEN_PORT=8123\nCACHE_TTL=7\n")
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, str(tmp_path / "ollprox.py"), "--check"),

@@ -9,18 +9,19 @@ from pathlib import Path
 
 import pytest
 from client import KEY, Client, ask, question, request
-from conftest import Program, Start
+from conftest import SOURCES, Program, Start
 from standin import Seen, StandIn
 
+from answers.flight import Flights
+from answers.ollama_api import Access, AsItCame, Form, Route, route_table
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flights
-from http11 import Head, Response
 from keystore import KeyStore
-from ollama_api import Access, AsItCame, Form, Route, route_table
-from proxy import Proxy, StoredAnswer
+from proxy import Proxy
+from record import Record
 from settings import Settings
-from telemetry import Record
-from upstream import Upstream
+from wire.http11 import Head, Response
+from wire.upstream import Upstream
 
 ADMIN = "an-admin-key-for-tests"
 BOSS = {"APIKEY": ADMIN}
@@ -108,8 +109,7 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
 
 
 def test_no_path_stands_outside_the_table() -> None:
-    root = Path(__file__).parent.parent
-    for file in root.glob("*.py"):
+    for file in SOURCES:
         text = file.read_text()
         if file.name != "ollama_api.py":
             for path in ("/api/", "/v1/"):

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from test_limits import certificate
 
-from http11 import Head, HTTPError, Request, Response, Truncated, parse_request_head
-from server import Limits, Server, _Client, _Handshake
-from telemetry import Record
+from record import Record
+from wire.http11 import Head, HTTPError, Request, Response, Truncated, parse_request_head
+from wire.server import Limits, Server, _Client, _Handshake
 
 BODY = b"x" * 200_000  # more than all buffers of the kernel
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from answers.stored import StoredAnswer
 from cache import Cache
-from proxy import StoredAnswer
 from startup import FREEZE_AFTER, THAW_AFTER, Collector
 
 

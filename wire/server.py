@@ -22,23 +22,20 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from http11 import (
-    LAST_CHUNK,
+from record import Record
+from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.http11 import (
     BadHead,
-    ChunkedDecoder,
     Head,
     HTTPError,
     KnownHeads,
     Request,
     Response,
     Truncated,
-    frame_chunk,
     frame_headers,
     frame_start,
     hopeless,
 )
-from outbox import Outbox
-from telemetry import Record
 
 log = logging.getLogger("ollprox.server")
 
@@ -105,7 +102,7 @@ class Server:
         self.handshakes: set[asyncio.Task[None]] = set()
         self.serving = 0  # clients that have a place, of `max_connections`
         self.draining = False
-        self.outbox = Outbox()
+        self.outbox = _Outbox()
         self._listener: asyncio.Server | None = None
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
@@ -150,6 +147,30 @@ class Server:
             handshake.cancel()
         if tasks := [*(client.task for client in self.clients), *self.handshakes]:
             await asyncio.wait(tasks)
+
+
+class _Outbox:
+    """What is written once all that is ready to run has had its turn.
+
+    A write wakes who waits at the other end, and that costs more than all else that a hit
+    needs. Of many writes in a row only the first does.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.Transport, bytes]] = []
+
+    def put(self, transport: asyncio.Transport, data: bytes) -> None:
+        """Take what is to be written soon: before the event loop looks at any socket again."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._waiting.append((transport, data))
+
+    def flush(self) -> None:
+        """Write it now; to be called before a connection is closed."""
+        waiting, self._waiting = self._waiting, []
+        for transport, data in waiting:
+            if not transport.is_closing():
+                transport.write(data)
 
 
 class _Handshake(asyncio.Protocol):

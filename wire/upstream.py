@@ -13,16 +13,14 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from http11 import (
-    LAST_CHUNK,
+from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.http11 import (
     BadHead,
-    ChunkedDecoder,
     Headers,
     HTTPError,
     KnownHeads,
     Response,
     ResponseHead,
-    frame_chunk,
     frame_request,
     hopeless,
     parse_response_head,
@@ -472,6 +470,11 @@ class _Body:
             self._left -= len(piece)
             connection.whole = self._left == 0
         return piece
+
+
+def loop_error() -> HTTPError:
+    """Say that requests come back."""
+    return HTTPError(508, "OLLAMA_HOST leads back to OllProx: give it Ollama's own address")
 
 
 def _reason(error: OSError | UnicodeError) -> str:

@@ -7,14 +7,15 @@ import re
 from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qsl
 
-import ollama_api as api
+import answers.ollama_api as api
+from answers.flight import Flights
+from answers.models import Inquiry
+from answers.notes import JSON
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flights
-from http11 import Head, Headers, HTTPError, Response
-from inquiry import Inquiry
-from metrics import Metrics
-from proxy import StoredAnswer
 from settings import ROOT
+from watch.metrics import Metrics
+from wire.http11 import Head, Headers, HTTPError, Response
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus's exposition format
 _FRESH: Headers = ((b"Cache-Control", b"no-store"),)
@@ -45,7 +46,7 @@ class Pages:
         self._cache = cache
         self._flights = flights
         self._metrics = metrics
-        self._dashboard = (ROOT / "dashboard.html").read_bytes()
+        self._dashboard = (ROOT / "watch" / "dashboard.html").read_bytes()
         self._policy = _policy(self._dashboard)
         self._by_name: dict[str, Callable[[Head, str], Awaitable[Response]]] = {
             "health": self._health,
@@ -100,7 +101,7 @@ class Pages:
 
 def _json(value: object, headers: Headers = ()) -> Response:
     body = json.dumps(value, separators=(",", ":")).encode()
-    return Response(200, ((b"Content-Type", api.JSON), *headers), body)
+    return Response(200, ((b"Content-Type", JSON), *headers), body)
 
 
 def _policy(page: bytes) -> bytes:

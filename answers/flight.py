@@ -20,8 +20,8 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
-from http11 import Headers, HTTPError, Response, Truncated
-from telemetry import NO_USAGE, Usage
+from record import NO_USAGE, Usage
+from wire.http11 import Headers, HTTPError, Response, Truncated
 
 log = logging.getLogger("ollprox.flight")
 

@@ -6,12 +6,12 @@ import math
 import time
 from collections.abc import Callable, Iterable
 
-import ollama_api as api
+import answers.ollama_api as api
+from answers.flight import Flights
+from answers.stored import StoredAnswer
 from cache import Cache
-from flight import Flights
-from http11 import HTTPError
-from proxy import StoredAnswer, circle
-from upstream import FORWARDED, Upstream
+from wire.http11 import HTTPError
+from wire.upstream import FORWARDED, Upstream, loop_error
 
 log = logging.getLogger("ollprox")
 
@@ -65,7 +65,7 @@ class Inquiry:
         except TimeoutError:
             raise HTTPError(504, f"no answer within {seconds:g} s") from None
         if response.status == 508:
-            raise circle()
+            raise loop_error()
         if response.status != 200:
             raise HTTPError(502, f"Its answer had status {response.status}.")
         return b"".join(pieces)
