@@ -26,6 +26,7 @@ from settings import Settings
 from watch.telemetry import MAX_SHOWN
 from wire.http11 import (
     MAX_FRAMED,
+    Ask,
     Head,
     Headers,
     HTTPError,
@@ -363,10 +364,10 @@ class Proxy:
         headers += ((b"X-Request-ID", record.request_id),)
         return self.flights.begin(
             key,
-            partial(self.upstream.exchange, head.method, target, headers, question.body()),
+            self.upstream.exchange,
+            Ask(head.method, target, headers, question.body, model=api.normalised(question.model)),
             route.codec.notes if route.codec else progress_notes,
             partial(self._store, key, question) if key is not None else None,
-            api.normalised(question.model),
             record.label if route.asks else None,
         )
 
@@ -374,10 +375,10 @@ class Proxy:
         """Pass a request that manages models on as it comes, and its progress back."""
         head = request.head
         record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
-        body = request.pieces() if head.has_body else b""
+        body = request.pieces() if head.has_body else bytes
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
-        exchange = partial(self.upstream.exchange, head.method, target, headers, body, head.length)
-        flight = self.flights.begin(None, exchange, progress_notes, None)
+        ask = Ask(head.method, target, headers, body, head.length)
+        flight = self.flights.begin(None, self.upstream.exchange, ask, progress_notes, None)
         response = await self._replay(flight.join(), _NO_QUESTION, Form.OLLAMA, record)
         leave = response.release
 

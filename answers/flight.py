@@ -17,11 +17,10 @@ import math
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractAsyncContextManager
 from typing import Protocol
 
 from record import NO_USAGE, Usage
-from wire.http11 import Headers, HTTPError, Response, Truncated
+from wire.http11 import Ask, Exchange, Headers, HTTPError, Response, Truncated
 
 log = logging.getLogger("ollprox.flight")
 
@@ -98,10 +97,10 @@ class Flight:
     Args:
         flights: where it is registered.
         key: what identifies its answer; None for one that cannot be joined.
-        exchange: opens the exchange.
+        exchange: carries out what is asked.
+        ask: what is asked.
         notes: makes the notes for a response's head.
         store: keeps a complete answer and tells whether it did; None to keep none.
-        model: whose answer it is.
         caller: the label of the key that asked for it; None if it is no answer of a model.
 
     """
@@ -110,14 +109,14 @@ class Flight:
         self,
         flights: "Flights",
         key: bytes | None,
-        exchange: Callable[[], AbstractAsyncContextManager[Response]],
+        exchange: Exchange,
+        ask: Ask,
         notes: Callable[[Response], Notes],
         store: Callable[["Flight"], bool] | None,
-        model: str = "",
         caller: str | None = None,
     ) -> None:
         self.key = key
-        self.model = model
+        self.model = ask.model
         self.caller = caller
         self.number = next(_numbers)
         self.began = flights.clock()
@@ -137,6 +136,7 @@ class Flight:
         self.crowded = False  # the recorder has had to wait for its readers
         self._flights = flights
         self._exchange = exchange
+        self._ask = ask
         self._make_notes = notes
         self._store = store
         self._pieces: list[bytes] = []
@@ -216,7 +216,7 @@ class Flight:
 
     async def _record(self) -> None:
         try:
-            async with self._exchange() as response:
+            async with self._exchange(self._ask) as response:
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born = self._flights.clock()
@@ -488,14 +488,14 @@ class Flights:
     def begin(
         self,
         key: bytes | None,
-        exchange: Callable[[], AbstractAsyncContextManager[Response]],
+        exchange: Exchange,
+        ask: Ask,
         notes: Callable[[Response], Notes],
         store: Callable[[Flight], bool] | None,
-        model: str = "",
         caller: str | None = None,
     ) -> Flight:
         """Begin a flight; see `Flight`. Its first reader must join before any `await`."""
-        flight = Flight(self, key, exchange, notes, store, model, caller)
+        flight = Flight(self, key, exchange, ask, notes, store, caller)
         self._by_key.setdefault(key, []).append(flight)
         return flight
 

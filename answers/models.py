@@ -10,7 +10,7 @@ import answers.ollama_api as api
 from answers.flight import Flights
 from answers.stored import StoredAnswer
 from cache import Cache
-from wire.http11 import HTTPError
+from wire.http11 import Ask, HTTPError
 from wire.upstream import FORWARDED, Upstream, loop_error
 
 log = logging.getLogger("ollprox")
@@ -56,7 +56,7 @@ class Inquiry:
         """Read a small answer of upstream's. Raises HTTPError."""
         try:
             async with asyncio.timeout(seconds):
-                async with self._upstream.exchange(b"GET", target, FORWARDED, b"") as response:
+                async with self._upstream.exchange(Ask(b"GET", target, FORWARDED)) as response:
                     pieces, size = [], 0
                     async for piece in response.body:  # type: ignore[union-attr]
                         pieces.append(piece)

@@ -14,13 +14,17 @@ from answers.flight import PIECE_OVERHEAD, Ending, Flight, Flights, Reader
 from answers.notes import BaseNotes, LineNotes
 from answers.stored import StoredAnswer
 from cache import Cache
-from wire.http11 import HTTPError, Response, Truncated
+from wire.http11 import Ask, HTTPError, Response, Truncated
 
 DONE = b'{"response":"","done":true}\n'
 
 
 def line(text: str) -> bytes:
     return b'{"response":"%b","done":false}\n' % text.encode()
+
+
+def asking(model: str = "m") -> Ask:
+    return Ask(b"POST", b"/api/generate", (), model=model)
 
 
 class Upstream:
@@ -37,7 +41,7 @@ class Upstream:
             self.queue.put_nowait(piece)
 
     @asynccontextmanager
-    async def exchange(self) -> AsyncIterator[Response]:
+    async def exchange(self, ask: Ask) -> AsyncIterator[Response]:
         self.begun += 1
         self.open += 1
         try:
@@ -69,7 +73,9 @@ class Field:
         self.on_store: Callable[[], None] = lambda: None
 
     def begin(self, key: bytes | None = b"k", model: str = "m") -> Flight:
-        return self.flights.begin(key, self.upstream.exchange, self._notes, self._store, model)
+        return self.flights.begin(
+            key, self.upstream.exchange, asking(model), self._notes, self._store
+        )
 
     def _notes(self, response: Response) -> BaseNotes:
         return LineNotes(False, 10_000)
@@ -379,7 +385,7 @@ async def test_the_youngest_flight_is_joined_and_an_older_one_cannot_store_after
     field, later = Field(), Upstream()
     older = field.begin()
     old_reader = asyncio.create_task(read(older))
-    younger = field.flights.begin(b"k", later.exchange, field._notes, field._store)
+    younger = field.flights.begin(b"k", later.exchange, asking(), field._notes, field._store)
     assert field.flights.find(b"k") is younger
     young_reader = asyncio.create_task(read(younger))
     later.say(line("new"), DONE, None)
@@ -394,7 +400,7 @@ async def test_an_older_flight_that_ends_does_not_remove_a_younger_one() -> None
     """Removal is by identity: by key it would take the younger one away."""
     field, later = Field(), Upstream()
     older = asyncio.create_task(read(field.begin()))
-    younger = field.flights.begin(b"k", later.exchange, field._notes, field._store)
+    younger = field.flights.begin(b"k", later.exchange, asking(), field._notes, field._store)
     young_reader = asyncio.create_task(read(younger))
     field.upstream.say(DONE, None)
     await older

@@ -10,6 +10,7 @@ import hashlib
 import re
 import sys
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
@@ -143,6 +144,31 @@ class Response:
     body: bytes | AsyncIterator[bytes]
     length: int | None = None
     release: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request to upstream, with all that whoever carries it out needs to know.
+
+    `headers` are end-to-end headers without Host and length. `body` is encoded only when it is
+    sent, so that a request that waits holds its prompt once; an upload is an iterator instead,
+    is sent once, and in chunks unless `length` is known. `model` is the normalized name, empty
+    if no model is needed.
+    """
+
+    method: bytes
+    target: bytes
+    headers: Headers
+    body: Callable[[], bytes] | AsyncIterator[bytes] = bytes
+    length: int | None = None
+    model: str = ""
+
+
+Exchange = Callable[[Ask], AbstractAsyncContextManager[Response]]
+"""Carries out a request; leaving the block before the body's end aborts it.
+
+Exchanges are put around one another: `fair_queue(upstream.exchange)` is one too.
+"""
 
 
 class Request(Protocol):

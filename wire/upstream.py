@@ -15,6 +15,7 @@ from typing import Any
 
 from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
 from wire.http11 import (
+    Ask,
     BadHead,
     Headers,
     HTTPError,
@@ -141,26 +142,18 @@ class Upstream:
         self._failures = _Failures(self)
         self._parse = KnownHeads(parse_response_head)
 
-    def exchange(
-        self,
-        method: bytes,
-        target: bytes,
-        headers: Headers,
-        body: bytes | AsyncIterator[bytes],
-        length: int | None = None,
-    ) -> "_Exchange":
+    def exchange(self, ask: Ask) -> "_Exchange":
         """Send a request; `async with` gives the response, whose body is read inside the block.
 
         Leaving the block before the body's end aborts the connection, which is how Ollama
-        is told to stop. `headers` are end-to-end headers without Host and length. A body that
-        comes as it goes is sent in chunks unless its `length` is known, and only once.
+        is told to stop.
 
         Raises:
             HTTPError: 502 not reachable, not HTTP or closed early; 504 too slow. The body
                 raises these as well.
 
         """
-        return _Exchange(self, method, target, (self._host_header, *headers), body, length)
+        return _Exchange(self, ask, (self._host_header, *ask.headers))
 
     def sweep(self) -> None:
         """Drop kept connections that upstream has closed, and end waits that last too long.
@@ -388,32 +381,24 @@ class _Exchange:
     _connection: _Connection
     _head: ResponseHead
 
-    def __init__(
-        self,
-        upstream: Upstream,
-        method: bytes,
-        target: bytes,
-        headers: Headers,
-        body: bytes | AsyncIterator[bytes],
-        length: int | None,
-    ) -> None:
+    def __init__(self, upstream: Upstream, ask: Ask, headers: Headers) -> None:
         self._upstream = upstream
-        self._method = method
-        self._target = target
+        self._ask = ask
         self._headers = headers
-        self._body = body
-        self._length = length
 
     async def __aenter__(self) -> Response:
-        method, target, headers = self._method, self._target, self._headers
-        body, length = self._body, self._length
-        if isinstance(body, bytes):
+        ask, headers, length = self._ask, self._headers, self._ask.length
+        method, target = ask.method, ask.target
+        if not isinstance(ask.body, AsyncIterator):
+            body = ask.body()
             length = len(body) if body or method not in _BODILESS else None
             message = frame_request(method, target, headers, length) + body
             connection, head = await self._upstream.send(message)
         else:
             message = frame_request(method, target, headers, length, chunked=length is None)
-            connection, head = await self._upstream.upload(message, body, chunked=length is None)
+            connection, head = await self._upstream.upload(
+                message, ask.body, chunked=length is None
+            )
         bodiless = method == b"HEAD" or head.status in {204, 304}
         connection.whole = bodiless or head.length == 0
         connection.deadline = math.inf
