@@ -8,8 +8,8 @@ try:
     import h11  # noqa: F401 - to say what to do before anything else fails for lack of it
 except ModuleNotFoundError:
     raise SystemExit(
-        "ollprox: h11 is not installed: `make run` puts it into .venv and starts OllProx, or"
-        " install requirements.txt and start again"
+        "ollprox: h11 is not installed: `make run` installs it in .venv and starts OllProx;"
+        " or install requirements.txt"
     ) from None
 
 import argparse
@@ -31,10 +31,10 @@ from cache import Cache
 from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
-from settings import Settings, SettingsError, address, load
+from settings import Settings, SettingsError, address, load, misspelled
 from watch.metrics import Metrics
 from watch.pages import Pages
-from watch.telemetry import AccessLog, LineWriter, setup_logging, shown
+from watch.telemetry import AccessLog, LineWriter, setup_logging
 from wire.http11 import parse_request_head
 from wire.server import Limits, Server
 from wire.upstream import Upstream
@@ -46,9 +46,8 @@ LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
 log = logging.getLogger("ollprox")
 
 
-async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
-    """Serve until a signal; return the exit status."""
-    upstream = Upstream(
+def _make_upstream(settings: Settings) -> Upstream:
+    return Upstream(
         settings.ollama_host,
         settings.ollama_port,
         settings.upstream_address,
@@ -57,6 +56,11 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         idle_timeout=settings.idle_timeout,
         tls=startup.upstream_tls(settings),
     )
+
+
+async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
+    """Serve until a signal; return the exit status."""
+    upstream = _make_upstream(settings)
     routes = api.route_table(settings.max_object_bytes)
     cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
     flights = Flights(settings.cache_max_entry_bytes, cache)
@@ -104,16 +108,14 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     print(startup.describe(settings, keys), flush=True)
     if not keys.labels:
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
-    collector = startup.Collector(cache, metrics.connections)
+    startup.tune_collector()
+    reload = partial(_reload, keys, certificate)
     chores = [
         asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
-        asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
+        asyncio.create_task(_each(settings.key_refresh, reload, signals.reload)),
         asyncio.create_task(_watch_lag(metrics)),
-        asyncio.create_task(_say_upstream(inquiry, upstream.address)),
-        asyncio.create_task(_each(1.0, collector.poll)),
+        asyncio.create_task(_report_upstream(inquiry, upstream.address)),
     ]
-    if certificate:
-        chores.append(asyncio.create_task(_each(settings.key_refresh, certificate.poll)))
     if settings.model_refresh:
         changed = proxy.models_changed
         chores.append(asyncio.create_task(_each(settings.model_refresh, models.refresh, changed)))
@@ -157,7 +159,10 @@ async def _tidy(server: Server, upstream: Upstream) -> None:
     upstream.sweep()
 
 
-async def _poll_keys(keys: KeyStore) -> None:
+async def _reload(keys: KeyStore, certificate: startup.Certificate | None) -> None:
+    """Read the key file and the certificate again if they have changed."""
+    if certificate:
+        await certificate.poll()
     result = await asyncio.to_thread(keys.poll)
     if result is None:
         return
@@ -173,25 +178,37 @@ async def _watch_lag(metrics: Metrics) -> None:
         metrics.note_lag(max(0.0, time.monotonic() - due))
 
 
-async def _say_upstream(inquiry: Inquiry, address: str) -> None:
-    said = await inquiry.version()
-    if isinstance(said, str):
-        print(f"Ollama {shown(said)} answers at {address}", flush=True)
-    else:
-        print(f"Ollama does not answer yet; requests are tried all the same. {said}", flush=True)
+async def _report_upstream(inquiry: Inquiry, address: str) -> None:
+    print(await startup.describe_upstream(inquiry, address), flush=True)
+
+
+async def _check(settings: Settings, keys: KeyStore) -> int:
+    """Print what would be done and what answers in Ollama's place; return the exit status."""
+    print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
+    print(startup.describe(settings, keys))
+    upstream = _make_upstream(settings)
+    await _report_upstream(Inquiry(upstream), upstream.address)
+    await upstream.close()
+    return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="ollprox.py",
-        description="A proxy for Ollama that checks API keys and answers from its cache."
-        " Settings come from the environment and .env; the README has a table of them.",
+        description="A proxy for Ollama that checks API keys and caches answers."
+        " Settings come from the environment and .env; the README lists them."
+        " SIGHUP reloads the key file and the certificate, SIGTERM drains and stops.",
     )
     parser.add_argument("--version", action="version", version=f"OllProx {__version__}")
-    parser.add_argument("--check", action="store_true", help="check the settings and the key file")
     parser.add_argument(
-        "--ping", action="store_true", help="ask the running OllProx if it is alive"
+        "--check",
+        action="store_true",
+        help="check the settings, the key file and Ollama, then exit; the status is 2 if a setting"
+        " is wrong, and 0 otherwise, even if Ollama is down",
+    )
+    parser.add_argument(
+        "--ping", action="store_true", help="exit with 0 if OllProx is running with these settings"
     )
     chosen = parser.parse_args(arguments)
     try:
@@ -201,12 +218,12 @@ def main(arguments: list[str] | None = None) -> int:
         writer = LineWriter(sys.stderr.fileno(), as_json=settings.log_format == "json")
         setup_logging(settings.log_level, writer)
         try:
+            for warning in misspelled(os.environ):
+                log.warning("%s", warning)
             keys = startup.open_keys(settings)
             startup.check(settings)
             if chosen.check:
-                print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
-                print(startup.describe(settings, keys))
-                return 0
+                return asyncio.run(_check(settings, keys))
             return asyncio.run(run(settings, keys, writer))
         finally:
             writer.close()

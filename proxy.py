@@ -22,7 +22,7 @@ from answers.stored import StoredAnswer
 from cache import Cache
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from record import Record
-from settings import Settings
+from settings import Origins, Settings
 from watch.telemetry import MAX_SHOWN
 from wire.http11 import (
     MAX_FRAMED,
@@ -104,6 +104,7 @@ class Proxy:
         own: Callable[[str, Head, str], Awaitable[Response]],
     ) -> None:
         self.settings = settings
+        self._origins = Origins(settings.cors_origins)
         self.keys = keys
         self.upstream = upstream
         self.routes = routes
@@ -215,9 +216,8 @@ class Proxy:
 
     def _cors(self, head: Head) -> Headers:
         """Return the headers that let a listed origin's page read the response."""
-        origins = self.settings.cors_origins
         origin = head.get(b"origin")
-        if origin is None or ("*" not in origins and origin.decode("latin-1") not in origins):
+        if origin is None or not self._origins.allow(origin):
             return ()
         return (
             (b"Access-Control-Allow-Origin", origin),

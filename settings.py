@@ -1,11 +1,11 @@
 """The settings: one frozen dataclass, read from the environment and `.env`.
 
-Each field is the environment variable of the same name in upper case; the environment
-wins over `.env`, and an empty value means the default. Whatever is wrong raises a
-`SettingsError` whose one line names the variable and the mend.
+Each field is the environment variable of the same name in upper case. The environment
+wins over `.env`, and an empty value means the default. A bad value raises a
+`SettingsError` whose one line names the variable and the fix.
 """
 
-import ipaddress
+import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -16,8 +16,9 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+_ALIKE = 0.85  # how similar an unknown name must be to a setting's to be reported
 
 
 class SettingsError(Exception):
@@ -25,22 +26,24 @@ class SettingsError(Exception):
 
 
 def _seconds(text: str) -> float:
+    """Parse a time above 0: a number of seconds, or a number and one of s, m and h."""
+    unit = _SECONDS.get(text[-1:], 0)
     try:
-        value = float(text)
+        value = float(text[:-1]) * unit if unit else float(text)
     except ValueError:
         value = math.nan
     if not 0 < value < 1e9:
-        raise ValueError("must be a number of seconds above 0, such as 30 or 0.5")
+        raise ValueError("must be a time above 0, such as 30, 0.5, 90s, 10m or 1h")
     return value
 
 
 def _seconds_or_off(text: str) -> float:
-    if re.fullmatch(r"0+(\.0*)?", text):
+    if re.fullmatch(r"0+(\.0*)?[smh]?", text):
         return 0.0
     try:
         return _seconds(text)
     except ValueError:
-        raise ValueError("must be a number of seconds, or 0 to turn it off") from None
+        raise ValueError("must be a time such as 30, 90s, 10m or 1h, or 0 to turn it off") from None
 
 
 def _size(text: str) -> int:
@@ -72,7 +75,7 @@ def _listen_port(text: str) -> int:
     try:
         return 0 if text == "0" else _port(text)
     except ValueError as error:
-        raise ValueError(f"{error}, or 0 for a free one, which is shown at the start") from None
+        raise ValueError(f"{error}, or 0 for any free port") from None
 
 
 def _host(text: str) -> str:
@@ -106,12 +109,73 @@ def _labels(text: str) -> tuple[str, ...]:
 
 
 def _origins(text: str) -> tuple[str, ...]:
-    origins = _labels(text.lower())
-    if not all(origin == "*" or _ORIGIN.fullmatch(origin) for origin in origins):
-        raise ValueError(
-            "must be * or a list of origins with no path, such as https://chat.example:8443"
-        )
-    return origins
+    patterns = _labels(text.lower())
+    for pattern in patterns:
+        if not _can_match(pattern):
+            raise ValueError(
+                "must be * or origins without a path, such as https://chat.example:8443,"
+                " https://*.example.com or chrome-extension://*",
+                pattern,
+            )
+    return patterns
+
+
+# An origin as browsers write it (RFC 6454 section 6.2): scheme, host and a port that is not the
+# scheme's default; in ASCII and lower case, and without a path.
+_PATTERN = re.compile(
+    r"(?P<scheme>[a-z*][a-z0-9+.*-]*)://"
+    r"(?P<host>\[[0-9a-f:.*]+\]|[a-z0-9._~*%!$&'()+;=-]*)(?::(?P<port>[1-9*][0-9*]*))?"
+)
+_NO_SCHEME = re.compile(r"\*[a-z0-9.:_\[\]*-]*")  # the `*` covers the scheme
+_WEB_PORTS = {"http": "80", "https": "443"}  # left out of an origin
+
+
+def _can_match(pattern: str) -> bool:
+    """Return whether any page's origin can match the pattern."""
+    match = _PATTERN.fullmatch(pattern)
+    if match is None:
+        return _NO_SCHEME.fullmatch(pattern) is not None
+    scheme, host, port = match["scheme"], match["host"], match["port"] or ""
+    if scheme in _WEB_PORTS and (not host or port == _WEB_PORTS[scheme]):
+        return False
+    return "*" in port or int(port or 0) < 1 << 16
+
+
+class Origins:
+    """The origins of CORS_ORIGINS, compiled for matching.
+
+    Args:
+        patterns: origins, in each of which a `*` stands for any characters, as in
+            OLLAMA_ORIGINS.
+
+    """
+
+    def __init__(self, patterns: tuple[str, ...]) -> None:
+        encoded = [pattern.encode() for pattern in patterns]
+        self._exact = frozenset(pattern for pattern in encoded if b"*" not in pattern)
+        self._split = [pattern.split(b"*") for pattern in encoded if b"*" in pattern]
+
+    def allow(self, origin: bytes) -> bool:
+        """Return whether a page of this origin, the value of an `Origin` header, may call.
+
+        The time is linear in the origin's length.
+        """
+        origin = origin.lower()
+        return origin in self._exact or any(_fits(parts, origin) for parts in self._split)
+
+
+def _fits(parts: list[bytes], origin: bytes) -> bool:
+    """Return whether the parts between a pattern's stars follow one another in the origin."""
+    first, *middle, last = parts
+    at, end = len(first), len(origin) - len(last)
+    if at > end or not (origin.startswith(first) and origin.endswith(last)):
+        return False
+    for part in middle:
+        found = origin.find(part, at, end)
+        if found < 0:
+            return False
+        at = found + len(part)
+    return True
 
 
 def _setting(default: Any, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
@@ -120,7 +184,7 @@ def _setting(default: Any, parse: Callable[[str], Any], *, secret: bool = False)
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What the user can choose. Times are in seconds, sizes in bytes."""
+    """The user's choices. Times are in seconds, sizes in bytes."""
 
     ollama_host: str = _setting("127.0.0.1", str)
     ollama_port: int = _setting(11434, _port)
@@ -159,27 +223,27 @@ class Settings:
 
     @property
     def key_path(self) -> Path:
-        """Where the key file is."""
+        """Path of the key file."""
         return program_path(self.api_key_file)
 
     @property
     def upstream_url(self) -> str:
-        """Upstream as a URL."""
+        """URL of upstream."""
         return f"{'https' if self.ollama_tls else 'http'}://{self.upstream_address}"
 
     @property
     def listen_scheme(self) -> str:
-        """What our own URLs begin with."""
+        """Scheme of our own URLs."""
         return "https" if self.tls_cert_file else "http"
 
     @property
     def upstream_address(self) -> str:
-        """Upstream's host and port as they stand in a URL or a `Host` header."""
+        """Host and port of upstream, as in a URL or a `Host` header."""
         return address(self.ollama_host, self.ollama_port)
 
     @property
     def listen_address(self) -> str:
-        """Our own host and port, likewise."""
+        """Host and port that we listen on, as in a URL."""
         return address(self.listen_host, self.listen_port)
 
 
@@ -187,7 +251,7 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     """Read and check all settings.
 
     Raises:
-        SettingsError: a variable that has a wrong value, or `.env` cannot be read.
+        SettingsError: a variable has a bad value, or `.env` cannot be read.
 
     """
     values = {**_read_env_file(env_file), **environ}
@@ -197,10 +261,11 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
         text = values.get(name, "")
         if not text.strip():
             continue
-        try:  # a salt is taken as it stands
+        try:  # a salt keeps its white space
             chosen[item.name] = item.metadata["parse"](text.strip() if item.repr else text)
         except ValueError as error:
-            raise SettingsError(f"{name} {error}, not {text.strip()[:60]!r}") from None
+            wanted, bad = (*error.args, text.strip())[:2]  # a list's error also has the bad item
+            raise SettingsError(f"{name} {wanted}, not {bad[:60]!r}") from None
     if "ollama_host" in chosen:
         chosen |= _upstream(chosen["ollama_host"], chosen.get("ollama_port"))
     budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
@@ -208,19 +273,34 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     settings = Settings(**{**chosen, "cache_max_entry_bytes": min(entry, budget)})
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
-    _refuse_ourselves(settings)
     return settings
+
+
+def misspelled(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> list[str]:
+    """Return a warning for each variable that is probably a misspelled setting.
+
+    Raises:
+        SettingsError: `.env` cannot be read.
+
+    """
+    known = [item.name.upper() for item in fields(Settings) if item.metadata]
+    names = sorted({*environ, *_read_env_file(env_file)} - set(known))
+    return [
+        f"{name[:40]} is not a setting and is ignored; did you mean {alike[0]}?"
+        for name in names
+        if (alike := difflib.get_close_matches(name.upper(), known, 1, _ALIKE))
+    ]
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
     try:
-        from dotenv.parser import parse_stream  # here, so that without .env nothing is needed
+        from dotenv.parser import parse_stream  # only needed if there is a .env
     except ModuleNotFoundError:
         raise SettingsError(
-            f".env: to read {path}, python-dotenv has to be there: `make run` puts it into .venv,"
-            " so start this with .venv/bin/python"
+            f".env: reading {path} needs python-dotenv: run `make run`, which installs it in .venv,"
+            " or use .venv/bin/python"
         ) from None
     found: dict[str, str] = {}
     try:
@@ -238,7 +318,7 @@ def _read_env_file(path: Path) -> dict[str, str]:
 
 
 def _upstream(text: str, port: int | None) -> dict[str, Any]:
-    """Take OLLAMA_HOST apart as Ollama's own variable of that name may be written."""
+    """Parse OLLAMA_HOST, which may be written as for Ollama itself."""
     wrong = SettingsError(
         "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as"
         f" http://127.0.0.1:11434 with no path, not {text[:60]!r}"
@@ -264,37 +344,11 @@ def _upstream(text: str, port: int | None) -> dict[str, Any]:
     return {"ollama_host": host, "ollama_port": explicit or port or default, "ollama_tls": tls}
 
 
-def _refuse_ourselves(settings: Settings) -> None:
-    if settings.ollama_port != settings.listen_port:
-        return
-    ours, theirs = settings.listen_host, settings.ollama_host
-    if _names(ours) & _names(theirs) or (_is_any(ours) and _is_loopback(theirs)):
-        raise SettingsError(
-            f"OLLAMA_HOST and OLLAMA_PORT name OllProx's own address ({settings.upstream_address});"
-            " give Ollama's, which is usually 127.0.0.1:11434, or change LISTEN_PORT"
-        )
-
-
-def _names(host: str) -> set[str]:
-    return {"127.0.0.1", "::1"} if host == "localhost" else {host}
-
-
-def _is_any(host: str) -> bool:
-    return host in {"0.0.0.0", "::"}
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host.lower().rstrip(".") == "localhost"
-
-
 def program_path(text: str) -> Path:
-    """Return a path of the settings; relative ones start at the program's folder."""
+    """Return a path from the settings; a relative one starts at the program's folder."""
     return ROOT / Path(text).expanduser()
 
 
 def address(host: str, port: int) -> str:
-    """Write a host and a port as they stand in a URL."""
+    """Return a host and a port as in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

@@ -1,4 +1,4 @@
-"""Start and stop: check the key file, say what will be done, take signals."""
+"""Checks at the start, the messages of the start, TLS, signals, and `--ping`."""
 
 import asyncio
 import contextlib
@@ -12,21 +12,20 @@ import signal
 import socket
 import ssl
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from cache import Cache
+from answers.models import Inquiry, describe_response
 from keystore import KeyStore, new_key, reason
-from settings import ROOT, Settings, SettingsError, program_path
+from settings import ROOT, Settings, SettingsError, address, program_path
 
 log = logging.getLogger("ollprox")
 
 EXIT_SETTINGS = 2  # a setting is wrong
-EXIT_FAILED = 1  # the start failed for another reason
-FREEZE_AFTER = 2000  # stored answers
-THAW_AFTER = 1000  # connections: some 10 MiB
-COLLECT_AFTER = 10_000  # new objects; Python's own 700 are as many as a few requests have
+EXIT_FAILED = 1  # the start, or --ping, failed for another reason
+PING_TIMEOUT = 3.0  # seconds
+MAX_PONG = 1024  # bytes that --ping reads of an answer's body
+LOOP_ERROR_INTERVAL = 60.0  # seconds between two log lines for the same failure
 
 
 def open_keys(settings: Settings) -> KeyStore:
@@ -95,10 +94,11 @@ that it prints to keys/keys.txt, and set API_KEY_FILE=keys/keys.txt in .env
 
 
 def describe(settings: Settings, keys: KeyStore) -> str:
-    """Say in three lines what OllProx will do."""
-    source = f"from {keys.path}" if keys.path else "since API_KEY_FILE is not set"
-    cache = f"at most {settings.cache_max_bytes} bytes, {settings.cache_max_entry_bytes} an answer"
-    kept = f"{cache}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
+    """Return three lines that say what OllProx does with these settings."""
+    source = f"from {keys.path}" if keys.path else "(API_KEY_FILE is not set)"
+    limits = f"up to {_size(settings.cache_max_bytes)}"
+    limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
+    kept = f"{limits}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
     return (
         f"forwards to   {settings.upstream_url}\n"
         f"API keys      {len(keys.labels) or 'none'} {source}\n"
@@ -106,10 +106,28 @@ def describe(settings: Settings, keys: KeyStore) -> str:
     )
 
 
-def raise_file_limit(wanted: int) -> int:
-    """Allow as many open files as the system does; return how many clients that is enough for.
+def _size(count: int) -> str:
+    """Return a number of bytes as it may be written in a setting."""
+    for unit, power in (("G", 30), ("M", 20), ("K", 10)):
+        if count % (1 << power) == 0:
+            return f"{count >> power}{unit}"
+    return f"{count} bytes"
 
-    Each client is one, and may need another for Ollama.
+
+async def describe_upstream(inquiry: Inquiry, address: str) -> str:
+    """Ask upstream for its version; return one line that says what answers there."""
+    found = await inquiry.version()
+    if isinstance(found, str):
+        return f"Ollama {ascii(found)[1:-1]} answers at {address}"
+    if found.status == 508:
+        return f"{found.message} ({address} is OllProx); until then each request gets 508"
+    return f"Ollama does not answer yet; requests will still be forwarded. {found.message}"
+
+
+def raise_file_limit(wanted: int) -> int:
+    """Raise the limit of open files; return the number of clients it allows, at most `wanted`.
+
+    Each client needs one file, and may need another for its connection to Ollama.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
@@ -117,12 +135,12 @@ def raise_file_limit(wanted: int) -> int:
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = wanted if soft == resource.RLIM_INFINITY else min(wanted, max(1, (soft - 32) // 2))
     if enough < wanted:
-        log.warning("MAX_CONNECTIONS is %d, since only %d files may be open", enough, soft)
+        log.warning("MAX_CONNECTIONS is lowered to %d: only %d files may be open", enough, soft)
     return enough
 
 
 def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
-    """Return how upstream's certificate is verified; None for plain HTTP.
+    """Return the TLS context that verifies upstream's certificate; None for plain HTTP.
 
     Raises:
         SettingsError: OLLAMA_CA_FILE cannot be used.
@@ -138,7 +156,12 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def check(settings: Settings) -> None:
-    """Try the address and the certificates. Raises SettingsError."""
+    """Check the listening address and the certificates.
+
+    Raises:
+        SettingsError: one of them cannot be used.
+
+    """
     try:
         family, kind, *_, where = socket.getaddrinfo(
             settings.listen_host, 0, type=socket.SOCK_STREAM
@@ -155,7 +178,7 @@ def check(settings: Settings) -> None:
 
 
 class Certificate:
-    """Our own certificate and its key, read again when either changes.
+    """Our certificate and its key, read again when either changes.
 
     Raises:
         SettingsError: TLS_CERT_FILE or TLS_KEY_FILE cannot be used.
@@ -166,7 +189,7 @@ class Certificate:
         self._paths = program_path(settings.tls_cert_file), program_path(settings.tls_key_file)
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         self.context.minimum_version = ssl.TLSVersion.TLSv1_2
-        self._seen = self._said = self._state()
+        self._loaded = self._failed = self._state()
         try:
             self._load(self.context)
         except (OSError, ValueError) as error:
@@ -176,21 +199,21 @@ class Certificate:
             ) from None
 
     async def poll(self) -> None:
-        """Take a renewed certificate; one that cannot be used leaves the last in force."""
+        """Load a renewed certificate; if it cannot be used, the last one stays in use."""
         state = self._state()
-        if state == self._seen:
+        if state == self._loaded:
             return
         try:
-            # A pair that does not fit would spoil the one in force: try it apart first.
+            # A pair that does not match would break the context in use, so try another first.
             self._load(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
             self._load(self.context)
         except (OSError, ValueError) as error:
-            if state != self._said:
+            if state != self._failed:
                 log.error("the renewed certificate cannot be used: %s", _tls_reason(error))
-            self._said = state
+            self._failed = state
         else:
-            self._seen = state
-            log.info("the certificate was read again")
+            self._loaded = state
+            log.info("the renewed certificate is in use")
 
     def _load(self, context: ssl.SSLContext) -> None:
         context.load_cert_chain(*self._paths, password=_no_passphrase)
@@ -208,8 +231,8 @@ class Certificate:
 
 
 def _no_passphrase() -> str:
-    """Refuse, rather than wait at the terminal."""
-    raise ValueError("the key is encrypted; OllProx needs one that is not")
+    """Refuse an encrypted key; OpenSSL would ask for the passphrase at the terminal."""
+    raise ValueError("the key is encrypted; use one without a passphrase")
 
 
 def _tls_reason(error: BaseException) -> str:
@@ -217,84 +240,73 @@ def _tls_reason(error: BaseException) -> str:
 
 
 class LoopErrors:
-    """Log what the event loop cannot handle; running out of files once a minute, in one line."""
+    """Logs errors of the event loop; the same failure of the system at most once a minute."""
 
     def __init__(self) -> None:
-        self._said: dict[str, float] = {}  # when each message was last logged; they are few
+        self._logged: dict[str, float] = {}  # time of the last log line by message; few messages
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Log one such error."""
+        """Log one error."""
         error, message = context.get("exception"), str(context.get("message"))
         if isinstance(error, ssl.SSLError | asyncio.CancelledError):
             log.debug("%s: %s", message, _tls_reason(error))
         elif isinstance(error, ValueError) and "file descriptor" in str(error):
-            log.debug("%s", message)  # asyncio tries to accept on what was closed meanwhile
+            log.debug("%s", message)  # asyncio accepts once more on a closed socket
         elif not isinstance(error, OSError):
             log.error("%s", message, exc_info=error)
-        elif loop.time() - self._said.get(message, -math.inf) > 60:
-            self._said[message] = loop.time()
+        elif loop.time() - self._logged.get(message, -math.inf) > LOOP_ERROR_INTERVAL:
+            self._logged[message] = loop.time()
             log.error("%s: %s", message, reason(error))
 
 
-class Collector:
-    """Keep the garbage collector from going through all stored answers again and again.
+def tune_collector() -> None:
+    """Keep collections of garbage short, however many answers are stored.
 
-    With 100,000 of them that would stop everything for tens of milliseconds. What lives
-    long is frozen: it is still freed when it is dropped, only cycles are not looked for.
-    Whatever is alive just then is frozen with it, and connections end in cycles of asyncio's
-    own: so all is gone through after all once many of them may have been left.
-
-    Args:
-        cache: the stored answers.
-        connections: counts the connections that there are.
-
+    A collection looks at every object that holds others: with Python's own thresholds it
+    would go through all stored answers again and again.
     """
-
-    def __init__(self, cache: Cache[Any], connections: Callable[[], int]) -> None:
-        self._cache = cache
-        self._connections = connections
-        self._frozen = 0  # answers that the cache had taken by then
-        self._may_be_left = 0  # connections that were frozen
-        gc.set_threshold(COLLECT_AFTER, 10, 10)
-        gc.collect()
-        gc.freeze()
-
-    async def poll(self) -> None:
-        """Freeze what has been stored since; to be called now and then."""
-        if self._cache.puts - self._frozen < FREEZE_AFTER:
-            return
-        self._frozen = self._cache.puts
-        if self._may_be_left >= THAW_AFTER:
-            self._may_be_left = 0
-            gc.unfreeze()
-        gc.collect()  # of what is not frozen: a few milliseconds at most
-        gc.freeze()
-        self._may_be_left += self._connections()
+    gc.collect()
+    gc.freeze()  # what the start has made stays until the end
+    gc.set_threshold(50_000, 20, 100)
 
 
 class Signals:
-    """The first and the second SIGTERM or SIGINT.
+    """SIGTERM and SIGINT, of which the first drains and the second ends at once; and SIGHUP.
 
-    As PID 1 in a container an unhandled signal does nothing, so both are handled.
+    As PID 1 in a container an unhandled signal does nothing, so each is handled.
     """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.reload = asyncio.Event()  # set by SIGHUP; cleared by whoever reloads
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, self._came)
+            loop.add_signal_handler(number, self._stop)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
 
-    def _came(self) -> None:
+    def _stop(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
+
+    def _reload(self) -> None:
+        log.info("SIGHUP: reading the key file and the certificate again")
+        self.reload.set()
 
 
 def cannot_listen(settings: Settings, error: OSError) -> int:
-    """Say why the port cannot be listened on; return the exit status."""
+    """Print why OllProx cannot listen on its port; return the exit status."""
     where = settings.listen_address
-    if error.errno == errno.EADDRINUSE:
-        complain(f"port in use: {where} is taken; stop what uses it, or set LISTEN_PORT")
-    else:
+    if error.errno != errno.EADDRINUSE:
         complain(f"cannot listen on {where} (LISTEN_HOST, LISTEN_PORT): {reason(error)}")
+    elif settings.listen_port == settings.ollama_port:
+        complain(
+            f"port in use: {where} is taken, probably by Ollama: LISTEN_PORT is OllProx's own port"
+            " and must differ from Ollama's, such as 8000"
+        )
+    else:
+        complain(
+            f"port in use: {where} is taken: stop the program that uses it, or set LISTEN_PORT"
+        )
     return EXIT_FAILED
 
 
@@ -304,23 +316,31 @@ def complain(text: str) -> None:
 
 
 def ping(settings: Settings) -> int:
-    """Ask the OllProx of these settings whether it is alive; 0 if so, 1 if not."""
+    """Ask for `/health` where these settings listen and print what answers; 0 if it is OllProx."""
     import http.client  # 2 MiB that the server need not hold
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.listen_host, settings.listen_host)
-    connection = http.client.HTTPConnection(host, settings.listen_port, timeout=3)
+    url = f"{settings.listen_scheme}://{address(host, settings.listen_port)}"
+    connection = http.client.HTTPConnection(host, settings.listen_port, timeout=PING_TIMEOUT)
     if settings.tls_cert_file:  # our own certificate, asked for by an address: not verified
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(
-            host, settings.listen_port, timeout=3, context=context
+            host, settings.listen_port, timeout=PING_TIMEOUT, context=context
         )
     try:
         connection.request("GET", "/health")
-        status = connection.getresponse().status
+        response = connection.getresponse()
+        body = response.read(MAX_PONG)
     except (OSError, http.client.HTTPException) as error:
-        complain(f"no answer from {settings.listen_address}: {error}")
+        complain(f"no answer from {url}/health: {ascii(str(error) or type(error).__name__)[1:-1]}")
         return EXIT_FAILED
     finally:
         connection.close()
-    return 0 if status == 200 else EXIT_FAILED
+    if response.status == 200 and body == b'{"status":"ok"}':
+        print(f"OllProx is alive at {url}")
+        return 0
+    headers = [(name.encode(), value.encode()) for name, value in response.getheaders()]
+    found = describe_response(response.status, headers, body)
+    complain(f"no healthy OllProx at {url}: GET /health had {found}")
+    return EXIT_FAILED

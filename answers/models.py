@@ -1,6 +1,7 @@
 """Ask Ollama what OllProx wants to know for itself: whether it answers, and what models it has."""
 
 import asyncio
+import json
 import logging
 import math
 import time
@@ -10,7 +11,7 @@ import answers.ollama_api as api
 from answers.flight import Flights
 from answers.stored import StoredAnswer
 from cache import Cache
-from wire.http11 import Ask, HTTPError
+from wire.http11 import Ask, HTTPError, Response
 from wire.upstream import FORWARDED, Upstream, loop_error
 
 log = logging.getLogger("ollprox")
@@ -19,6 +20,7 @@ PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to say its version
 PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
 TAGS_TIMEOUT = 10.0  # seconds for the list of models
 MAX_TAGS = 16 << 20  # bytes of that list
+MAX_QUOTED = 80  # characters of a foreign answer that are shown
 
 
 class Inquiry:
@@ -30,9 +32,9 @@ class Inquiry:
         self._probing = asyncio.Lock()
 
     async def version(self) -> str | HTTPError:
-        """Ask upstream for its version, or learn why it does not say it."""
+        """Return upstream's version, or the error that says why there is none."""
         try:
-            return api.version(await self._fetch(api.VERSION, PROBE_TIMEOUT))
+            return api.version(await self._fetch(api.VERSION, b'"version"', PROBE_TIMEOUT))
         except HTTPError as error:
             return error
 
@@ -47,13 +49,18 @@ class Inquiry:
     async def digests(self) -> dict[str, str] | None:
         """Return each model's digest by its name; None if the list cannot be read."""
         try:
-            return api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
+            return api.digests(await self._fetch(api.TAGS, b"{", TAGS_TIMEOUT))
         except HTTPError as error:
             log.debug("the list of models could not be read: %s", error.message)
             return None
 
-    async def _fetch(self, target: bytes, seconds: float) -> bytes:
-        """Read a small answer of upstream's. Raises HTTPError."""
+    async def _fetch(self, target: bytes, marker: bytes, seconds: float) -> bytes:
+        """Return the body of a small JSON answer of upstream, in which the marker stands.
+
+        Raises:
+            HTTPError: there is none within this time, or what answers is not Ollama.
+
+        """
         try:
             async with asyncio.timeout(seconds):
                 async with self._upstream.exchange(Ask(b"GET", target, FORWARDED)) as response:
@@ -66,9 +73,35 @@ class Inquiry:
             raise HTTPError(504, f"no answer within {seconds:g} s") from None
         if response.status == 508:
             raise loop_error()
-        if response.status != 200:
-            raise HTTPError(502, f"Its answer had status {response.status}.")
-        return b"".join(pieces)
+        body = b"".join(pieces)
+        if response.status != 200 or marker not in body:
+            raise self._foreign(target, response, body)
+        return body
+
+    def _foreign(self, target: bytes, response: Response, body: bytes) -> HTTPError:
+        """Return the error that says what answers in Ollama's place."""
+        found = describe_response(response.status, response.headers, body)
+        return HTTPError(
+            502,
+            f"{self._upstream.address} answered {target.decode()} with {found}. Is that Ollama?"
+            " Check the OLLAMA_HOST and OLLAMA_PORT settings.",
+        )
+
+
+def describe_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str:
+    """Return a response in a few printable words: its status, its server, and how it begins."""
+    server = next((value for name, value in headers if name.lower() == b"server"), b"")
+    words = [f"status {status}"]
+    words += [
+        f"{name} {_quoted(text)}" for name, text in (("server", server), ("body", body)) if text
+    ]
+    return ", ".join(words)
+
+
+def _quoted(text: bytes) -> str:
+    """Quote the beginning of a foreign text in one line of printable ASCII."""
+    start = " ".join(text[: 4 * MAX_QUOTED].decode("utf-8", "replace").split())
+    return json.dumps(start if len(start) <= MAX_QUOTED else f"{start[:MAX_QUOTED]}...")
 
 
 class ModelWatch:

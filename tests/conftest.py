@@ -73,10 +73,11 @@ Start = Callable[..., Awaitable[Program]]
 
 
 @pytest_asyncio.fixture
-async def launch(tmp_path: Path) -> AsyncIterator[Start]:
+async def launch(tmp_path: Path, ollama: StandIn, key_file: Path) -> AsyncIterator[Start]:
     """Start OllProx with settings; it is stopped, and its log searched, at the test's end.
 
-    Where its memory is `measured` it runs without Python's development mode.
+    By default it forwards to the stand-in and has the key file. `API_KEY_FILE=""` starts it
+    without one. If its memory is `measured`, it runs without Python's development mode.
     """
     programs: list[Program] = []
 
@@ -87,6 +88,7 @@ async def launch(tmp_path: Path) -> AsyncIterator[Start]:
         environ = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME", "LANG"}}
         environ |= DEFAULTS
         environ |= {"LISTEN_HOST": "127.0.0.1", "LISTEN_PORT": "0", "PYTHONASYNCIODEBUG": "1"}
+        environ |= {"OLLAMA_PORT": str(ollama.port), "API_KEY_FILE": str(key_file)}
         environ |= {name: str(value) for name, value in settings.items()}
         mode = [] if measured else ["-X", "dev"]
         if measured:
@@ -125,12 +127,12 @@ async def ollama() -> AsyncIterator[StandIn]:
 @pytest.fixture
 def key_file(tmp_path: Path) -> Path:
     """A key file with one key."""
-    path = tmp_path / "keys.txt"
+    path = tmp_path / "tester-keys.txt"
     path.write_text(f"{KEY}  # tester\n")
     return path
 
 
 @pytest_asyncio.fixture
-async def ollprox(launch: Start, ollama: StandIn, key_file: Path) -> Program:
-    """OllProx before the stand-in, with its defaults."""
-    return await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+async def ollprox(launch: Start) -> Program:
+    """OllProx in front of the stand-in, with the default settings."""
+    return await launch()

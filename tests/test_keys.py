@@ -192,8 +192,8 @@ async def test_a_hundred_thousand_lines_do_not_stop_the_loop(
 # The start.
 
 
-async def test_without_a_file_a_key_is_made_and_shown_once(launch: Start, ollama: StandIn) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port)
+async def test_without_a_file_a_key_is_made_and_shown_once(launch: Start) -> None:
+    ollprox = await launch(API_KEY_FILE="")
     key = (await ollprox.says(r'curl http://localhost:\d+/call_model -H "APIKEY: (\S+)"'))[1]
     assert len(key) >= 22  # 128 bits
     assert await status(ollprox.port, {"APIKEY": key}) == 200

@@ -21,7 +21,7 @@ async def test_the_start_says_what_matters(launch: Start, ollama: StandIn, key_f
     text = ollprox.text()
     assert f"forwards to   http://127.0.0.1:{ollama.port}" in text
     assert f"1 from {key_file}" in text
-    assert "at most 268435456 bytes" in text
+    assert "up to 256M, 8M per answer" in text
     assert "for 3600 s" in text
 
 
@@ -35,7 +35,7 @@ async def test_a_port_in_use_is_one_clear_line(launch: Start) -> None:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        ollprox = await launch(fails=True, LISTEN_PORT=port)
+        ollprox = await launch(fails=True, LISTEN_PORT=port, API_KEY_FILE="")
         assert await ollprox.process.wait() == 1
     (line,) = ollprox.text().splitlines()
     assert "port in use" in line
@@ -44,12 +44,17 @@ async def test_a_port_in_use_is_one_clear_line(launch: Start) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("LISTEN_PORT", "http"), ("CACHE_TTL", "soon"), ("LISTEN_HOST", "203.0.113.1")],
+    [
+        ("LISTEN_PORT", "http"),
+        ("CACHE_TTL", "soon"),
+        ("LISTEN_HOST", "203.0.113.1"),
+        ("CORS_ORIGINS", "chat.example"),
+    ],
 )
 async def test_a_wrong_setting_is_one_line_and_status_2(
     launch: Start, name: str, value: str
 ) -> None:
-    ollprox = await launch(fails=True, **{name: value})
+    ollprox = await launch(fails=True, API_KEY_FILE="", **{name: value})
     assert await ollprox.process.wait() == 2
     (line,) = ollprox.text().splitlines()
     assert line.startswith(f"ollprox: {name}")

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import Settings, SettingsError, load
+from settings import Origins, Settings, SettingsError, load, misspelled
 
 NOWHERE = Path("/nonexistent/.env")
 
@@ -36,6 +36,14 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90", 90), ("0.5", 0.5), ("90s", 90), ("10m", 600), ("1.5h", 5400), ("0", 0), ("0m", 0)],
+)
+def test_times_may_have_one_unit(text: str, seconds: float) -> None:
+    assert loaded(CACHE_TTL=text).cache_ttl == seconds
+
+
+@pytest.mark.parametrize(
     ("name", "text"),
     [
         ("OLLAMA_PORT", "0"),
@@ -63,8 +71,13 @@ def test_sizes_may_have_units(text: str, size: int) -> None:
         ("OLLAMA_HOST", "a..b"),
         ("OLLAMA_HOST", "x" * 70),
         ("OLLAMA_HOST", "host?x=1"),
-        ("OLLAMA_HOST", "127.0.0.1:8000"),
-        ("OLLAMA_HOST", "localhost:8000"),
+        ("CACHE_TTL", "1h30m"),
+        ("CACHE_TTL", "10M"),
+        ("CACHE_TTL", "s"),
+        ("CACHE_TTL", "1d"),
+        ("CACHE_TTL", "infm"),
+        ("CACHE_TTL", "999999h"),
+        ("KEY_REFRESH", "0s"),
     ],
 )
 def test_a_wrong_value_is_named_in_one_line(name: str, text: str) -> None:
@@ -127,3 +140,117 @@ def test_relative_key_files_start_at_the_programs_folder() -> None:
     here = Path(__file__).resolve().parent.parent
     assert loaded(API_KEY_FILE="keys/keys.txt").key_path == here / "keys/keys.txt"
     assert loaded(API_KEY_FILE="/srv/keys.txt").key_path == Path("/srv/keys.txt")
+
+
+# Origins.
+
+ALLOWED = [
+    ("*", "https://chat.example"),
+    ("*", "null"),
+    ("https://chat.example", "https://chat.example"),
+    ("https://Chat.Example", "https://chat.example"),
+    ("https://chat.example:8443", "https://chat.example:8443"),
+    ("http://a.example, https://b.example", "https://b.example"),
+    ("https://*.example.com", "https://a.b.example.com"),
+    ("*.example.com", "https://a.example.com"),
+    ("https://*.example.com:*", "https://a.example.com:8443"),
+    ("http://localhost:*", "http://localhost:3000"),
+    ("http://[::1]:*", "http://[::1]:5173"),
+    ("http://*", "http://localhost:3000"),
+    ("chrome-extension://*", "chrome-extension://abcdefghijklmnop"),
+    ("safari-web-extension://*", "safari-web-extension://E5FB5B4F-07B1-4F5B"),
+    ("app://obsidian.md", "app://obsidian.md"),
+    ("app://*", "app://obsidian.md"),
+    ("file://*", "file://"),
+]
+REFUSED = [
+    ("", "https://chat.example"),
+    ("https://chat.example", "http://chat.example"),
+    ("https://chat.example", "https://chat.example:8443"),
+    ("https://chat.example", "https://chat.example.evil.example"),
+    ("https://chat.example", "null"),
+    ("https://*.example.com", "https://example.com"),
+    ("https://*.example.com", "https://evilexample.com"),
+    ("https://*.example.com", "https://a.example.com.evil.example"),
+    ("https://*.example.com", "http://a.example.com"),
+    ("https://*.example.com:*", "https://a.example.com"),
+    ("https://a*b*c.example", "https://acb.example"),
+    ("https://ab*ba.example", "https://aba.example"),
+    ("http://localhost:*", "http://localhost"),
+    ("chrome-extension://*", "moz-extension://abc"),
+]
+
+
+@pytest.mark.parametrize(("text", "origin"), ALLOWED)
+def test_an_origin_that_matches_a_pattern_may_call(text: str, origin: str) -> None:
+    assert Origins(loaded(CORS_ORIGINS=text).cors_origins).allow(origin.encode())
+
+
+@pytest.mark.parametrize(("text", "origin"), REFUSED)
+def test_an_origin_that_matches_no_pattern_may_not_call(text: str, origin: str) -> None:
+    assert not Origins(loaded(CORS_ORIGINS=text).cors_origins).allow(origin.encode())
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "chat.example",
+        "localhost:*",
+        "https://",
+        "https://:8443",
+        "https://chat.example/",
+        "https://*/chat",
+        "https://user@chat.example",
+        "https://chat.example:443",
+        "http://chat.example:80",
+        "https://chat.example:",
+        "https://chat.example:0",
+        "https://chat.example:08443",
+        "https://chat.example:65536",
+        "https://chat.example:http",
+        "https://b\u00fccher.example",
+        "https://chat.example https://b.example",
+        "https://[::1",
+        "http//*",
+        "null",
+    ],
+)
+def test_a_pattern_that_can_match_no_origin_is_named(pattern: str) -> None:
+    with pytest.raises(SettingsError, match=r"^CORS_ORIGINS must be \* or origins") as caught:
+        loaded(CORS_ORIGINS=f"https://good.example,{pattern}")
+    assert str(caught.value).endswith(f"not {pattern!r}")
+
+
+def test_matching_a_long_origin_does_not_backtrack() -> None:
+    origins = Origins(("*a" * 20 + "*b",))  # a backtracking matcher would never end
+    assert not origins.allow(b"a" * (16 << 10))
+
+
+# Misspelled names.
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("CACHE_PERKEY", "CACHE_PER_KEY"),
+        ("LISTEN_PRT", "LISTEN_PORT"),
+        ("cache_ttl", "CACHE_TTL"),
+        ("API_KEYS_FILE", "API_KEY_FILE"),
+        ("OLLAMA_HOSTS", "OLLAMA_HOST"),
+    ],
+)
+def test_a_misspelled_setting_is_reported_with_the_right_name(
+    tmp_path: Path, name: str, meant: str
+) -> None:
+    (warning,) = misspelled({name: "1"}, NOWHERE)
+    assert warning == f"{name} is not a setting and is ignored; did you mean {meant}?"
+    path = tmp_path / ".env"
+    path.write_text(f"{name}=1\n")
+    assert misspelled({}, path) == [warning]
+
+
+def test_the_variables_of_other_programs_are_not_reported() -> None:
+    ollamas = ["MODELS", "ORIGINS", "KEEP_ALIVE", "NUM_PARALLEL", "HOME", "API_KEY", "DEBUG"]
+    others = ["PATH", "HOME", "LISTEN_PID", "LISTEN_FDS", "LOGNAME", "COMPOSE_PROFILES", "TLS_CA"]
+    names = [*(f"OLLAMA_{name}" for name in ollamas), *others]
+    assert misspelled(dict.fromkeys([*names, "CACHE_TTL"], "1"), NOWHERE) == []
