@@ -220,8 +220,8 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             for warning in misspelled(os.environ):
                 log.warning("%s", warning)
-            keys = startup.open_keys(settings)
             startup.check(settings)
+            keys = startup.open_keys(settings)
             if chosen.check:
                 return asyncio.run(_check(settings, keys))
             return asyncio.run(run(settings, keys, writer))

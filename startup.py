@@ -213,7 +213,7 @@ class Certificate:
             self._failed = state
         else:
             self._loaded = state
-            log.info("the renewed certificate is in use")
+            log.info("the certificate was read again")
 
     def _load(self, context: ssl.SSLContext) -> None:
         context.load_cert_chain(*self._paths, password=_no_passphrase)

@@ -54,7 +54,7 @@ async def test_a_port_in_use_is_one_clear_line(launch: Start) -> None:
 async def test_a_wrong_setting_is_one_line_and_status_2(
     launch: Start, name: str, value: str
 ) -> None:
-    ollprox = await launch(fails=True, API_KEY_FILE="", **{name: value})
+    ollprox = await launch(fails=True, **{name: value})
     assert await ollprox.process.wait() == 2
     (line,) = ollprox.text().splitlines()
     assert line.startswith(f"ollprox: {name}")
