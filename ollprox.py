@@ -31,7 +31,7 @@ from cache import Cache
 from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
-from settings import Settings, SettingsError, address, load, misspelled
+from settings import Settings, SettingsError, address, load
 from watch.metrics import Metrics
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
@@ -218,8 +218,6 @@ def main(arguments: list[str] | None = None) -> int:
         writer = LineWriter(sys.stderr.fileno(), as_json=settings.log_format == "json")
         setup_logging(settings.log_level, writer)
         try:
-            for warning in misspelled(os.environ):
-                log.warning("%s", warning)
             startup.check(settings)
             keys = startup.open_keys(settings)
             if chosen.check:

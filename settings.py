@@ -5,7 +5,6 @@ wins over `.env`, and an empty value means the default. A bad value raises a
 `SettingsError` whose one line names the variable and the fix.
 """
 
-import difflib
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,7 +17,6 @@ ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-_ALIKE = 0.85  # how similar an unknown name must be to a setting's to be reported
 
 
 class SettingsError(Exception):
@@ -274,22 +272,6 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
     return settings
-
-
-def misspelled(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> list[str]:
-    """Return a warning for each variable that is probably a misspelled setting.
-
-    Raises:
-        SettingsError: `.env` cannot be read.
-
-    """
-    known = [item.name.upper() for item in fields(Settings) if item.metadata]
-    names = sorted({*environ, *_read_env_file(env_file)} - set(known))
-    return [
-        f"{name[:40]} is not a setting and is ignored; did you mean {alike[0]}?"
-        for name in names
-        if (alike := difflib.get_close_matches(name.upper(), known, 1, _ALIKE))
-    ]
 
 
 def _read_env_file(path: Path) -> dict[str, str]:

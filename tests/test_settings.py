@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import Origins, Settings, SettingsError, load, misspelled
+from settings import Origins, Settings, SettingsError, load
 
 NOWHERE = Path("/nonexistent/.env")
 
@@ -224,33 +224,3 @@ def test_a_pattern_that_can_match_no_origin_is_named(pattern: str) -> None:
 def test_matching_a_long_origin_does_not_backtrack() -> None:
     origins = Origins(("*a" * 20 + "*b",))  # a backtracking matcher would never end
     assert not origins.allow(b"a" * (16 << 10))
-
-
-# Misspelled names.
-
-
-@pytest.mark.parametrize(
-    ("name", "meant"),
-    [
-        ("CACHE_PERKEY", "CACHE_PER_KEY"),
-        ("LISTEN_PRT", "LISTEN_PORT"),
-        ("cache_ttl", "CACHE_TTL"),
-        ("API_KEYS_FILE", "API_KEY_FILE"),
-        ("OLLAMA_HOSTS", "OLLAMA_HOST"),
-    ],
-)
-def test_a_misspelled_setting_is_reported_with_the_right_name(
-    tmp_path: Path, name: str, meant: str
-) -> None:
-    (warning,) = misspelled({name: "1"}, NOWHERE)
-    assert warning == f"{name} is not a setting and is ignored; did you mean {meant}?"
-    path = tmp_path / ".env"
-    path.write_text(f"{name}=1\n")
-    assert misspelled({}, path) == [warning]
-
-
-def test_the_variables_of_other_programs_are_not_reported() -> None:
-    ollamas = ["MODELS", "ORIGINS", "KEEP_ALIVE", "NUM_PARALLEL", "HOME", "API_KEY", "DEBUG"]
-    others = ["PATH", "HOME", "LISTEN_PID", "LISTEN_FDS", "LOGNAME", "COMPOSE_PROFILES", "TLS_CA"]
-    names = [*(f"OLLAMA_{name}" for name in ollamas), *others]
-    assert misspelled(dict.fromkeys([*names, "CACHE_TTL"], "1"), NOWHERE) == []

@@ -111,11 +111,6 @@ async def test_listening_on_the_port_of_ollama_is_one_clear_line(
     assert re.match(r"ollprox: port in use: .* probably by Ollama: LISTEN_PORT", line)
 
 
-async def test_a_misspelled_setting_is_a_warning_at_the_start(launch: Start) -> None:
-    ollprox = await launch(CACHE_PERKEY="true")
-    await ollprox.says("CACHE_PERKEY is not a setting and is ignored; did you mean CACHE_PER_KEY?")
-
-
 # --ping.
 
 
