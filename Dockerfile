@@ -6,7 +6,7 @@ COPY *.py ./
 COPY wire/ wire/
 COPY answers/ answers/
 COPY watch/ watch/
-# The root is read-only when it runs, so compile now.
+# Compile now: the root file system is read-only at run time.
 RUN python -m compileall -q /app /packages
 
 FROM python:3.13-slim
@@ -14,7 +14,7 @@ ENV PYTHONPATH=/packages PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 WORKDIR /app
 COPY --from=build /packages /packages
 COPY --from=build /app /app
-# The first user of most hosts, so that a key file that only its owner may read can be read.
+# The first user on most hosts, so that a key file readable only by its owner can be read.
 USER 1000:1000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=5s CMD ["python", "ollprox.py", "--ping"]
 CMD ["python", "ollprox.py"]

@@ -19,7 +19,7 @@ test: .venv/dev.stamp tests/node/node_modules/.stamp
 test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
 	$(BIN)/python -m pytest -rs -n 0 tests/test_e2e.py $(ARGS)
 
-# Each program can also be run alone; the report takes the last figures of each.
+# Each program can also be run by itself; the report uses the last results of each.
 bench: .venv/run.stamp
 	-$(BIN)/python bench/shared.py
 	$(BIN)/python bench/speed.py
@@ -46,7 +46,7 @@ fix: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# Pins the run-time dependencies anew, with hashes.
+# Updates the pinned run-time dependencies, with hashes.
 pin: .venv/dev.stamp
 	$(BIN)/pip-compile -q --upgrade --generate-hashes --strip-extras --no-header \
 		--no-emit-index-url --no-emit-options -o requirements.txt requirements.in
@@ -61,11 +61,11 @@ clean:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
 		"OllProx needs Python 3.11 or newer; this is %d.%d. Try: make PYTHON=python3.12" % sys.version_info[:2])'
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { \
-		rm -rf .venv; echo "No venv here; on Debian: apt install python3-venv" >&2; exit 1; }
+		rm -rf .venv; echo "This Python has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements.txt
 	@touch $@
 
-# The JavaScript clients; without Node their tests are skipped.
+# The JavaScript clients; their tests are skipped without Node.
 tests/node/node_modules/.stamp: tests/node/package-lock.json
 	@if command -v npm >/dev/null; then npm ci --silent --prefix tests/node; \
 		else mkdir -p $(@D) && rmdir $(@D); fi

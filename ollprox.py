@@ -1,11 +1,11 @@
-"""OllProx: a proxy for Ollama that checks API keys and answers from its cache.
+"""OllProx: a proxy for Ollama that checks API keys and caches answers.
 
-This wires the parts and runs the process; `proxy.py` says how each request is answered.
-`python ollprox.py --help` tells how to start it.
+This module builds the parts and runs the process; `proxy.py` decides how each request is
+answered. `python ollprox.py --help` says how to start it.
 """
 
 try:
-    import h11  # noqa: F401 - to say what to do before anything else fails for lack of it
+    import h11  # noqa: F401 - to print what to do before another import fails
 except ModuleNotFoundError:
     raise SystemExit(
         "ollprox: h11 is not installed: `make run` installs it in .venv and starts OllProx;"
@@ -41,7 +41,7 @@ from wire.upstream import Upstream
 
 __version__ = "0.1.0"
 
-LAG_INTERVAL = 0.5  # seconds between two looks at how late the event loop is
+LAG_INTERVAL = 0.5  # seconds between two measurements of the event-loop lag
 
 log = logging.getLogger("ollprox")
 
@@ -138,9 +138,9 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
 async def _each(
     seconds: float, chore: Callable[[], Awaitable[None]], soon: asyncio.Event | None = None
 ) -> None:
-    """Do a chore again and again, first at once, and at once when it is due `soon`.
+    """Run a chore now, every so many seconds, and whenever `soon` is set.
 
-    A fault of it is logged and survived.
+    An exception of the chore is logged, and the next run is tried.
     """
     soon = soon or asyncio.Event()
     while True:
@@ -171,7 +171,7 @@ async def _reload(keys: KeyStore, certificate: startup.Certificate | None) -> No
 
 
 async def _watch_lag(metrics: Metrics) -> None:
-    """Note how late the event loop wakes who sleeps."""
+    """Measure the event-loop lag."""
     while True:
         due = time.monotonic() + LAG_INTERVAL
         await asyncio.sleep(LAG_INTERVAL)

@@ -68,9 +68,13 @@ class Inquiry:
                     async for piece in response.body:  # type: ignore[union-attr]
                         pieces.append(piece)
                         if (size := size + len(piece)) > MAX_TAGS:
-                            raise HTTPError(502, "the answer is too large")
+                            raise HTTPError(
+                                502, f"The answer of {self._upstream.address} is too large."
+                            )
         except TimeoutError:
-            raise HTTPError(504, f"no answer within {seconds:g} s") from None
+            raise HTTPError(
+                504, f"No answer came from {self._upstream.address} within {seconds:g} s."
+            ) from None
         if response.status == 508:
             raise loop_error()
         body = b"".join(pieces)

@@ -440,7 +440,9 @@ async def test_without_cors_a_browser_is_told_nothing(ollprox: Program) -> None:
     assert (answer.status, answer.headers["allow"]) == (405, "POST")
 
 
-@pytest.mark.parametrize("listed", ["https://other.example, https://chat.example", "*"])
+@pytest.mark.parametrize(
+    "listed", ["https://other.example, https://chat.example", "https://*.example", "*"]
+)
 async def test_a_listed_origin_may_ask(
     launch: Start, ollama: StandIn, settings: dict[str, object], listed: str
 ) -> None:

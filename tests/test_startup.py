@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import re
+import shutil
 import signal
 import socket
 import weakref
@@ -14,8 +15,11 @@ import pytest
 from client import KEY, Client, ask, question
 from conftest import Program, Start
 from standin import StandIn
+from test_limits import certificate, https
 
 from startup import tune_collector
+
+HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
 
 def free_port() -> int:
@@ -177,6 +181,22 @@ async def test_sighup_reloads_again_and_again(launch: Start, key_file: Path) -> 
             file.write(f"another-key-of-24-characters-{count}\n")
         ollprox.process.send_signal(signal.SIGHUP)
         await ollprox.says(f"API keys: {count} read from")
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+async def test_sighup_reloads_the_certificate(launch: Start, tmp_path: Path) -> None:
+    cert, key = certificate(tmp_path, "first")
+    ollprox = await launch(KEY_REFRESH="1h", TLS_CERT_FILE=cert, TLS_KEY_FILE=key)
+    trusted = tmp_path / "trusted.pem"
+    for name in ("first", "second"):
+        if name == "second":
+            for old, new in zip((cert, key), certificate(tmp_path, name), strict=True):
+                new.replace(old)
+            ollprox.process.send_signal(signal.SIGHUP)
+            await ollprox.says("the certificate was read again")
+        shutil.copy(cert, trusted)
+        _, subject = await https(ollprox.port, trusted, HEALTH)
+        assert subject == name
 
 
 # The collector.
