@@ -179,7 +179,7 @@ async def _watch_lag(metrics: Metrics) -> None:
 
 
 async def _report_upstream(inquiry: Inquiry, address: str) -> None:
-    print(await startup.describe_upstream(inquiry, address), flush=True)
+    print(startup.describe_upstream(await inquiry.version(), address), flush=True)
 
 
 async def _check(settings: Settings, keys: KeyStore) -> int:

@@ -15,9 +15,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from answers.models import Inquiry, describe_response
+from answers.models import describe_response
 from keystore import KeyStore, new_key, reason
 from settings import ROOT, Settings, SettingsError, address, program_path
+from wire.http11 import HTTPError
 
 log = logging.getLogger("ollprox")
 
@@ -114,14 +115,19 @@ def _size(count: int) -> str:
     return f"{count} bytes"
 
 
-async def describe_upstream(inquiry: Inquiry, address: str) -> str:
-    """Ask upstream for its version; return one line that says what answers there."""
-    found = await inquiry.version()
-    if isinstance(found, str):
-        return f"Ollama {ascii(found)[1:-1]} answers at {address}"
-    if found.status == 508:
-        return f"{found.message} ({address} is OllProx); until then each request gets 508"
-    return f"Ollama does not answer yet; requests will still be forwarded. {found.message}"
+def describe_upstream(version: str | HTTPError, address: str) -> str:
+    """Return one line that says what answers at upstream's address.
+
+    Args:
+        version: Ollama's version, or the error of asking for it.
+        address: host and port of upstream.
+
+    """
+    if isinstance(version, str):
+        return f"Ollama {ascii(version)[1:-1]} answers at {address}"
+    if version.status == 508:
+        return f"{version.message} ({address} is OllProx); until then each request gets 508"
+    return f"Ollama does not answer yet; requests will still be forwarded. {version.message}"
 
 
 def raise_file_limit(wanted: int) -> int:

@@ -92,22 +92,6 @@ class Inquiry:
         )
 
 
-def describe_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str:
-    """Return a response in a few printable words: its status, its server, and how it begins."""
-    server = next((value for name, value in headers if name.lower() == b"server"), b"")
-    words = [f"status {status}"]
-    words += [
-        f"{name} {_quoted(text)}" for name, text in (("server", server), ("body", body)) if text
-    ]
-    return ", ".join(words)
-
-
-def _quoted(text: bytes) -> str:
-    """Quote the beginning of a foreign text in one line of printable ASCII."""
-    start = " ".join(text[: 4 * MAX_QUOTED].decode("utf-8", "replace").split())
-    return json.dumps(start if len(start) <= MAX_QUOTED else f"{start[:MAX_QUOTED]}...")
-
-
 class ModelWatch:
     """Drop the answers of models that are others now.
 
@@ -148,3 +132,19 @@ class ModelWatch:
             dropped = self._cache.drop(lambda answer: answer.model in changed)
             self._flights.ground(changed.__contains__)
             log.info("%d models have changed: %d stored answers dropped", len(changed), dropped)
+
+
+def describe_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str:
+    """Return a response in a few printable words: its status, its server, and how it begins."""
+    server = next((value for name, value in headers if name.lower() == b"server"), b"")
+    words = [f"status {status}"]
+    words += [
+        f"{name} {_quoted(text)}" for name, text in (("server", server), ("body", body)) if text
+    ]
+    return ", ".join(words)
+
+
+def _quoted(text: bytes) -> str:
+    """Quote the beginning of a foreign text in one line of printable ASCII."""
+    start = " ".join(text[: 4 * MAX_QUOTED].decode("utf-8", "replace").split())
+    return json.dumps(start if len(start) <= MAX_QUOTED else f"{start[:MAX_QUOTED]}...")

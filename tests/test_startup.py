@@ -17,7 +17,9 @@ from conftest import Program, Start
 from standin import StandIn
 from test_limits import certificate, https
 
-from startup import tune_collector
+from keystore import KeyStore
+from settings import load
+from startup import describe, tune_collector
 
 HEALTH = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
 
@@ -113,6 +115,15 @@ async def test_listening_on_the_port_of_ollama_is_one_clear_line(
     assert await ollprox.process.wait() == 1
     (line,) = ollprox.text().splitlines()
     assert re.match(r"ollprox: port in use: .* probably by Ollama: LISTEN_PORT", line)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [("1G", "1G"), ("256M", "256M"), ("1536K", "1536K"), ("1000", "1000 bytes")],
+)
+def test_sizes_are_shown_as_they_may_be_written(text: str, shown: str) -> None:
+    settings = load({"CACHE_MAX_BYTES": text}, Path("/nonexistent/.env"))
+    assert f"up to {shown}," in describe(settings, KeyStore.open(None, b""))
 
 
 # --ping.
