@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import errno
 import gc
+import json
 import logging
 import math
 import os
+import re
 import resource
 import signal
 import socket
@@ -26,6 +28,7 @@ EXIT_SETTINGS = 2  # a setting is wrong
 EXIT_FAILED = 1  # the start, or --ping, failed for another reason
 PING_TIMEOUT = 3.0  # seconds
 MAX_PONG = 1024  # bytes that --ping reads of an answer's body
+_PLAIN = re.compile(r"[\w.+-]+", re.ASCII)  # versions that need no quotes
 LOOP_ERROR_INTERVAL = 60.0  # seconds between two log lines for the same failure
 
 
@@ -124,7 +127,8 @@ def describe_upstream(version: str | HTTPError, address: str) -> str:
 
     """
     if isinstance(version, str):
-        return f"Ollama {ascii(version)[1:-1]} answers at {address}"
+        shown = version if _PLAIN.fullmatch(version) else json.dumps(version)
+        return f"Ollama {shown} answers at {address}"
     if version.status == 508:
         return f"{version.message} ({address} is OllProx); until then each request gets 508"
     return f"Ollama does not answer yet; requests will still be forwarded. {version.message}"

@@ -88,7 +88,9 @@ async def launch(tmp_path: Path, ollama: StandIn, key_file: Path) -> AsyncIterat
         environ = {k: v for k, v in os.environ.items() if k in {"PATH", "HOME", "LANG"}}
         environ |= DEFAULTS
         environ |= {"LISTEN_HOST": "127.0.0.1", "LISTEN_PORT": "0", "PYTHONASYNCIODEBUG": "1"}
-        environ |= {"OLLAMA_PORT": str(ollama.port), "API_KEY_FILE": str(key_file)}
+        environ |= {"API_KEY_FILE": str(key_file)}
+        if "OLLAMA_HOST" not in settings:
+            environ |= {"OLLAMA_PORT": str(ollama.port)}
         environ |= {name: str(value) for name, value in settings.items()}
         mode = [] if measured else ["-X", "dev"]
         if measured:
