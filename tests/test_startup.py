@@ -88,6 +88,12 @@ async def test_check_says_what_answers_in_ollamas_place(launch: Start) -> None:
     assert re.search(r'status 403, server ".*", body "go away"', check.text()), check.text()
 
 
+async def test_ollprox_is_not_ready_while_another_program_answers(launch: Start) -> None:
+    async with another_program(response(b"200 OK", b"<html>welcome")) as port:
+        ollprox = await launch(OLLAMA_PORT=port, MODEL_REFRESH=0)
+        assert (await ask(ollprox.port, "GET", "/ready")).status == 503
+
+
 async def test_check_shows_the_version_of_ollama(launch: Start) -> None:
     check = await launch("--check")
     assert await check.process.wait() == 0
