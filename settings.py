@@ -295,6 +295,42 @@ def program_path(text: str) -> Path:
     return ROOT / Path(text).expanduser()
 
 
+def normalize_model(name: object) -> str:
+    """Return a model's name as Ollama lists it, in lower case; "" if it is no name.
+
+    Names that Ollama takes for one model give one result: `Llama2`, `library/llama2` and
+    ` llama2:local` are `llama2:latest`. A model in Ollama's cloud has a name of its own:
+    `gpt-oss:20b:cloud` is `gpt-oss:20b-cloud`. Names that Ollama refuses stay names of no model.
+    See Ollama's internal/modelref/modelref.go and types/model/name.go.
+    """
+    if not isinstance(name, str) or not name.strip():
+        return ""
+    model = _without_source(name.strip().lower())
+    parts = model.rpartition("://")[2].split("/")
+    if len(parts) == 3 and parts[0] == "registry.ollama.ai":
+        del parts[0]
+    if len(parts) == 2 and parts[0] == "library":
+        del parts[0]
+    return "/".join(parts) if ":" in parts[-1] else "/".join(parts) + ":latest"
+
+
+def _without_source(model: str) -> str:
+    """Drop `:local`, and write `:cloud` behind a tag as the tag's end, as Ollama lists it."""
+    base, colon, source = model.rpartition(":")
+    source = source.strip()
+    if not colon or source not in {"local", "cloud"} or _has_source(base):
+        return model
+    if source == "local":
+        return base
+    return f"{base}-cloud" if ":" in base.rpartition("/")[2] else f"{base}:cloud"
+
+
+def _has_source(model: str) -> bool:
+    """Return true if a name says where its model runs; Ollama refuses a second source."""
+    tag = model.rpartition(":")[2].strip() if ":" in model else ""
+    return tag in {"local", "cloud"} or (tag.endswith("-cloud") and "/" not in tag)
+
+
 def address(host: str, port: int) -> str:
     """Write a host and a port as they stand in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
