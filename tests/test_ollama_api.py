@@ -667,7 +667,7 @@ VALUES = st.recursive(
 
 @given(VALUES)
 def test_no_value_escapes_the_count(value: object) -> None:
-    def count(value: object) -> int:
+    def count(value: Any) -> int:
         inner = value.values() if isinstance(value, dict) else value
         is_leaf = isinstance(inner, str) or not isinstance(inner, Iterable)
         return 1 if is_leaf else 1 + sum(map(count, inner))

@@ -14,7 +14,7 @@ from standin import Seen, StandIn
 
 from answers.flight import Flights
 from answers.models import ModelWatch, Probe
-from answers.ollama_api import Access, Form, Route, route_table
+from answers.ollama_api import Access, Form, Route, Upload, route_table
 from answers.questions import PassThrough
 from answers.stored import StoredAnswer
 from cache import Cache
