@@ -295,42 +295,56 @@ def program_path(text: str) -> Path:
     return ROOT / Path(text).expanduser()
 
 
-def normalize_model(name: object) -> str:
-    """Return a model's name as Ollama lists it, in lower case; "" if it is no name.
+def address(host: str, port: int) -> str:
+    """Write a host and a port as they stand in a URL."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    Names that Ollama takes for one model give one result: `Llama2`, `library/llama2` and
-    ` llama2:local` are `llama2:latest`. A model in Ollama's cloud has a name of its own:
-    `gpt-oss:20b:cloud` is `gpt-oss:20b-cloud`. Names that Ollama refuses stay names of no model.
-    See Ollama's internal/modelref/modelref.go and types/model/name.go.
+
+REGISTRY = "registry.ollama.ai"  # the host of a model's name that has none
+
+
+def normalize_model(name: str) -> str:
+    """Write a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
+
+    These are the rules of Ollama 0.33, from its `internal/modelref` and `types/model`: white
+    space around the name is dropped, ASCII letters are in lower case, a scheme before a host is
+    dropped, and so is `:local`. `:cloud` behind a tag is written `-cloud`. The default host
+    registry.ollama.ai, then the default namespace `library`, are left out; the default tag is
+    `latest`. A name that Ollama would refuse stays one that it refuses. Linear in the name.
     """
-    if not isinstance(name, str) or not name.strip():
+    name = name.strip()
+    if not name:
         return ""
-    model = _without_source(name.strip().lower())
-    parts = model.rpartition("://")[2].split("/")
-    if len(parts) == 3 and parts[0] == "registry.ollama.ai":
+    name = _without_source(name.lower() if name.isascii() else name)
+    _, scheme, rest = name.partition("://")
+    parts = (rest if scheme and rest.count("/") == 2 else name).split("/")
+    if len(parts) == 3 and parts[0] == REGISTRY:
         del parts[0]
     if len(parts) == 2 and parts[0] == "library":
         del parts[0]
-    return "/".join(parts) if ":" in parts[-1] else "/".join(parts) + ":latest"
+    if ":" not in parts[-1]:
+        parts[-1] += ":latest"
+    return "/".join(parts)
 
 
-def _without_source(model: str) -> str:
-    """Drop `:local`, and write `:cloud` behind a tag as the tag's end, as Ollama lists it."""
-    base, colon, source = model.rpartition(":")
-    source = source.strip()
-    if not colon or source not in {"local", "cloud"} or _has_source(base):
-        return model
+def _without_source(name: str) -> str:
+    """Drop the source `:local`, and write the source `:cloud` in one way.
+
+    A name with two sources is an error to Ollama, and stays as it is.
+    """
+    base, source = _split_source(name)
+    if not source or _split_source(base)[1]:
+        return name
     if source == "local":
         return base
     return f"{base}-cloud" if ":" in base.rpartition("/")[2] else f"{base}:cloud"
 
 
-def _has_source(model: str) -> bool:
-    """Return true if a name says where its model runs; Ollama refuses a second source."""
-    tag = model.rpartition(":")[2].strip() if ":" in model else ""
-    return tag in {"local", "cloud"} or (tag.endswith("-cloud") and "/" not in tag)
-
-
-def address(host: str, port: int) -> str:
-    """Write a host and a port as they stand in a URL."""
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+def _split_source(name: str) -> tuple[str, str]:
+    base, colon, tag = name.rpartition(":")
+    tag = tag.strip()
+    if colon and tag in {"local", "cloud"}:
+        return base, tag
+    if colon and tag.endswith("-cloud") and "/" not in tag:
+        return f"{base}:{tag.removesuffix('-cloud')}", "cloud"
+    return name, ""

@@ -95,7 +95,7 @@ def digests(body: bytes) -> dict[str, str] | None:
     try:
         models = json.loads(body)["models"]
         found = {normalize_model(model["name"]): model["digest"] for model in models}
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     good = all(name and isinstance(digest, str) and digest for name, digest in found.items())
     return found if good and isinstance(models, list) else None

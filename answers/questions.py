@@ -306,7 +306,7 @@ def managed_models(body: bytes) -> set[str] | None:
         names.update(
             normalize_model(value)
             for name, value in pairs
-            if name.casefold() in {"model", "name", "destination"}
+            if name.casefold() in {"model", "name", "destination"} and isinstance(value, str)
         )
 
     try:

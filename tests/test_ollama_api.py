@@ -534,6 +534,7 @@ def test_digests_are_read_off_the_trace() -> None:
         b'{"models":null}',
         b'{"models":{}}',
         b'{"models":[{"name":"a"}]}',
+        b'{"models":[{"name":5,"digest":"1"}]}',
         b'{"models":[{"name":"a","digest":"1"},{"name":"","digest":"2"}]}',
         b'{"models":[{"name":"a","digest":null}]}',
         b'{"models":[{"name":"a","digest":"1"},5]}',

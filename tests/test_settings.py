@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import Settings, SettingsError, load, normalize_model
+from settings import Settings, SettingsError, load
 
 NOWHERE = Path("/nonexistent/.env")
 
@@ -127,41 +127,3 @@ def test_relative_key_files_start_at_the_programs_folder() -> None:
     here = Path(__file__).resolve().parent.parent
     assert loaded(API_KEY_FILE="keys/keys.txt").key_path == here / "keys/keys.txt"
     assert loaded(API_KEY_FILE="/srv/keys.txt").key_path == Path("/srv/keys.txt")
-
-
-@pytest.mark.parametrize(
-    ("name", "listed"),
-    [
-        ("llama2", "llama2:latest"),
-        ("llama2:latest", "llama2:latest"),
-        ("Llama2:7B", "llama2:7b"),
-        (" llama2\n", "llama2:latest"),
-        ("library/llama2", "llama2:latest"),
-        ("registry.ollama.ai/library/llama2:7b", "llama2:7b"),
-        ("https://registry.ollama.ai/library/llama2:7b", "llama2:7b"),
-        ("registry.ollama.ai/me/llama2", "me/llama2:latest"),
-        ("me/llama2", "me/llama2:latest"),
-        ("host:5000/me/llama2", "host:5000/me/llama2:latest"),
-        ("hf.co/library/llama2", "hf.co/library/llama2:latest"),
-        ("library/me/llama2", "library/me/llama2:latest"),  # a host of that name
-        # Where it runs; cases of Ollama's modelref_test.go are among them.
-        ("llama2:local", "llama2:latest"),
-        ("llama2:LOCAL ", "llama2:latest"),
-        ("qwen3:8b:local", "qwen3:8b"),
-        ("library/llama2:local", "llama2:latest"),
-        ("gpt-oss:20b:cloud", "gpt-oss:20b-cloud"),
-        ("gpt-oss:20b-cloud", "gpt-oss:20b-cloud"),
-        ("qwen3:cloud", "qwen3:cloud"),
-        ("localhost:11434/library/foo:cloud", "localhost:11434/library/foo:cloud"),
-        ("my-cloud-model", "my-cloud-model:latest"),
-        ("foo:cloud:local", "foo:cloud:local"),  # Ollama refuses it
-        ("foo:20b-cloud:local", "foo:20b-cloud:local"),
-        ("local", "local:latest"),
-        ("", ""),
-        ("  ", ""),
-        (5, ""),
-    ],
-)
-def test_models_are_named_as_ollama_lists_them(name: object, listed: str) -> None:
-    assert normalize_model(name) == listed
-    assert normalize_model(listed) == listed

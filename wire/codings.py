@@ -53,7 +53,7 @@ def decompress(coding: bytes, body: bytes, limit: int) -> bytes:
     try:
         plain: bytes = decoder.decompress(body, limit + 1)
     except _errors:
-        raise HTTPError(400, f"the body is not {name}, as its Content-Encoding says") from None
+        raise HTTPError(400, f"the body cannot be decompressed as {name}") from None
     if len(plain) > limit:
         what = f"the body is larger than {limit} bytes (MAX_BODY_BYTES) once decompressed"
         raise HTTPError(413, what)
