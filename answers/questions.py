@@ -123,6 +123,8 @@ class PassThrough:
     """The answer depends on `temperature` and `seed`; false for embeddings."""
     without: tuple[str, ...] = ()
     """Fields that do not change the answer."""
+    may_keep_state: bool = False
+    """A request may use or leave a conversation on the server, as on `/v1/responses`."""
     repeats_model: bool = True
     """The answer has the model's name as it was asked for, so each name has its own key."""
 
@@ -133,7 +135,8 @@ class PassThrough:
         model = _name(value)
         keyed = value if self.repeats_model else {**value, "model": normalize_model(model)}
         canonical = _canonical(keyed, without=self.without)
-        cacheable = bool(self.input_name and value.get(self.input_name)) and not ambiguous
+        uncacheable = ambiguous or (self.may_keep_state and _keeps_state(value))
+        cacheable = bool(self.input_name and value.get(self.input_name)) and not uncacheable
         return Question(
             body=lambda: write_object(read_object(body)),
             model=model,
@@ -276,6 +279,11 @@ def _has_case_twins(value: object) -> bool:
     if len({name.casefold() for name in value}) < len(value):
         return True
     return any(map(_has_case_twins, value.values()))
+
+
+def _keeps_state(value: dict[str, Any]) -> bool:
+    """Return true if a request to `/v1/responses` uses or leaves a conversation on the server."""
+    return value.get("store") is True or value.get("previous_response_id") is not None
 
 
 def _too_deep() -> HTTPError:

@@ -13,6 +13,7 @@ from answers.notes import BaseNotes
 from answers.ollama_api import Form, RouteTable, digests, route_table, version
 from answers.questions import (
     MAX_VALUES,
+    PassThrough,
     Question,
     check_values,
     is_deterministic,
@@ -615,6 +616,25 @@ def test_any_depth_is_answered_or_refused() -> None:
         else:
             status = 200
         assert status in {200, 400}
+
+
+@pytest.mark.parametrize(
+    ("more", "cacheable"),
+    [
+        ({}, True),
+        ({"store": False}, True),
+        ({"store": None, "previous_response_id": None}, True),
+        ({"store": True}, False),
+        ({"previous_response_id": "resp_1"}, False),
+        ({"previous_response_id": ""}, False),
+    ],
+)
+def test_a_response_that_keeps_state_is_not_cached(
+    more: dict[str, object], cacheable: bool
+) -> None:
+    body = json.dumps({"model": "m", "input": "p", **more}).encode()
+    codec = PassThrough("input", may_keep_state=True)
+    assert (codec.question(body, b"/v1/responses").key is not None) is cacheable
 
 
 def test_a_show_by_its_older_name_asks_for_that_model() -> None:
