@@ -25,7 +25,7 @@ from functools import partial
 import answers.ollama_api as api
 import startup
 from answers.flight import Flights
-from answers.models import Inquiry, ModelWatch
+from answers.models import ModelWatch, Probe
 from answers.stored import StoredAnswer
 from cache import Cache
 from keystore import KeyStore, take_credential
@@ -68,10 +68,10 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         __version__, cache, flights, keys, lambda: len(server.clients), lambda: upstream.requests
     )
     flights.ended = metrics.count_flight
-    inquiry = Inquiry(upstream)
-    models = ModelWatch(inquiry, cache, flights, metrics.know)
-    pages = Pages(settings.admin_labels, inquiry, cache, flights, metrics)
-    proxy = Proxy(settings, keys, upstream, routes, cache, flights, pages.answer)
+    probe = Probe(upstream)
+    models = ModelWatch(probe, cache, flights, metrics.know)
+    pages = Pages(settings.admin_labels, probe, cache, flights, metrics)
+    proxy = Proxy(settings, keys, upstream, routes, cache, flights, models, pages.answer)
     access_log = AccessLog(writer, settings.log_level)
 
     def done(record: Record) -> None:
@@ -114,11 +114,11 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
         asyncio.create_task(_each(settings.key_refresh, reload, signals.reload)),
         asyncio.create_task(_watch_lag(metrics)),
-        asyncio.create_task(_report_upstream(inquiry, upstream.address)),
+        asyncio.create_task(_report_upstream(probe, upstream.address)),
     ]
     if settings.model_refresh:
-        changed = proxy.models_changed
-        chores.append(asyncio.create_task(_each(settings.model_refresh, models.refresh, changed)))
+        refresh = _each(settings.model_refresh, models.refresh, models.due)
+        chores.append(asyncio.create_task(refresh))
     await signals.first.wait()
     log.info(
         "stopping: %d clients have %g s to finish", len(server.clients), settings.drain_timeout
@@ -136,7 +136,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
 
 
 async def _each(
-    seconds: float, chore: Callable[[], Awaitable[None]], soon: asyncio.Event | None = None
+    seconds: float, chore: Callable[[], Awaitable[object]], soon: asyncio.Event | None = None
 ) -> None:
     """Run a chore now, every so many seconds, and whenever `soon` is set.
 
@@ -178,8 +178,8 @@ async def _watch_lag(metrics: Metrics) -> None:
         metrics.note_lag(max(0.0, time.monotonic() - due))
 
 
-async def _report_upstream(inquiry: Inquiry, address: str) -> None:
-    print(startup.describe_upstream(await inquiry.version(), address), flush=True)
+async def _report_upstream(probe: Probe, address: str) -> None:
+    print(startup.describe_upstream(await probe.version(), address), flush=True)
 
 
 async def _check(settings: Settings, keys: KeyStore) -> int:
@@ -187,7 +187,7 @@ async def _check(settings: Settings, keys: KeyStore) -> int:
     print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
     print(startup.describe(settings, keys))
     upstream = _make_upstream(settings)
-    await _report_upstream(Inquiry(upstream), upstream.address)
+    await _report_upstream(Probe(upstream), upstream.address)
     await upstream.close()
     return 0
 

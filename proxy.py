@@ -11,19 +11,23 @@ import re
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
 import answers.ollama_api as api
 from answers.flight import Flight, Flights, Reader
+from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, NDJSON, SSE, BaseNotes, content_type, progress_notes
-from answers.ollama_api import Access, Form, Question, Route, RouteTable
+from answers.ollama_api import Access, Form, Route, RouteTable, Upload
+from answers.questions import EXAMPLE, Codec, Question, check_values
 from answers.stored import StoredAnswer
 from cache import Cache
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from record import Record
-from settings import Origins, Settings
+from settings import Origins, Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
+from wire.codings import coding_of, decompress
 from wire.http11 import (
     MAX_FRAMED,
     Ask,
@@ -43,7 +47,8 @@ log = logging.getLogger("ollprox")
 
 MAX_QUESTIONS = 512  # small bodies whose question is remembered
 MAX_KNOWN_BODY = 2048  # bytes of such a body
-MAX_AT_ONCE = 1 << 20  # bytes of a body that is parsed while all others wait
+MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is parsed on the event loop
+PARSERS = 2  # threads that parse larger ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +94,7 @@ class Proxy:
         routes: what is known of Ollama's API.
         cache: the stored answers.
         flights: the answers under way.
+        models: is told of requests that change models.
         own: answers what OllProx answers by itself: by a page's name, for a key's label.
 
     """
@@ -101,6 +107,7 @@ class Proxy:
         routes: RouteTable,
         cache: Cache[StoredAnswer],
         flights: Flights,
+        models: ModelWatch,
         own: Callable[[str, Head, str], Awaitable[Response]],
     ) -> None:
         self.settings = settings
@@ -110,11 +117,12 @@ class Proxy:
         self.routes = routes
         self.cache = cache
         self.flights = flights
+        self.models = models
         self.own = own
-        self.models_changed = asyncio.Event()  # a model was managed: read the digests again
         self._folding = asyncio.Lock()  # one large stream at a time
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._wrong_keys = WrongKeys()
+        self._parsers = ThreadPoolExecutor(PARSERS, "parse")  # not the pool that keys need
 
     async def handle(self, request: Request, record: Record) -> Response:
         """Answer a request. The head decides who is let in; then the body is read."""
@@ -125,11 +133,11 @@ class Proxy:
             record.own = True
             return self._preflight(head)
         route, target = self._admit(head, record)
-        if route.own:
-            return await self.own(route.own, head, record.label or "")
+        if route.page:
+            return await self.own(route.page, head, record.label or "")
         record.headers += VIA
-        if route.access is Access.ADMIN:
-            return await self._manage(request, target, record)
+        if route.upload is not Upload.NONE:
+            return await self._upload(route, request, target, record)
         question = await self._read_question(route, request)
         record.model = question.model or "-"
         wishes = Wishes.of(head)
@@ -158,14 +166,13 @@ class Proxy:
         found = self.routes.find(head.path)
         if found is None:
             self._authenticate(head, record)
-            hint = self.routes.hint(head.path)
-            raise HTTPError(404, f"OllProx has no such path{hint}; see the README for those it has")
+            raise HTTPError(404, f"OllProx has no such path; {self.routes.hint(head.path)}")
         route, target = found
         record.path = head.path[:MAX_SHOWN].decode()
         record.route = (
             head.path if head.path in self.routes.rows else route.target or b""
         ).decode()
-        record.own, record.asks = route.own != "", route.asks
+        record.own, record.asks = route.page != "", route.generates
         record.quiet = route.access is Access.OPEN
         if head.method == b"OPTIONS":
             raise _wrong_method(route)  # a browser that may not ask; no key comes with it
@@ -240,24 +247,27 @@ class Proxy:
 
     async def _read_question(self, route: Route, request: Request) -> Question:
         """Read the body and what it asks, where the route has one."""
-        head, codec = request.head, route.codec
-        if codec is None:
+        head, codec, limit = request.head, route.codec, self.settings.max_body_bytes
+        if codec is None or route.target is None:
             return _NO_QUESTION
         if head.length is None and not head.chunked:
-            raise HTTPError(411, "send the body with a Content-Length, or chunked")
-        body = await request.read(self.settings.max_body_bytes)
-        if len(body) > MAX_AT_ONCE:
-            return await asyncio.to_thread(_question_at_length, route, codec, body)
-        return self._question(route, codec, head.path, body)
+            raise HTTPError(411, f"the request has no body: send JSON, as in curl -d '{EXAMPLE}'")
+        coding = coding_of(head.get(b"content-encoding"), accepted=route.takes_compressed)
+        body = await request.read(limit)
+        if not coding and len(body) <= MAX_AT_ONCE:
+            return self._question(codec, route.target, head.path, body)
+        read = partial(_question_at_length, codec, route.target, body, coding, limit)
+        del body  # so that only the pool holds it
+        return await asyncio.get_running_loop().run_in_executor(self._parsers, read)
 
-    def _question(self, route: Route, codec: api.Codec, path: bytes, body: bytes) -> Question:
+    def _question(self, codec: Codec, target: bytes, path: bytes, body: bytes) -> Question:
         """Read what a body asks; small ones that came before are known."""
         if len(body) > MAX_KNOWN_BODY:
-            return codec.question(body, route)
+            return codec.question(body, target)
         index = hashlib.sha256(path + b"\n" + body).digest()
         question = self._questions.get(index)
         if question is None:
-            question = self._questions[index] = codec.question(body, route)
+            question = self._questions[index] = codec.question(body, target)
             if len(self._questions) > MAX_QUESTIONS:
                 del self._questions[next(iter(self._questions))]
         return question
@@ -360,35 +370,38 @@ class Proxy:
             record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
         if wishes.private:
             key = None
-        headers = FORWARDED if question.key is not None else _passed_on(head)
+        headers = (
+            FORWARDED
+            if question.key is not None
+            else _passed_on(head, without=_DECODED)  # the body is sent decompressed
+        )
         headers += ((b"X-Request-ID", record.request_id),)
         return self.flights.begin(
             key,
             self.upstream.exchange,
-            Ask(head.method, target, headers, question.body, model=api.normalised(question.model)),
+            Ask(head.method, target, headers, question.body, model=normalize_model(question.model)),
             route.codec.notes if route.codec else progress_notes,
             partial(self._store, key, question) if key is not None else None,
-            record.label if route.asks else None,
+            record.label if route.generates else None,
         )
 
-    async def _manage(self, request: Request, target: bytes, record: Record) -> Response:
-        """Pass a request that manages models on as it comes, and its progress back."""
+    async def _upload(
+        self, route: Route, request: Request, target: bytes, record: Record
+    ) -> Response:
+        """Pass a request on whose body is streamed through unread, and its progress back."""
         head = request.head
         record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
-        body = request.pieces() if head.has_body else bytes
+        limit = self.settings.max_body_bytes if route.upload is Upload.LIMITED else None
+        if limit is not None and (head.length or 0) > limit:
+            raise _too_large(limit)
+        change = ModelChange(self.models) if route.manages else None
+        body = _limited(request.pieces(), limit, change) if head.has_body else bytes
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
         ask = Ask(head.method, target, headers, body, head.length)
-        flight = self.flights.begin(None, self.upstream.exchange, ask, progress_notes, None)
-        response = await self._replay(flight.join(), _NO_QUESTION, Form.OLLAMA, record)
-        leave = response.release
-
-        def release() -> None:
-            self.models_changed.set()
-            if leave is not None:
-                leave()
-
-        response.release = release
-        return response
+        label = record.label if route.generates else None
+        flight = self.flights.begin(None, self.upstream.exchange, ask, progress_notes, None, label)
+        replay = self._replay(flight.join(), _NO_QUESTION, route.form, record)
+        return await (replay if change is None else _settled(replay, change))
 
     def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
         """Keep a complete answer; tell whether it was kept."""
@@ -454,6 +467,7 @@ _STOPPED = frozenset(
     b"host expect via origin referer cookie proxy-authorization accept-encoding forwarded"
     b" x-real-ip x-request-id".split()
 )
+_DECODED = frozenset({b"content-encoding"})
 _CHALLENGES: Headers = (  # two fields: some clients do not understand both in one
     (b"WWW-Authenticate", b'Basic realm="OllProx"'),
     (b"WWW-Authenticate", b"Bearer"),
@@ -463,20 +477,78 @@ _HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 
 
-def _question_at_length(route: Route, codec: api.Codec, body: bytes) -> Question:
-    """Read a large body's question, and write the body anew, in a thread.
+def _question_at_length(
+    codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int
+) -> Question:
+    """Read a large or compressed body, and write it anew, in a thread.
 
-    The interpreter's lock is held by each step, but let go between them.
+    Each step holds the interpreter's lock, so the number of values is limited first.
     """
-    question = codec.question(body, route)
+    plain = decompress(coding, body, limit) if coding else body
+    check_values(plain)
+    question = codec.question(plain, target)
     written = question.body()
     question.body = lambda: written
     return question
 
 
-def _passed_on(head: Head) -> Headers:
+async def _limited(
+    pieces: AsyncIterator[bytes], limit: int | None, change: ModelChange | None
+) -> AsyncIterator[bytes]:
+    """Pass a body on. Raises HTTPError 413 beyond the limit."""
+    size = 0
+    async for piece in pieces:
+        size += len(piece)
+        if limit is not None and size > limit:
+            raise _too_large(limit)
+        if change is not None:
+            change.note(piece)
+        yield piece
+
+
+async def _settled(replay: Awaitable[Response], change: ModelChange) -> Response:
+    """Let a response end only when the answers that its request made wrong are dropped."""
+    try:
+        response = await replay
+    except BaseException:
+        change.close()
+        raise
+    leave = response.release
+
+    def release() -> None:
+        change.close()
+        if leave is not None:
+            leave()
+
+    response.release = release
+    if not isinstance(response.body, bytes):
+        response.body = _settled_pieces(response.body, change)
+        return response
+    try:
+        await change.settle()
+    except BaseException:
+        release()
+        raise
+    return response
+
+
+async def _settled_pieces(
+    pieces: AsyncIterator[bytes], change: ModelChange
+) -> AsyncIterator[bytes]:
+    async for piece in pieces:
+        if b'"success"' in piece:  # for some clients this line is the end
+            await change.settle()
+        yield piece
+    await change.settle()
+
+
+def _too_large(limit: int) -> HTTPError:
+    return HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
+
+
+def _passed_on(head: Head, *, without: frozenset[bytes] = frozenset()) -> Headers:
     """Return what upstream gets of a client's headers, where its answer is the client's alone."""
-    kept = end_to_end(head.headers, without=_STOPPED)
+    kept = end_to_end(head.headers, without=_STOPPED | without)
     via = head.get(b"via")
     ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
     return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)

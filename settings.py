@@ -334,3 +334,53 @@ def program_path(text: str) -> Path:
 def address(host: str, port: int) -> str:
     """Return a host and a port as in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+REGISTRY = "registry.ollama.ai"  # the host of a model's name that has none
+
+
+def normalize_model(name: str) -> str:
+    """Write a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
+
+    These are the rules of Ollama 0.33, from its `internal/modelref` and `types/model`: white
+    space around the name is dropped, ASCII letters are in lower case, a scheme before a host is
+    dropped, and so is `:local`. `:cloud` behind a tag is written `-cloud`. The default host
+    registry.ollama.ai, then the default namespace `library`, are left out; the default tag is
+    `latest`. A name that Ollama would refuse stays one that it refuses. Linear in the name.
+    """
+    name = name.strip()
+    if not name:
+        return ""
+    name = _without_source(name.lower() if name.isascii() else name)
+    _, scheme, rest = name.partition("://")
+    parts = (rest if scheme and rest.count("/") == 2 else name).split("/")
+    if len(parts) == 3 and parts[0] == REGISTRY:
+        del parts[0]
+    if len(parts) == 2 and parts[0] == "library":
+        del parts[0]
+    if ":" not in parts[-1]:
+        parts[-1] += ":latest"
+    return "/".join(parts)
+
+
+def _without_source(name: str) -> str:
+    """Drop the source `:local`, and write the source `:cloud` in one way.
+
+    A name with two sources is an error to Ollama, and stays as it is.
+    """
+    base, source = _split_source(name)
+    if not source or _split_source(base)[1]:
+        return name
+    if source == "local":
+        return base
+    return f"{base}-cloud" if ":" in base.rpartition("/")[2] else f"{base}:cloud"
+
+
+def _split_source(name: str) -> tuple[str, str]:
+    base, colon, tag = name.rpartition(":")
+    tag = tag.strip()
+    if colon and tag in {"local", "cloud"}:
+        return base, tag
+    if colon and tag.endswith("-cloud") and "/" not in tag:
+        return f"{base}:{tag.removesuffix('-cloud')}", "cloud"
+    return name, ""

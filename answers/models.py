@@ -1,14 +1,15 @@
-"""Ask Ollama what OllProx wants to know for itself: whether it answers, and what models it has."""
+"""Ask Ollama what OllProx itself needs to know: whether it answers, and which models it has."""
 
 import asyncio
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import answers.ollama_api as api
 from answers.flight import Flights
+from answers.questions import managed_models
 from answers.stored import StoredAnswer
 from cache import Cache
 from wire.http11 import Ask, HTTPError, Response
@@ -16,35 +17,49 @@ from wire.upstream import FORWARDED, Upstream, loop_error
 
 log = logging.getLogger("ollprox")
 
-PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to say its version
+PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to tell its version
 PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
 TAGS_TIMEOUT = 10.0  # seconds for the list of models
+MANAGE_TIMEOUT = 5.0  # seconds that a managing request waits for that list at its end
 MAX_TAGS = 16 << 20  # bytes of that list
 MAX_QUOTED = 80  # characters of a foreign answer that are shown
+MAX_NAMED = 64 << 10  # bytes of a managing request's body in which its models are looked for
 
 
-class Inquiry:
-    """What OllProx asks by itself."""
+class Probe:
+    """Requests of OllProx's own to one Ollama.
 
-    def __init__(self, upstream: Upstream) -> None:
+    Args:
+        upstream: the Ollama.
+        on_change: called with `up` each time that it changes.
+
+    """
+
+    up: bool | None = None
+    """Whether Ollama answered the last of these requests; None before the first."""
+
+    def __init__(
+        self, upstream: Upstream, on_change: Callable[[bool], None] = lambda up: None
+    ) -> None:
         self._upstream = upstream
-        self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
+        self._on_change = on_change
+        self._probed = -math.inf  # when `ready` last asked
         self._probing = asyncio.Lock()
 
     async def version(self) -> str | HTTPError:
-        """Return upstream's version, or the error that says why there is none."""
+        """Return Ollama's version, or the error that tells why it is not known."""
         try:
             return api.version(await self._fetch(api.VERSION, b'"version"', PROBE_TIMEOUT))
         except HTTPError as error:
             return error
 
     async def ready(self) -> bool:
-        """Tell whether upstream answers; many who ask at once ask once."""
+        """Return true if Ollama answers. Callers at the same time share one request."""
         async with self._probing:
-            if time.monotonic() - self._probed[0] >= PROBE_INTERVAL:
-                version = await self.version()
-                self._probed = (time.monotonic(), isinstance(version, str))
-        return self._probed[1]
+            if time.monotonic() - self._probed >= PROBE_INTERVAL:
+                await self.version()
+                self._probed = time.monotonic()
+        return self.up is True
 
     async def digests(self) -> dict[str, str] | None:
         """Return each model's digest by its name; None if the list cannot be read."""
@@ -55,6 +70,16 @@ class Inquiry:
             return None
 
     async def _fetch(self, target: bytes, marker: bytes, seconds: float) -> bytes:
+        """Return the body of a small answer, and note whether Ollama is up. Raises HTTPError."""
+        try:
+            body = await self._ask(target, marker, seconds)
+        except HTTPError as error:
+            self._note(up=False, reason=error.message)
+            raise
+        self._note(up=True)
+        return body
+
+    async def _ask(self, target: bytes, marker: bytes, seconds: float) -> bytes:
         """Return the body of a small JSON answer of upstream, in which the marker stands.
 
         Raises:
@@ -91,47 +116,126 @@ class Inquiry:
             " Check the OLLAMA_HOST and OLLAMA_PORT settings.",
         )
 
+    def _note(self, *, up: bool, reason: str = "") -> None:
+        before, self.up = self.up, up
+        if up is before:
+            return
+        if not up and before is not None:  # at the start, the start says so
+            log.warning("Ollama does not answer any more: %s", reason)
+        if up and before is not None:
+            log.info("Ollama at %s answers again", self._upstream.address)
+        self._on_change(up)
+
 
 class ModelWatch:
-    """Drop the answers of models that are others now.
+    """Drops the stored answers of models whose digest has changed.
 
     Args:
-        inquiry: asks upstream.
+        probe: reads the list of models.
         cache: whose answers are dropped.
         flights: whose answers will not be stored.
-        know: is told the models' names.
+        on_list: called with the models' names when the list has changed.
 
     """
 
     def __init__(
         self,
-        inquiry: Inquiry,
+        probe: Probe,
         cache: Cache[StoredAnswer],
         flights: Flights,
-        know: Callable[[Iterable[str]], None],
+        on_list: Callable[[Iterable[str]], None],
     ) -> None:
-        self._inquiry = inquiry
+        self.due = asyncio.Event()
+        """Set when the list should be read again at once."""
+        self._probe = probe
         self._cache = cache
         self._flights = flights
-        self._know = know
+        self._on_list = on_list
         self._digests: dict[str, str] | None = None  # each model's, as last listed
 
-    async def refresh(self) -> None:
-        """Drop the answers of every model that is another one now, or gone."""
-        found = await self._inquiry.digests()
+    @property
+    def up(self) -> bool | None:
+        """Whether Ollama answered when it was last asked; None before that."""
+        return self._probe.up
+
+    async def refresh(self) -> bool:
+        """Drop the answers of every model whose digest has changed since the last call.
+
+        Returns false if there was nothing to compare: the list cannot be read, or is the first.
+        """
+        found = await self._probe.digests()
         if found is None:
-            self._digests = self._digests or {}  # what is listed next may have changed meanwhile
-            return
+            self._digests = self._digests or {}  # all that is listed next counts as changed
+            return False
         before, self._digests = self._digests, found
         if found != before:
-            self._know(found)
-        if before is None:  # the first list is where it starts, if nothing could be missed
-            return
+            self._on_list(found)
+        if before is None:
+            return False
         changed = {n for n in before.keys() | found.keys() if before.get(n) != found.get(n)}
         if changed:
-            dropped = self._cache.drop(lambda answer: answer.model in changed)
-            self._flights.ground(changed.__contains__)
+            dropped = self._drop(changed)
             log.info("%d models have changed: %d stored answers dropped", len(changed), dropped)
+        return True
+
+    async def settle(self, names: Collection[str] | None) -> None:
+        """Drop the answers that a managing request has made wrong.
+
+        Takes at most `MANAGE_TIMEOUT`. If the list of models cannot be compared by then, all
+        answers of `names` are dropped, or all answers if `names` is None.
+        """
+        try:
+            async with asyncio.timeout(MANAGE_TIMEOUT):
+                compared = await self.refresh()
+        except TimeoutError:
+            compared = False
+        if not compared:
+            self.interrupt(names)
+
+    def interrupt(self, names: Collection[str] | None) -> None:
+        """Drop the answers of `names`, or all if None, and have the list read soon.
+
+        For a managing request whose end is not known.
+        """
+        self._drop(names)
+        self.due.set()
+
+    def _drop(self, names: Collection[str] | None) -> int:
+        """Drop the answers of some models, or of all; return how many."""
+        self._flights.ground(lambda model: names is None or model in names)
+        return self._cache.drop(lambda answer: names is None or answer.model in names)
+
+
+class ModelChange:
+    """A request that changes models, until the answers that it makes wrong are dropped.
+
+    Its body is shown to `note`. `settle` comes before the client learns of the end, `close`
+    when the client has its response or has left.
+    """
+
+    def __init__(self, watch: ModelWatch) -> None:
+        self._watch = watch
+        self._body = bytearray()
+        self._settled = False
+
+    def note(self, piece: bytes) -> None:
+        """Take a piece of the request's body."""
+        if len(self._body) <= MAX_NAMED:
+            self._body += piece
+
+    async def settle(self) -> None:
+        """Drop the answers that are wrong now; see `ModelWatch.settle`."""
+        await self._watch.settle(self._names())
+        self._settled = True
+
+    def close(self) -> None:
+        """Without `settle` Ollama may be done or not: drop what may be wrong, and look soon."""
+        if not self._settled:
+            self._watch.interrupt(self._names())
+
+    def _names(self) -> set[str] | None:
+        body = bytes(self._body)
+        return managed_models(body) if len(body) <= MAX_NAMED else None
 
 
 def describe_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str:

@@ -19,6 +19,7 @@ from client import KEY
 from conftest import SOURCES
 
 from answers.flight import Flights
+from answers.models import ModelWatch, Probe
 from answers.ollama_api import route_table
 from answers.stored import StoredAnswer
 from cache import Cache
@@ -108,7 +109,9 @@ class Bench:
             metrics.count(record)
             access_log(record)
 
-        proxy = Proxy(Settings(), keys, self.upstream, route_table(1 << 20), cache, flights, own)
+        models = ModelWatch(Probe(self.upstream), cache, flights, metrics.know)
+        table = route_table(1 << 20)
+        proxy = Proxy(Settings(), keys, self.upstream, table, cache, flights, models, own)
         parse = partial(
             parse_request_head, take_credential=partial(take_credential, keys.salt, False)
         )

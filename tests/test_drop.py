@@ -10,6 +10,7 @@ from conftest import Program, Start
 from standin import StandIn
 
 from answers.flight import Flights
+from answers.models import ModelWatch, Probe
 from answers.ollama_api import route_table
 from answers.stored import StoredAnswer
 from cache import Cache
@@ -212,7 +213,8 @@ class Folding:
             raise NotImplementedError
 
         store = KeyStore.open(None, b"")
-        self.proxy = Proxy(Settings(), store, upstream, table, self.cache, flights, own)
+        models = ModelWatch(Probe(upstream), self.cache, flights, lambda names: None)
+        self.proxy = Proxy(Settings(), store, upstream, table, self.cache, flights, models, own)
         self.route = table.rows[b"/call_model"]
         lines = b'{"response":"x"}\n' * (MAX_AT_ONCE // 16) + b'{"response":"","done":true}\n'
         packed = pack(((b"Content-Type", b"application/x-ndjson"),))

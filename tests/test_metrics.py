@@ -618,7 +618,7 @@ async def test_labels_are_escaped(launch: Start, ollama: StandIn, tmp_path: Path
 async def test_whatever_ollama_calls_a_model_can_be_read(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
-    names = ["half\ud800", 'a"b\\c\n\x1b[31m{d="e"} 7', "鍵\u2028\r", "x" * 5000]
+    names = ["half\ud800", 'a"b\\c\n\x1b[31m{d="e"} 7', "鍵\u2028\r鍵", "x" * 5000]
     listed = json.dumps({"models": [{"name": name, "digest": "0"} for name in names]}).encode()
     line = b'{"response":"a","done":true}\n'
 

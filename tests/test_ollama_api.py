@@ -1,5 +1,6 @@
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,14 @@ from hypothesis import strategies as st
 from standin import Script, StandIn
 
 from answers.notes import BaseNotes
-from answers.ollama_api import (
-    Form,
+from answers.ollama_api import Form, RouteTable, digests, route_table, version
+from answers.questions import (
+    MAX_VALUES,
+    PassThrough,
     Question,
-    digests,
+    check_values,
     is_deterministic,
-    normalised,
-    route_table,
-    version,
+    managed_models,
 )
 from wire.http11 import HTTPError, Response
 
@@ -57,7 +58,7 @@ def asked(path: bytes, body: object) -> Question:
     assert found
     assert found[0].codec
     return found[0].codec.question(
-        body if isinstance(body, bytes) else json.dumps(body).encode(), found[0]
+        body if isinstance(body, bytes) else json.dumps(body).encode(), found[1]
     )
 
 
@@ -304,6 +305,81 @@ def test_order_space_stream_and_keep_alive_do_not_matter(other: bytes) -> None:
     assert key(other) == key(SAME) is not None
 
 
+# Ollama fills a schema's properties in their order (it was seen to), and shows a model tools
+# and arguments in theirs.
+@pytest.mark.parametrize(
+    ("path", "field", "one", "other"),
+    [
+        (
+            b"/api/generate",
+            "format",
+            {"properties": {"name": {}, "age": {}}},
+            {"properties": {"age": {}, "name": {}}},
+        ),
+        (b"/api/chat", "tools", [{"a": 1, "b": 2}], [{"b": 2, "a": 1}]),
+        (
+            b"/api/chat",
+            "messages",
+            [{"tool_calls": [{"arguments": {"a": 1, "b": 2}}]}],
+            [{"tool_calls": [{"arguments": {"b": 2, "a": 1}}]}],
+        ),
+        (
+            b"/v1/chat/completions",
+            "response_format",
+            {"json_schema": {"a": 1, "b": 2}},
+            {"json_schema": {"b": 2, "a": 1}},
+        ),
+        (b"/v1/chat/completions", "tools", [{"a": 1, "b": 2}], [{"b": 2, "a": 1}]),
+        (b"/api/generate", "options", {"x": {"a": 1, "b": 2}}, {"x": {"b": 2, "a": 1}}),
+    ],
+)
+def test_the_order_of_names_below_the_top_and_the_options_matters(
+    path: bytes, field: str, one: object, other: object
+) -> None:
+    body = {"model": "m", "prompt": "p", "messages": [{"role": "user", "content": "p"}]}
+    keys = [key({**body, field: value}, path) for value in (one, other)]
+    assert None not in keys
+    assert keys[0] != keys[1]
+
+
+def test_nothing_that_changes_an_answer_is_left_out_of_the_key() -> None:
+    more = ["images", "suffix", "system", "template", "context", "raw", "format", "think"]
+    more += ["logprobs", "top_logprobs", "truncate", "shift", "width", "height", "steps", "x"]
+    for path, input_name in ((b"/api/generate", "prompt"), (b"/api/embed", "input")):
+        body = {"model": "m", input_name: "p"}
+        keys = {key({**body, name: value}, path) for name in more for value in ("a", "b")}
+        assert len(keys | {key(body, path)}) == 2 * len(more) + 1
+    chat = [{"role": "user", "content": "p", "images": [image]} for image in ("a", "b")]
+    assert len({key({"model": "m", "messages": [m]}, b"/api/chat") for m in chat}) == 2
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        b"/api/generate",
+        b"/api/chat",
+        b"/api/embed",
+        b"/v1/chat/completions",
+        b"/v1/completions",
+        b"/v1/embeddings",
+    ],
+)
+def test_an_answer_that_repeats_the_models_name_has_a_key_for_each_name(path: bytes) -> None:
+    """The trace `generate-local-name`: the answer has the name as it was asked for."""
+    body = {"prompt": "p", "messages": [{"role": "user"}], "input": "p"}
+    keys = {key({"model": name, **body}, path) for name in ("m", "m:latest", "M", "m:local")}
+    assert len(keys) == 4
+
+
+def test_embeddings_without_a_name_are_shared_by_all_names_of_their_model() -> None:
+    def of(name: object) -> bytes | None:
+        return key({"model": name, "prompt": "p"}, b"/api/embeddings")
+
+    assert of("m") == of(" M:latest ") == of("library/m:local") is not None
+    assert of("m") != of("m:cloud")
+    assert of("m") != of("me/m")
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -357,9 +433,9 @@ def test_a_request_that_loads_has_no_key(path: bytes, body: object) -> None:
         b'{"model":"m","prompt":"p","options":{"stop":"A","Stop":"B"}}',
     ],
 )
-def test_only_ollama_can_tell_what_an_odd_body_means(body: bytes) -> None:
+def test_only_ollama_can_tell_what_an_ambiguous_body_means(body: bytes) -> None:
     question = asked(b"/call_model", body)
-    assert (question.key, question.relayed) == (None, True)
+    assert (question.key, question.relayed, question.ambiguous) == (None, True, True)
     assert question.body() == json.dumps(json.loads(body), separators=(",", ":")).encode()
 
 
@@ -390,6 +466,10 @@ def test_a_load_is_asked_for_as_its_client_wants_it() -> None:
         b'\xef\xbb\xbf{"model": "m"}',
         '{"model": "m"}'.encode("utf-16"),
         b'{"model": "m"} x',
+        b" \n",
+        b'{"model": "m", "prompt": "p", "options": {"seed": 1}, "options": {"top_k": 1}}',
+        b'{"model": "m", "prompt": "p", "options": {"seed": 1, "seed": 1}}',
+        b'{"model": "m", "prompt": "p", "format": {"x": [{"a": 1, "\\u0061": 1}]}}',
     ],
 )
 def test_what_pythons_json_stumbles_over_is_the_clients_fault(body: bytes) -> None:
@@ -421,6 +501,11 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
         ({"temperature": False}, False),
         ({"seed": 0}, True),
         ({"seed": -1}, False),
+        ({"seed": 4294967295}, False),  # which is -1 in 32 bits
+        ({"seed": 8589934591}, False),
+        ({"seed": 4294967294}, True),
+        ({"seed": -2}, True),
+        ({"seed": True}, False),
         ({"seed": 42, "temperature": 1}, True),
         ({"seed": "42"}, False),
         ("seed", False),
@@ -431,24 +516,6 @@ def test_what_is_deterministic(options: object, deterministic: bool) -> None:
 
 
 # Models, and the forms of errors.
-
-
-@pytest.mark.parametrize(
-    ("name", "listed"),
-    [
-        ("llama2", "llama2:latest"),
-        ("llama2:latest", "llama2:latest"),
-        ("Llama2:7B", "llama2:7b"),
-        ("library/llama2", "llama2:latest"),
-        ("registry.ollama.ai/library/llama2:7b", "llama2:7b"),
-        ("me/llama2", "me/llama2:latest"),
-        ("host:5000/me/llama2", "host:5000/me/llama2:latest"),
-        ("", ""),
-        (5, ""),
-    ],
-)
-def test_models_are_named_as_ollama_lists_them(name: object, listed: str) -> None:
-    assert normalised(name) == listed
 
 
 def test_digests_are_read_off_the_trace() -> None:
@@ -468,6 +535,7 @@ def test_digests_are_read_off_the_trace() -> None:
         b'{"models":null}',
         b'{"models":{}}',
         b'{"models":[{"name":"a"}]}',
+        b'{"models":[{"name":5,"digest":"1"}]}',
         b'{"models":[{"name":"a","digest":"1"},{"name":"","digest":"2"}]}',
         b'{"models":[{"name":"a","digest":null}]}',
         b'{"models":[{"name":"a","digest":"1"},5]}',
@@ -494,10 +562,36 @@ def test_errors_have_the_form_of_the_trace() -> None:
     assert ours == {"type": "error", "error": {"type": "authentication_error", "message": "x"}}
 
 
-def test_a_path_with_slashes_too_many_gets_a_hint() -> None:
-    assert "/api/generate is one" in TABLE.hint(b"//api//generate")
-    assert "/api/generate is one" in TABLE.hint(b"/api/generate/")
-    assert TABLE.hint(b"/api/../api/generate") == ""
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("//api//generate", "/api/generate"),
+        ("/api/generate/", "/api/generate"),
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/api/v1/chat/completions", "/v1/chat/completions"),
+        ("/v1/api/chat", "/api/chat"),
+        ("/api/api/tags", "/api/tags"),
+        ("/tags", "/api/tags"),
+        ("/V1/Models", "/v1/models"),
+        ("/api/genrate", "/api/generate"),
+        ("/v1/chat/completion", "/v1/chat/completions"),
+        ("/metric", "/metrics"),
+        ("/callmodel", "/call_model"),
+    ],
+)
+def test_an_unknown_path_is_answered_with_the_one_that_was_meant(path: str, meant: str) -> None:
+    assert TABLE.hint(path.encode()) == f"did you mean {meant}?"
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing/of/the/kind", "/x", "/wp-login.php"])
+def test_a_path_like_no_other_gets_no_guess(path: str) -> None:
+    table = RouteTable({p: row for p, row in TABLE.rows.items() if p != b"/"})
+    assert "README" in table.hint(path.encode())
+
+
+def test_a_long_path_is_not_compared_with_all_others() -> None:
+    assert "README" in TABLE.hint(b"/api/generate" + b"/" * 64)
 
 
 def test_after_an_error_nothing_is_an_answer() -> None:
@@ -522,3 +616,90 @@ def test_any_depth_is_answered_or_refused() -> None:
         else:
             status = 200
         assert status in {200, 400}
+
+
+@pytest.mark.parametrize(
+    ("more", "cacheable"),
+    [
+        ({}, True),
+        ({"store": False}, True),
+        ({"store": None, "previous_response_id": None}, True),
+        ({"store": True}, False),
+        ({"previous_response_id": "resp_1"}, False),
+        ({"previous_response_id": ""}, False),
+    ],
+)
+def test_a_response_that_keeps_state_is_not_cached(
+    more: dict[str, object], cacheable: bool
+) -> None:
+    body = json.dumps({"model": "m", "input": "p", **more}).encode()
+    codec = PassThrough("input", may_keep_state=True)
+    assert (codec.question(body, b"/v1/responses").key is not None) is cacheable
+
+
+def test_a_show_by_its_older_name_asks_for_that_model() -> None:
+    assert asked(b"/api/show", {"name": "m"}).model == "m"
+    assert asked(b"/api/show", {"model": "a", "name": "b"}).model == "a"
+    assert asked(b"/api/show", {"Name": "b"}).ambiguous
+
+
+@pytest.mark.parametrize(
+    ("body", "models"),
+    [
+        (b'{"model": "M"}', {"m:latest"}),
+        (b'{"name": "m:local", "stream": false}', {"m:latest"}),
+        (b'{"source": "a", "destination": "b"}', {"b:latest"}),
+        (b'{"MODEL": "a", "model": "b"}', {"a:latest", "b:latest"}),
+        (b'{"model": "a", "model": "b"}', {"a:latest", "b:latest"}),
+        (b"{}", None),
+        (b"no json", None),
+        (b"[" * 100_000, None),
+        (b'{"model": 5}', None),
+    ],
+)
+def test_the_models_that_a_managing_request_changes(body: bytes, models: set[str] | None) -> None:
+    assert managed_models(body) == models
+
+
+@pytest.mark.parametrize("value", [b"[]", b"{}", b"1", b'{"a":1}', b'"a"', b'["\\""]'])
+def test_a_body_of_very_many_values_is_refused(value: bytes) -> None:
+    def body(count: int) -> bytes:
+        return b'{"x":[%b]}' % b",".join([value] * count)
+
+    check_values(body(MAX_VALUES // 4))
+    with pytest.raises(HTTPError) as caught:
+        check_values(body(MAX_VALUES + 1))
+    assert caught.value.status == 413
+
+
+@pytest.mark.parametrize(
+    "text", [",[{" * MAX_VALUES, '\\"' * MAX_VALUES, "\\" * (2 * MAX_VALUES), '\n,"' * MAX_VALUES]
+)
+def test_what_stands_in_a_string_is_not_counted(text: str) -> None:
+    check_values(json.dumps({"prompt": text}).encode())
+    check_values(json.dumps({"prompt": text}).encode()[:-3])  # an unfinished string
+
+
+VALUES = st.recursive(
+    st.none() | st.integers() | st.text(),
+    lambda value: st.lists(value) | st.dictionaries(st.text(), value),
+)
+
+
+@given(VALUES)
+def test_no_value_escapes_the_count(value: object) -> None:
+    def count(value: Any) -> int:
+        inner = value.values() if isinstance(value, dict) else value
+        is_leaf = isinstance(inner, str) or not isinstance(inner, Iterable)
+        return 1 if is_leaf else 1 + sum(map(count, inner))
+
+    def refused(limit: int) -> bool:
+        try:
+            check_values(json.dumps(value).encode(), limit)
+        except HTTPError:
+            return True
+        return False
+
+    values = count(value)
+    assert values == 1 or refused(values - 2)
+    assert not refused(2 * values)

@@ -260,9 +260,9 @@ async def test_an_odd_body_is_ollamas_to_understand(
 
 
 async def test_the_clients_text_never_goes_upstream(ollprox: Program, ollama: StandIn) -> None:
-    body = b'{ "prompt" : "Why?", "prompt": "Who?",\n"model":"llama2", "n": 1.50 }'
+    body = b'{ "prompt" : "Why\\u003f",\n"model":"llama2", "n": 1.50 }'
     await ask(ollprox.port, "POST", "/call_model", body)
-    assert ollama.asked()[0].body == b'{"prompt":"Who?","model":"llama2","n":1.5,"stream":true}'
+    assert ollama.asked()[0].body == b'{"prompt":"Why?","model":"llama2","n":1.5,"stream":true}'
 
 
 async def test_nothing_of_the_clients_head_goes_upstream(ollprox: Program, ollama: StandIn) -> None:

@@ -13,7 +13,9 @@ from conftest import SOURCES, Program, Start
 from standin import Seen, StandIn
 
 from answers.flight import Flights
-from answers.ollama_api import Access, AsItCame, Form, Route, route_table
+from answers.models import ModelWatch, Probe
+from answers.ollama_api import Access, Form, Route, Upload, route_table
+from answers.questions import PassThrough
 from answers.stored import StoredAnswer
 from cache import Cache
 from keystore import KeyStore
@@ -60,7 +62,7 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     """A row is added to the table, and used; no path stands anywhere else."""
     table = route_table(1 << 20)
     table.rows[b"/api/brand-new"] = Route(
-        (b"POST",), b"/api/upstream-of-it", AsItCame("prompt", "*"), form=Form.OPENAI
+        (b"POST",), b"/api/upstream-of-it", PassThrough("prompt", samples=False), form=Form.OPENAI
     )
     standin = StandIn()
 
@@ -79,7 +81,9 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     async def own(name: str, head: Head, label: str) -> Response:
         raise NotImplementedError
 
-    proxy = Proxy(Settings(), store, upstream, table, cache, Flights(1 << 20, cache), own)
+    flights = Flights(1 << 20, cache)
+    models = ModelWatch(Probe(upstream), cache, flights, lambda names: None)
+    proxy = Proxy(Settings(), store, upstream, table, cache, flights, models, own)
     (digest,) = store.labels
     outcomes = []
     for credential in (digest, digest):
@@ -540,5 +544,40 @@ def test_who_may_what_is_said_by_the_table() -> None:
         b"/ready",
         b"/dashboard",
     }
-    admin = {path for path, row in rows.items() if row.access is Access.ADMIN}
-    assert len(admin) == 7
+
+
+NAMES = {":digest": "sha256:" + "0" * 64, ":encodedKey": "c3NoLWVk_-", ":model": "me/m:latest"}
+ROUTES = [
+    line.split()
+    for line in (Path(__file__).parent / "ollama-routes.txt").read_text().splitlines()
+    if not line.startswith("#")
+]
+
+
+def done_with(row: Route) -> str:
+    """What is done with a route, in the words of `ollama-routes.txt`."""
+    if row.access is Access.ADMIN:
+        return "admin"
+    if row.access is Access.ANY_MODEL:
+        assert row.upload is Upload.LIMITED
+        return "media"
+    body = b'{"model":"m","prompt":"p","messages":[1],"input":"p"}'
+    if row.codec and row.codec.question(body, b"/").key:
+        return "cached"
+    return "passed" if row.access is Access.KEY else "open"
+
+
+@pytest.mark.parametrize(("method", "path", "done"), ROUTES)
+def test_each_route_of_ollama_is_in_the_table(method: str, path: str, done: str) -> None:
+    for pattern, name in NAMES.items():
+        path = path.replace(pattern, name)
+    found = route_table(1).find(path.encode())
+    assert found
+    assert found[1] == path.encode()
+    assert method.encode() in found[0].methods
+    assert done_with(found[0]) == done
+
+
+def test_the_table_has_no_routes_but_those_of_ollama_and_its_own() -> None:
+    listed = {path.partition(":")[0] for _, path, _ in ROUTES} | {"/call_model"}
+    assert {p.decode() for p, row in route_table(1).rows.items() if not row.page} == listed

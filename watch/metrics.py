@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from answers.flight import Ending, Flight, Flights
-from answers.ollama_api import normalised
 from cache import Cache
 from keystore import KeyStore
 from record import Record, Spent
+from settings import normalize_model
 
 MAX_NAMES = 1000  # models, and labels, that are counted one by one
 MAX_RUNNING = 100  # answers under way that are listed
@@ -240,7 +240,7 @@ class Metrics:
 
     def _known(self, model: str) -> str:
         """Return a model's name if there is such a model; so a client can invent none."""
-        name = normalised(model)
+        name = normalize_model(model)
         if name not in self._models:
             return OTHER
         name = name.removesuffix(":latest")

@@ -7,13 +7,12 @@ import re
 from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qsl
 
-import answers.ollama_api as api
 from answers.flight import Flights
-from answers.models import Inquiry
+from answers.models import Probe
 from answers.notes import JSON
 from answers.stored import StoredAnswer
 from cache import Cache
-from settings import ROOT
+from settings import ROOT, normalize_model
 from watch.metrics import Metrics
 from wire.http11 import Head, Headers, HTTPError, Response
 
@@ -26,7 +25,7 @@ class Pages:
 
     Args:
         admins: the labels of ADMIN_LABELS.
-        inquiry: knows whether upstream answers.
+        probe: knows whether upstream answers.
         cache: can be emptied.
         flights: whose answers shall not be stored then.
         metrics: what is counted.
@@ -36,13 +35,13 @@ class Pages:
     def __init__(
         self,
         admins: tuple[str, ...],
-        inquiry: Inquiry,
+        probe: Probe,
         cache: Cache[StoredAnswer],
         flights: Flights,
         metrics: Metrics,
     ) -> None:
         self._admins = admins
-        self._inquiry = inquiry
+        self._probe = probe
         self._cache = cache
         self._flights = flights
         self._metrics = metrics
@@ -65,7 +64,7 @@ class Pages:
         return _json({"status": "ok"})
 
     async def _ready(self, head: Head, label: str) -> Response:
-        if not await self._inquiry.ready():
+        if not await self._probe.ready():
             raise HTTPError(503, "Ollama does not answer")
         return _json({"status": "ready"})
 
@@ -93,7 +92,7 @@ class Pages:
         names = [value for name, value in wanted if name == "model" and value]
         if len(wanted) > 1 or len(names) != len(wanted):
             raise HTTPError(400, "DELETE /cache takes at most one parameter, ?model=NAME")
-        model = api.normalised(names[0]) if names else None
+        model = normalize_model(names[0]) if names else None
         dropped = self._cache.drop(lambda answer: model in {None, answer.model})
         self._flights.ground(lambda name: model in {None, name})
         return _json({"dropped": dropped})

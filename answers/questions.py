@@ -1,0 +1,330 @@
+"""Read what a request asks of a model: its body, its cache key, and the body for upstream.
+
+Pure: nothing here waits or reads a clock.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from answers.notes import BaseNotes, EventNotes, LineNotes, WholeNotes, notes_for, progress_notes
+from settings import normalize_model
+from wire.http11 import HTTPError, Response
+
+MAX_VALUES = 1 << 18  # JSON values in a body: parsing so many blocks the event loop for 25 ms
+
+EXAMPLE = '{"model": "llama2", "prompt": "Hello"}'
+
+# The top-level names that are read here. Go reads names in any case, so a body that has one of
+# these in another case may mean something else to Ollama than it does here.
+_KNOWN_NAMES = frozenset(
+    [
+        "model",
+        "name",
+        "prompt",
+        "messages",
+        "input",
+        "stream",
+        "keep_alive",
+        "options",
+        "temperature",
+        "seed",
+    ]
+)
+
+
+@dataclass(slots=True)
+class Question:
+    """What a request asks of a model.
+
+    `model` is the name as the client wrote it. `key` is the cache key without its scope, None if
+    the answer must be neither stored nor shared. `stream` is true if the client wants lines as
+    they come, `relayed` if it gets upstream's response unchanged. `deterministic` is true if
+    asking again gives the same answer. `ambiguous` is true if Ollama may read the body otherwise
+    than OllProx, so that `model` need not be the model that answers.
+    """
+
+    body: Callable[[], bytes]
+    """Returns the body for upstream. Holds bytes only, since a request may wait for long."""
+    model: str
+    key: bytes | None
+    stream: bool
+    relayed: bool
+    deterministic: bool
+    ambiguous: bool = False
+    folds: bool = field(init=False)
+    """The client gets upstream's stream as one object."""
+
+    def __post_init__(self) -> None:
+        self.folds = not (self.stream or self.relayed)
+
+
+class Codec(Protocol):
+    """Reads the requests and answers of one kind of route."""
+
+    def question(self, body: bytes, target: bytes) -> Question:
+        """Read a request's body; `target` is part of the cache key. Raises HTTPError 400."""
+
+    def notes(self, response: Response) -> BaseNotes:
+        """Return the notes for an answer that begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Native:
+    """Codec of `/api/generate` and `/api/chat`: always asked for as a stream, and folded."""
+
+    input_name: str
+    """The field without which Ollama only loads the model: `prompt` or `messages`."""
+    streams: bool = True
+    """The client wants a stream if the body has no `stream`."""
+    max_object: int = 32 << 20
+    """Limit of a fold, in bytes."""
+
+    def question(self, body: bytes, target: bytes) -> Question:
+        """Read a request's body. Raises HTTPError 400."""
+        value = read_object(body)
+        ambiguous = _is_ambiguous(value)
+        stream = self.streams if value.get("stream") is None else value["stream"] is True
+        canonical = _canonical(value, without=("stream", "keep_alive"))
+        cacheable = bool(value.get(self.input_name)) and not ambiguous
+
+        def write() -> bytes:
+            value = read_object(body)
+            if not ambiguous:
+                value["stream"] = cacheable or stream
+            return write_object(value)
+
+        return Question(
+            body=write,
+            model=_name(value),
+            key=cache_key(target, canonical) if cacheable else None,
+            stream=stream,
+            relayed=not cacheable,
+            deterministic=is_deterministic(value.get("options")),
+            ambiguous=ambiguous,
+        )
+
+    def notes(self, response: Response) -> BaseNotes:
+        """Return the notes for an answer that begins."""
+        lines = LineNotes(self.input_name == "messages", self.max_object)
+        return notes_for(response, lines, BaseNotes())
+
+
+@dataclass(frozen=True, slots=True)
+class PassThrough:
+    """Codec of routes whose answers are passed on, and stored, unchanged."""
+
+    input_name: str = ""
+    """The field without which there is nothing to answer; empty if no answer is stored."""
+    samples: bool = True
+    """The answer depends on `temperature` and `seed`; false for embeddings."""
+    without: tuple[str, ...] = ()
+    """Fields that do not change the answer."""
+    may_keep_state: bool = False
+    """A request may use or leave a conversation on the server, as on `/v1/responses`."""
+    repeats_model: bool = True
+    """The answer has the model's name as it was asked for, so each name has its own key."""
+
+    def question(self, body: bytes, target: bytes) -> Question:
+        """Read a request's body. Raises HTTPError 400."""
+        value = read_object(body)
+        ambiguous = _is_ambiguous(value)
+        model = _name(value)
+        keyed = value if self.repeats_model else {**value, "model": normalize_model(model)}
+        canonical = _canonical(keyed, without=self.without)
+        uncacheable = ambiguous or (self.may_keep_state and _keeps_state(value))
+        cacheable = bool(self.input_name and value.get(self.input_name)) and not uncacheable
+        return Question(
+            body=lambda: write_object(read_object(body)),
+            model=model,
+            key=cache_key(target, canonical) if cacheable else None,
+            stream=value.get("stream") is True,
+            relayed=True,
+            deterministic=not self.samples or is_deterministic(value),
+            ambiguous=ambiguous,
+        )
+
+    def notes(self, response: Response) -> BaseNotes:
+        """Return the notes for an answer that begins."""
+        if not self.input_name:
+            return progress_notes(response)
+        return notes_for(response, EventNotes(), WholeNotes())
+
+
+class _RepeatedName(Exception):
+    """An object has one name twice."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        raise _RepeatedName
+    return value
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"constant {name}")
+
+
+# Made once: `json.loads` and `json.dumps` make one for each call that has options.
+_STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
+_IN_ORDER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
+
+
+def read_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object that a request's body is.
+
+    Raises:
+        HTTPError: 400 if it is not one JSON object in UTF-8, if Python's `json` cannot read it
+            (nested too deep, numbers too long, NaN), or if an object has one name twice: Go
+            merges or replaces such values, depending on the field.
+
+    """
+    if not body.strip():
+        raise HTTPError(400, f"the body is empty: send a JSON object, such as {EXAMPLE}")
+    try:
+        value = _STRICT.decode(body.decode())
+    except UnicodeDecodeError:
+        raise HTTPError(400, "the body must be a JSON object in UTF-8") from None
+    except json.JSONDecodeError as error:
+        where = f"{error.msg}: line {error.lineno} column {error.colno}"
+        raise HTTPError(400, f"the body must be a JSON object; it is not JSON: {where}") from None
+    except _RepeatedName:
+        raise HTTPError(400, "the body has one name twice in the same object") from None
+    except RecursionError:
+        raise _too_deep() from None
+    except ValueError as error:
+        reason = (
+            "JSON has no NaN or Infinity" if "constant" in str(error) else "a number is too long"
+        )
+        raise HTTPError(400, f"the body must be a JSON object; {reason}") from None
+    if not isinstance(value, dict):
+        raise HTTPError(400, f"the body must be a JSON object, such as {EXAMPLE}")
+    return value
+
+
+def write_object(value: dict[str, Any]) -> bytes:
+    """Write an object in its own order, which Ollama respects, as in a schema."""
+    return _IN_ORDER.encode(value).encode()
+
+
+def check_values(body: bytes, limit: int = MAX_VALUES) -> None:
+    """Refuse a body that would become too many objects in memory.
+
+    Linear in the body, and in short steps, so that other threads get their turn.
+
+    Raises:
+        HTTPError: 413 beyond `limit` values.
+
+    """
+    values = 0
+    for match in _OUTSIDE_STRINGS.finditer(body):
+        text = match[1]
+        values += text.count(b",") + text.count(b"[") + text.count(b"{")
+        if values > limit:
+            raise HTTPError(413, f"the body has more than {limit} JSON values; send fewer")
+
+
+# Text between two strings, in steps of at most 64 KiB, and the string that follows. Possessive
+# quantifiers and the optional closing quote keep it linear for any input.
+_OUTSIDE_STRINGS = re.compile(rb'([^"]{0,65536}+)(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"?)?', re.DOTALL)
+
+
+def cache_key(target: bytes, canonical: bytes) -> bytes:
+    """Return the digest that identifies an answer."""
+    return hashlib.sha256(target + b"\n" + canonical).digest()
+
+
+def _canonical(value: dict[str, Any], without: tuple[str, ...]) -> bytes:
+    """Write an object so that the order of names does not matter where Ollama ignores it.
+
+    That is at the top level and in `options`. Everywhere else the order is part of the question:
+    a model fills the properties of a `format` in their order, and templates show tools and
+    arguments in theirs.
+
+    Raises:
+        HTTPError: 400 for what can be read but not written.
+
+    """
+    ordered = {name: value[name] for name in sorted(value) if name not in without}
+    if isinstance(options := ordered.get("options"), dict):
+        ordered["options"] = {name: options[name] for name in sorted(options)}
+    try:
+        return write_object(ordered)
+    except ValueError:
+        raise HTTPError(400, "a number in the body is too large for a JSON number") from None
+    except RecursionError:
+        raise _too_deep() from None
+
+
+def _is_ambiguous(value: dict[str, Any]) -> bool:
+    """Return true if Ollama may read the body otherwise than OllProx."""
+    try:
+        if not isinstance(value.get("stream"), bool | None) or _has_case_twins(value):
+            return True
+    except RecursionError:
+        raise _too_deep() from None
+    return any(name not in _KNOWN_NAMES and name.casefold() in _KNOWN_NAMES for name in value)
+
+
+def _has_case_twins(value: object) -> bool:
+    """Return true if two names of an object differ only in case: for Go the last one wins."""
+    if isinstance(value, list):
+        return any(map(_has_case_twins, value))
+    if not isinstance(value, dict):
+        return False
+    if len({name.casefold() for name in value}) < len(value):
+        return True
+    return any(map(_has_case_twins, value.values()))
+
+
+def _keeps_state(value: dict[str, Any]) -> bool:
+    """Return true if a request to `/v1/responses` uses or leaves a conversation on the server."""
+    return value.get("store") is True or value.get("previous_response_id") is not None
+
+
+def _too_deep() -> HTTPError:
+    return HTTPError(400, "the body's JSON is nested too deep")
+
+
+def is_deterministic(options: object) -> bool:
+    """Return true if asking again gives the same answer: `temperature` is 0, or `seed` is set.
+
+    Ollama keeps a seed in 32 bits, of which all ones, as in -1, mean a random seed.
+    """
+    if not isinstance(options, dict):
+        return False
+    temperature, seed = options.get("temperature"), options.get("seed")
+    if type(temperature) in {int, float} and temperature == 0:
+        return True
+    return type(seed) is int and seed != -1 and -(1 << 31) <= seed < (1 << 32) - 1
+
+
+def managed_models(body: bytes) -> set[str] | None:
+    """Return the models that a request to create, copy, delete or pull may change, normalized.
+
+    None if the body does not tell.
+    """
+    names: set[str] = set()
+
+    def note(pairs: list[tuple[str, Any]]) -> None:
+        names.update(
+            normalize_model(value)
+            for name, value in pairs
+            if name.casefold() in {"model", "name", "destination"} and isinstance(value, str)
+        )
+
+    try:
+        json.loads(body, object_pairs_hook=note)
+    except (ValueError, RecursionError):
+        return None
+    return names - {""} or None
+
+
+def _name(value: dict[str, Any]) -> str:
+    """Return the model that is asked for; `name` is its older name, which `/api/show` takes."""
+    model = value.get("model") or value.get("name")
+    return model if isinstance(model, str) else ""

@@ -1,0 +1,74 @@
+"""Decompress request bodies (RFC 9110 section 8.4), within a limit."""
+
+import contextlib
+import importlib
+import zlib
+from typing import Any
+
+from wire.http11 import HTTPError
+
+MAX_WINDOW = 23  # log2 of the bytes that a zstd frame may refer back to (RFC 9659)
+
+_zstd: Any = None
+_errors: tuple[type[Exception], ...] = (zlib.error,)
+with contextlib.suppress(ModuleNotFoundError):
+    _zstd = importlib.import_module("compression.zstd")  # since Python 3.14
+    _errors += (_zstd.ZstdError,)
+
+
+def coding_of(value: bytes | None, *, accepted: bool) -> bytes:
+    """Return the coding that a `Content-Encoding` names; empty for none.
+
+    Raises:
+        HTTPError: 415 for a coding that is not known, or on a route where none is `accepted`.
+
+    """
+    coding = (value or b"").strip().lower()
+    if coding in {b"", b"identity"}:
+        return b""
+    if not accepted:
+        message = "only /v1 routes take a compressed body: send it without Content-Encoding"
+        raise HTTPError(415, message, ((b"Accept-Encoding", b"identity"),))
+    if coding == b"zstd" and _zstd is None:
+        raise _unsupported(
+            "OllProx needs Python 3.14 to read zstd: turn request compression off in the client"
+            " (Codex: `enable_request_compression = false` under [features] in config.toml)"
+        )
+    if coding not in {b"gzip", b"x-gzip", b"zstd"}:
+        raise _unsupported("the body's Content-Encoding must be gzip or zstd, and only one")
+    return coding
+
+
+def decompress(coding: bytes, body: bytes, limit: int) -> bytes:
+    """Return a body without its coding. Never makes more than a byte beyond `limit` bytes.
+
+    Only one gzip member or zstd frame is taken, since a body of many small ones is slow to read.
+
+    Raises:
+        HTTPError: 413 beyond the limit, 400 if it is not one whole gzip member or zstd frame.
+
+    """
+    name = "zstd" if coding == b"zstd" else "gzip"
+    decoder = _decoder(coding)
+    try:
+        plain: bytes = decoder.decompress(body, limit + 1)
+    except _errors:
+        raise HTTPError(400, f"the body cannot be decompressed as {name}") from None
+    if len(plain) > limit:
+        what = f"the body is larger than {limit} bytes (MAX_BODY_BYTES) once decompressed"
+        raise HTTPError(413, what)
+    if not decoder.eof or decoder.unused_data:
+        raise HTTPError(400, f"the body must be one whole {name} stream")
+    return plain
+
+
+def _decoder(coding: bytes) -> Any:
+    if coding == b"zstd":
+        parameter = _zstd.DecompressionParameter.window_log_max
+        return _zstd.ZstdDecompressor(options={parameter: MAX_WINDOW})
+    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: gzip and nothing else
+
+
+def _unsupported(message: str) -> HTTPError:
+    accepted = b"gzip, zstd" if _zstd else b"gzip"
+    return HTTPError(415, message, ((b"Accept-Encoding", accepted),))
