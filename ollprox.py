@@ -24,10 +24,10 @@ from functools import partial
 
 import answers.ollama_api as api
 import startup
-from answers.flight import Flights
+from answers.flight import Flights, Timeouts
 from answers.models import Inquiry, ModelWatch
 from answers.stored import StoredAnswer
-from cache import Cache
+from cache import Budget, Cache
 from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
@@ -58,8 +58,10 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         tls=startup.upstream_tls(settings),
     )
     routes = api.route_table(settings.max_object_bytes)
-    cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
-    flights = Flights(settings.cache_max_entry_bytes, cache)
+    budget = Budget(settings.cache_max_bytes)
+    cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
+    timeouts = Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout)
+    flights = Flights(settings.cache_max_entry_bytes, budget, upstream.exchange, timeouts)
     metrics = Metrics(
         __version__, cache, flights, keys, lambda: len(server.clients), lambda: upstream.requests
     )
@@ -106,7 +108,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
     collector = startup.Collector(cache, metrics.connections)
     chores = [
-        asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
+        asyncio.create_task(_each(1.0, partial(_tidy, server, upstream, flights))),
         asyncio.create_task(_each(settings.key_refresh, lambda: _poll_keys(keys))),
         asyncio.create_task(_watch_lag(metrics)),
         asyncio.create_task(_say_upstream(inquiry, upstream.address)),
@@ -152,8 +154,9 @@ async def _each(
                 await soon.wait()
 
 
-async def _tidy(server: Server, upstream: Upstream) -> None:
+async def _tidy(server: Server, upstream: Upstream, flights: Flights) -> None:
     server.check_deadlines(asyncio.get_running_loop().time())
+    flights.sweep()
     upstream.sweep()
 
 

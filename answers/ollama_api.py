@@ -12,17 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from answers.notes import (
-    SSE,
-    BaseNotes,
-    EventNotes,
-    LineNotes,
-    WholeNotes,
-    dump,
-    notes_for,
-    progress_notes,
-)
-from wire.http11 import Headers, HTTPError, Response
+from answers.notes import SSE, LineNotes, Notes, dump, notes_for
+from wire.http11 import HTTPError, Response
 
 # Go reads JSON names in any case, so these in another case could mean what we do not see.
 _KNOWN_NAMES = frozenset(
@@ -105,8 +96,8 @@ class Codec(Protocol):
     def question(self, body: bytes, route: "Route") -> Question:
         """Read a request's body. Raises HTTPError 400."""
 
-    def notes(self, response: Response) -> "BaseNotes":
-        """Begin to note an answer."""
+    def notes(self, response: Response) -> Notes:
+        """Return the notes for an answer, by its response's head."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,19 +235,6 @@ def digests(body: bytes) -> dict[str, str] | None:
     return found if good and isinstance(models, list) else None
 
 
-def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes | None:
-    """Fold a whole stream that was stored; None if it turns out to be no whole one.
-
-    Raises:
-        HTTPError: 502 if it is too large, or nested too deep, for one object.
-
-    """
-    assert codec is not None
-    notes = codec.notes(Response(200, headers, b""))
-    notes.feed(stream)
-    return notes.fold() if notes.finished else None
-
-
 @dataclass(frozen=True, slots=True)
 class Native:
     """`/api/generate` and `/api/chat`: always asked for as a stream, and folded."""
@@ -291,10 +269,9 @@ class Native:
             deterministic=is_deterministic(value.get("options")),
         )
 
-    def notes(self, response: Response) -> BaseNotes:
-        """Begin to note an answer."""
-        lines = LineNotes(self.says == "messages", self.max_object)
-        return notes_for(response, lines, BaseNotes())
+    def notes(self, response: Response) -> Notes:
+        """Return the notes for an answer, by its response's head."""
+        return notes_for(response, LineNotes(self.says == "messages", self.max_object))
 
 
 @dataclass(frozen=True, slots=True)
@@ -325,11 +302,9 @@ class AsItCame:
             deterministic=self.pinned == "*" or is_deterministic(value),
         )
 
-    def notes(self, response: Response) -> BaseNotes:
-        """Begin to note an answer."""
-        if not self.says:
-            return progress_notes(response)
-        return notes_for(response, EventNotes(), WholeNotes())
+    def notes(self, response: Response) -> Notes:
+        """Return the notes for an answer, by its response's head."""
+        return notes_for(response)
 
 
 def _name(model: object) -> str:

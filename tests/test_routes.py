@@ -15,7 +15,7 @@ from standin import Seen, StandIn
 from answers.flight import Flights
 from answers.ollama_api import Access, AsItCame, Form, Route, route_table
 from answers.stored import StoredAnswer
-from cache import Cache
+from cache import Budget, Cache
 from keystore import KeyStore
 from proxy import Proxy
 from record import Record
@@ -74,12 +74,13 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     )
     store = KeyStore.open(None, b"")
     store.admit(b"key", "me")
-    cache: Cache[StoredAnswer] = Cache(1 << 20, 60)
+    cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 60)
+    flights = Flights(1 << 20, cache.budget, upstream.exchange)
 
     async def own(name: str, head: Head, label: str) -> Response:
         raise NotImplementedError
 
-    proxy = Proxy(Settings(), store, upstream, table, cache, Flights(1 << 20, cache), own)
+    proxy = Proxy(Settings(), store, upstream, table, cache, flights, own)
     (digest,) = store.labels
     outcomes = []
     for credential in (digest, digest):

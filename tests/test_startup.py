@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from answers.stored import StoredAnswer
-from cache import Cache
+from cache import Budget, Cache
 from startup import FREEZE_AFTER, THAW_AFTER, Collector
 
 
@@ -15,7 +15,7 @@ from startup import FREEZE_AFTER, THAW_AFTER, Collector
 def collector() -> Iterator[Collector]:
     """A collector, undone at the test's end."""
     before = gc.get_threshold()
-    cache: Cache[StoredAnswer] = Cache(1000, 60)
+    cache: Cache[StoredAnswer] = Cache(Budget(1000), 60)
     yield Collector(cache, lambda: 300)
     gc.set_threshold(*before)
     gc.unfreeze()
