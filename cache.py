@@ -1,7 +1,6 @@
-"""Remember values by key until they expire or must make room.
+"""An LRU cache with a TTL, and the byte budget that it shares with answers under way.
 
-One byte budget holds both: the stored values, and what answers under way have reserved
-(`reserve`). Pure: the clock is an argument, nothing here waits.
+Pure: the clock is an argument, and nothing here waits.
 """
 
 import time
@@ -9,54 +8,110 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Generic, Protocol, TypeVar
 
-ENTRY_OVERHEAD = 590
-"""Bytes charged for an entry beside what its value says of its size: the key, the
-dictionary's slot and link, and the objects of a stored answer (`bench/memory.py` measures them)."""
+ENTRY_OVERHEAD = 606
+"""Bytes charged for an entry beyond the size of its value: the key, the dictionary's slot and
+link, and the objects of a stored answer (`bench/memory.py` measures them)."""
 
 
-class Kept(Protocol):
-    """What a value must tell of itself; an entry of the cache's own would cost more memory."""
+class Budget:
+    """The bytes that stored answers, tapes and queued requests share.
+
+    Reservations come first: stored values are evicted to make room for them.
+
+    Args:
+        max_bytes: the most that may be in use, in bytes.
+
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.stored_bytes = 0
+        self.reserved_bytes = 0
+        self.evict: Callable[[], None] = _nothing_to_evict
+
+    def make_room(self, size: int) -> bool:
+        """Evict stored values until `size` bytes are free; False if they can never be."""
+        if size > self.max_bytes - self.reserved_bytes:
+            return False
+        while self.stored_bytes + self.reserved_bytes + size > self.max_bytes:
+            self.evict()
+        return True
+
+    def reserve(self, size: int, *, must: bool = False) -> bool:
+        """Set `size` bytes aside.
+
+        Returns:
+            False if they do not fit beside what is reserved. With `must` they are counted
+            even so, and the next reservation has to make room for them.
+
+        """
+        if not must:
+            free = self.max_bytes - self.reserved_bytes - size
+            if self.stored_bytes > free and not self.make_room(size):
+                return False
+        self.reserved_bytes += size
+        return True
+
+    def release(self, size: int) -> None:
+        """Give back `size` bytes that were reserved."""
+        self.reserved_bytes -= size
+
+
+def _nothing_to_evict() -> None:
+    raise RuntimeError("stored bytes are counted, but no cache evicts them")
+
+
+class Value(Protocol):
+    """What the cache needs to know of a value; wrapping each one would cost more memory."""
 
     @property
     def size(self) -> int:
-        """Its bytes, without the overhead of an entry; never another number."""
+        """Its size in bytes, without `ENTRY_OVERHEAD`; must not change."""
 
     @property
     def born(self) -> float:
-        """When it was made, on the cache's clock."""
+        """When it was created, on the cache's clock."""
 
 
-V = TypeVar("V", bound=Kept)
+V = TypeVar("V", bound=Value)
 
 
 class Cache(Generic[V]):
     """A least-recently-used cache with a byte budget and a TTL.
 
     Args:
-        max_bytes: the budget, in bytes, for values and reservations together.
+        budget: what its values share with others. A budget has one cache.
         ttl: how long a value is kept, in seconds; 0 keeps nothing.
-        clock: seconds on a clock that never goes back.
+        clock: seconds since 1970. It goes on while the machine sleeps, and other machines
+            have the same.
 
     """
 
-    def __init__(
-        self, max_bytes: int, ttl: float, clock: Callable[[], float] = time.monotonic
-    ) -> None:
-        self.max_bytes = max_bytes
+    def __init__(self, budget: Budget, ttl: float, clock: Callable[[], float] = time.time) -> None:
+        self.budget = budget
         self.ttl = ttl
-        self.stored_bytes = 0
-        self.reserved_bytes = 0
         self.puts = 0
         self.evictions = 0
         self.expiries = 0
         self._clock = clock
         self._entries: OrderedDict[bytes, V] = OrderedDict()
+        budget.evict = self._evict
 
     def __len__(self) -> int:
         return len(self._entries)
 
+    @property
+    def max_bytes(self) -> int:
+        """The budget, in bytes."""
+        return self.budget.max_bytes
+
+    @property
+    def stored_bytes(self) -> int:
+        """The bytes charged for all entries."""
+        return self.budget.stored_bytes
+
     def get(self, key: bytes) -> V | None:
-        """Return what is kept under `key`, now the most recently used; None if nothing."""
+        """Return the value of `key`, now the most recently used; None if there is none."""
         value = self._entries.get(key)
         if value is None or self._clock() - value.born >= self.ttl:
             return None
@@ -64,7 +119,7 @@ class Cache(Generic[V]):
         return value
 
     def expire(self, key: bytes) -> bool:
-        """Forget `key` if it has expired; True if that was so."""
+        """Remove `key` if it has expired; return whether it had."""
         value = self._entries.get(key)
         if value is None or self._clock() - value.born < self.ttl:
             return False
@@ -73,60 +128,40 @@ class Cache(Generic[V]):
         return True
 
     def put(self, key: bytes, value: V) -> bool:
-        """Keep `value`, evicting the least recently used to make room.
+        """Store `value`, evicting the least recently used values to make room.
 
         Args:
             key: what identifies it; an older value under it is replaced.
             value: must not change any more.
 
         Returns:
-            False if it cannot fit or would be expired at once: nothing has changed.
+            False if it cannot fit or has expired already; then nothing has changed.
 
         """
         size = value.size + ENTRY_OVERHEAD
         expired = self._clock() - value.born >= self.ttl
-        if expired or size > self.max_bytes - self.reserved_bytes:
+        if expired or size > self.budget.max_bytes - self.budget.reserved_bytes:
             return False
         if key in self._entries:
             self.remove(key)
-        self._make_room(size)
+        self.budget.make_room(size)
         self.puts += 1
         self._entries[key] = value
-        self.stored_bytes += size
+        self.budget.stored_bytes += size
         return True
 
     def drop(self, wanted: Callable[[V], bool]) -> int:
-        """Forget every value for which `wanted` is true; return how many they were."""
+        """Remove every value for which `wanted` is true; return their number."""
         keys = [key for key, value in self._entries.items() if wanted(value)]
         for key in keys:
             self.remove(key)
         return len(keys)
 
-    def reserve(self, size: int, *, must: bool = False) -> bool:
-        """Set `size` bytes of the budget aside, evicting for them.
-
-        Returns:
-            False if they do not fit beside what is reserved already. With `must` they are
-            only counted: whoever comes next has to make room for them.
-
-        """
-        if not must:
-            if size > self.max_bytes - self.reserved_bytes:
-                return False
-            self._make_room(size)
-        self.reserved_bytes += size
-        return True
-
-    def release(self, size: int) -> None:
-        """Give back what `reserve` set aside."""
-        self.reserved_bytes -= size
-
-    def _make_room(self, size: int) -> None:
-        while self.stored_bytes + self.reserved_bytes + size > self.max_bytes:
-            self.evictions += 1
-            self.remove(next(iter(self._entries)))
-
     def remove(self, key: bytes) -> None:
-        """Forget `key`, if it is there."""
+        """Remove `key`, if it is there."""
         if (value := self._entries.pop(key, None)) is not None:
-            self.stored_bytes -= value.size + ENTRY_OVERHEAD
+            self.budget.stored_bytes -= value.size + ENTRY_OVERHEAD
+
+    def _evict(self) -> None:
+        self.evictions += 1
+        self.remove(next(iter(self._entries)))

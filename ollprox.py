@@ -24,10 +24,10 @@ from functools import partial
 
 import answers.ollama_api as api
 import startup
-from answers.flight import Flights
+from answers.flight import Flights, Timeouts
 from answers.models import ModelWatch, Probe
 from answers.stored import StoredAnswer
-from cache import Cache
+from cache import Budget, Cache
 from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
@@ -62,8 +62,10 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     """Serve until a signal; return the exit status."""
     upstream = _make_upstream(settings)
     routes = api.route_table(settings.max_object_bytes)
-    cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
-    flights = Flights(settings.cache_max_entry_bytes, cache)
+    budget = Budget(settings.cache_max_bytes)
+    cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
+    timeouts = Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout)
+    flights = Flights(settings.cache_max_entry_bytes, budget, upstream.exchange, timeouts)
     metrics = Metrics(
         __version__, cache, flights, keys, lambda: len(server.clients), lambda: upstream.requests
     )
@@ -111,7 +113,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     startup.tune_collector()
     reload = partial(_reload, keys, certificate)
     chores = [
-        asyncio.create_task(_each(1.0, partial(_tidy, server, upstream))),
+        asyncio.create_task(_each(1.0, partial(_tidy, server, upstream, flights))),
         asyncio.create_task(_each(settings.key_refresh, reload, signals.reload)),
         asyncio.create_task(_watch_lag(metrics)),
         asyncio.create_task(_report_upstream(probe, upstream.address)),
@@ -154,8 +156,9 @@ async def _each(
                 await soon.wait()
 
 
-async def _tidy(server: Server, upstream: Upstream) -> None:
+async def _tidy(server: Server, upstream: Upstream, flights: Flights) -> None:
     server.check_deadlines(asyncio.get_running_loop().time())
+    flights.sweep()
     upstream.sweep()
 
 

@@ -8,20 +8,19 @@ import hashlib
 import logging
 import math
 import re
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 
-import answers.ollama_api as api
-from answers.flight import Flight, Flights, Reader
+from answers.flight import Flight, Flights, Reader, Wants
 from answers.models import ModelChange, ModelWatch
-from answers.notes import JSON, NDJSON, SSE, BaseNotes, content_type, progress_notes
+from answers.notes import JSON, progress_notes
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.questions import EXAMPLE, Codec, Question, check_values
-from answers.stored import StoredAnswer
+from answers.replay import as_object, replay
+from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from record import Record
@@ -29,16 +28,13 @@ from settings import Origins, Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.codings import coding_of, decompress
 from wire.http11 import (
-    MAX_FRAMED,
     Ask,
     Head,
     Headers,
     HTTPError,
     Request,
     Response,
-    Truncated,
     end_to_end,
-    pack,
     unpack,
 )
 from wire.upstream import FORWARDED, VIA, Upstream, loop_error
@@ -119,7 +115,6 @@ class Proxy:
         self.flights = flights
         self.models = models
         self.own = own
-        self._folding = asyncio.Lock()  # one large stream at a time
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._wrong_keys = WrongKeys()
         self._parsers = ThreadPoolExecutor(PARSERS, "parse")  # not the pool that keys need
@@ -143,13 +138,11 @@ class Proxy:
         wishes = Wishes.of(head)
         key = self._scoped_key(question, record)
         answer = self._look_up(key, wishes, record) if key is not None else None
-        if key and answer and question.folds and not answer.object:
-            answer = await self._fold(key, answer, route, record)
         if answer is not None:
             return self._hit(answer, question, record)
         flight = self._join_or_begin(key, wishes, question, head, route, target, record)
-        reader = flight.join(folds=question.folds)
-        return await self._replay(reader, question, route.form, record)
+        reader = flight.join(Wants.FOLD if question.folds else Wants.PIECES)
+        return await self._replay(reader, route.form, record)
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
         """Write an error in the form of the API that was called."""
@@ -294,57 +287,21 @@ class Proxy:
             if self.cache.expire(key):
                 record.cache_status = b"OllProx; fwd=stale"
             return None
-        if time.monotonic() - answer.born > wishes.max_age:
+        if wishes.max_age < math.inf and answer.age(time.time()) > wishes.max_age:
             record.cache_status = b"OllProx; fwd=request"
             return None
         return answer
 
     def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
-        age = int(time.monotonic() - answer.born)
+        age = int(answer.age(time.time()))
         ttl = max(0, int(self.cache.ttl) - age)
         record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
         record.headers += ((b"Age", b"%d" % age),)
-        record.usage = answer
+        record.usage = answer.usage
         headers = unpack(answer.packed)
         if question.folds:
-            return Response(200, _as_object(headers), answer.object)
+            return Response(200, as_object(headers), answer.object)
         return Response(200, headers, answer.body)
-
-    async def _fold(
-        self, key: bytes, answer: StoredAnswer, route: Route, record: Record
-    ) -> StoredAnswer | None:
-        """Fold a stored stream for the first who wants one object, and keep that too.
-
-        What is no whole answer is kept no longer: None.
-
-        Raises:
-            HTTPError: 502 if it is too large for one object; the stream is still kept.
-
-        """
-        fold = partial(api.fold, route.codec, unpack(answer.packed), answer.body)
-        try:
-            if len(answer.body) <= MAX_AT_ONCE:
-                return self._keep_fold(key, answer, fold())
-            async with self._folding:  # each takes long, and as much memory again
-                there = self.cache.get(key)
-                if there is not None and there.object and there.born == answer.born:
-                    return there  # somebody else wanted the same
-                return self._keep_fold(key, answer, await asyncio.to_thread(fold))
-        except HTTPError:
-            record.outcome = "-"
-            raise
-
-    def _keep_fold(
-        self, key: bytes, answer: StoredAnswer, folded: bytes | None
-    ) -> StoredAnswer | None:
-        """Keep a stored stream's fold with it; without one, drop it."""
-        whole = None if folded is None else answer._replace(object=folded)
-        if self.cache.get(key) is answer:  # else it was dropped meanwhile, or there is a newer one
-            if whole is None:
-                self.cache.remove(key)
-            elif whole.size <= self.settings.cache_max_entry_bytes:
-                self.cache.put(key, whole)
-        return whole
 
     # What has to be asked.
 
@@ -378,10 +335,9 @@ class Proxy:
         headers += ((b"X-Request-ID", record.request_id),)
         return self.flights.begin(
             key,
-            self.upstream.exchange,
             Ask(head.method, target, headers, question.body, model=normalize_model(question.model)),
             route.codec.notes if route.codec else progress_notes,
-            partial(self._store, key, question) if key is not None else None,
+            partial(self._store, key) if key is not None else None,
             record.label if route.generates else None,
         )
 
@@ -399,39 +355,23 @@ class Proxy:
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
         ask = Ask(head.method, target, headers, body, head.length)
         label = record.label if route.generates else None
-        flight = self.flights.begin(None, self.upstream.exchange, ask, progress_notes, None, label)
-        replay = self._replay(flight.join(), _NO_QUESTION, route.form, record)
-        return await (replay if change is None else _settled(replay, change))
+        flight = self.flights.begin(None, ask, progress_notes, None, label)
+        response = self._replay(flight.join(), route.form, record)
+        return await (response if change is None else _settled(response, change))
 
-    def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
-        """Keep a complete answer; tell whether it was kept."""
-        notes = flight.notes
-        body = flight.whole()
-        if flight.status != 200 or not isinstance(notes, BaseNotes) or not notes.keeps(body):
-            return False
-        folded = body if question.relayed else b""
-        try:
-            if notes.folding:
-                folded = notes.fold()
-        except HTTPError:
-            return False
-        if flight.born is None:
-            return False
-        headers, model = pack(flight.headers), sys.intern(flight.model)
-        answer = StoredAnswer(headers, body, folded, model, flight.born, *flight.usage)
-        if answer.size > self.settings.cache_max_entry_bytes:
+    def _store(self, key: bytes, flight: Flight) -> bool:
+        """Store a complete answer; return whether it was stored."""
+        answer = stored_answer(flight, flight.whole())
+        if answer is None or answer.size > self.settings.cache_max_entry_bytes:
             return False
         return self.cache.put(key, answer)
 
-    async def _replay(
-        self, reader: Reader, question: Question, form: Form, record: Record
-    ) -> Response:
-        """Read a flight's tape as its client wants it; the response's release leaves it."""
-        try:
-            response = await self._read_tape(reader, question, form, record)
-        except BaseException:
-            reader.leave()
-            raise
+    async def _replay(self, reader: Reader, form: Form, record: Record) -> Response:
+        """Replay a flight to its reader, and note in the record what came of it."""
+        response = await replay(reader, form)
+        waited = isinstance(response.body, bytes)  # else it is not known yet
+        if waited and reader.flight.stored and record.outcome == "miss":
+            record.cache_status += b"; stored"
 
         def release() -> None:
             record.shared = record.outcome == "collapsed" and reader.has_all
@@ -439,26 +379,6 @@ class Proxy:
 
         response.release = release
         return response
-
-    async def _read_tape(
-        self, reader: Reader, question: Question, form: Form, record: Record
-    ) -> Response:
-        await reader.head()
-        flight = reader.flight
-        kind = content_type(flight.headers)
-        lines = kind.startswith((NDJSON, SSE))
-        if lines and flight.status == 200 and question.folds:
-            folded = await reader.fold()
-            _say_stored(flight, record)
-            return Response(200, _as_object(flight.headers), folded)
-        if lines:
-            return Response(flight.status, flight.headers, _stream(reader, form, kind))
-        reader.take_pieces()
-        body = await reader.whole()  # so that what breaks it is still an error
-        if body is None:  # too large: as it comes
-            return Response(flight.status, flight.headers, _relayed(reader), flight.length)
-        _say_stored(flight, record)
-        return Response(flight.status, flight.headers, body, flight.length)
 
 
 # Headers that go no further: they are about this connection, or about who the client is;
@@ -565,38 +485,3 @@ def _goes_in_a_circle(head: Head) -> bool:
 def _wrong_method(route: Route) -> HTTPError:
     allowed = b", ".join(route.methods)
     return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
-
-
-@lru_cache(maxsize=MAX_FRAMED)
-def _as_object(headers: Headers) -> Headers:
-    """Give the headers of a stream the type of a single object."""
-    rest = tuple(pair for pair in headers if pair[0].lower() != b"content-type")
-    return ((b"Content-Type", JSON), *rest)
-
-
-def _say_stored(flight: Flight, record: Record) -> None:
-    if flight.stored and record.outcome == "miss":
-        record.cache_status += b"; stored"
-
-
-async def _stream(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[bytes]:
-    """Replay lines; where upstream breaks off, say so in a last one and stay cut."""
-    last = b"\n"
-    try:
-        async for piece in reader.pieces():
-            yield piece
-            last = piece[-1:]
-    except HTTPError as error:
-        notes = reader.flight.notes
-        if notes is None or not notes.reported:  # else Ollama has said why
-            yield (b"" if last == b"\n" else b"\n") + form.line(kind, error.message)
-        raise Truncated from error
-
-
-async def _relayed(reader: Reader) -> AsyncIterator[bytes]:
-    """Replay a body that has no lines; where upstream breaks off, it stays cut."""
-    try:
-        async for piece in reader.pieces():
-            yield piece
-    except HTTPError as error:
-        raise Truncated from error

@@ -1,32 +1,18 @@
 """The record of one exchange, from its first byte to its access line."""
 
 import time
-from typing import NamedTuple, Protocol
-
-
-class Spent(Protocol):
-    """What an answer has come to: lines, tokens generated, and GPU time in seconds.
-
-    The time is that for prompt and answer, without the loading of the model.
-    """
-
-    @property
-    def lines(self) -> int:
-        """Lines, or events."""
-
-    @property
-    def tokens(self) -> int:
-        """Tokens generated."""
-
-    @property
-    def gpu_seconds(self) -> float:
-        """GPU time, in seconds."""
+from typing import NamedTuple
 
 
 class Usage(NamedTuple):
-    """What an answer has come to, alone; see `Spent`."""
+    """What an answer took: lines (or events), tokens, and GPU time in seconds.
+
+    `prompt_tokens` were read, `tokens` were generated. The GPU time is for both, without the
+    loading of the model; Ollama reports it on its native routes only.
+    """
 
     lines: int = 0
+    prompt_tokens: int = 0
     tokens: int = 0
     gpu_seconds: float = 0.0
 
@@ -57,7 +43,7 @@ class Record:
     route: str = "other"  # the path, or what it begins with where clients choose the rest
     label: str | None = None  # the key's, once it was found valid
     wrong_key: bool = False
-    usage: Spent = NO_USAGE  # of a stored answer that was given
+    usage: Usage = NO_USAGE  # of the stored answer, for a hit
     shared: bool = False  # it joined an answer, and got all of it
 
     def __init__(self, client: str) -> None:

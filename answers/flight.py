@@ -1,12 +1,13 @@
-"""Let identical requests share one exchange with upstream.
+"""Share one exchange with upstream among identical requests.
 
-A flight is a tape: one task records what upstream says, and each reader replays it at its
-own pace. It ends complete, failed or abandoned. It knows neither HTTP's framing nor Ollama;
-what an answer means is noted by a `Notes` that its codec gives it.
+A flight is a tape: one task, the recorder, records what upstream says, and each reader replays
+it at its own pace. A flight knows neither HTTP's framing nor Ollama's API: what an answer means
+is noted by a `Notes`.
 
-The tape is a window. The recorder runs ahead of slow readers on purpose, since they must not
-hold the GPU; it waits only while it is a full window ahead of its fastest reader, and a
-slower one that falls a full window behind is dropped.
+The tape is a window. The recorder runs ahead of its readers until the window is full. It then
+waits for the readers of pieces, but not for those that only want the fold. While it waits, a
+reader that takes nothing for `Timeouts.write` seconds is dropped, so that it cannot hold up the
+others. A reader that holds up nobody but itself is left to the server's own write timeout.
 """
 
 import asyncio
@@ -14,21 +15,24 @@ import enum
 import itertools
 import logging
 import math
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Protocol
+from contextlib import suppress
+from dataclasses import dataclass, replace
 
-from record import NO_USAGE, Usage
+from answers.notes import REPORTED, Notes
+from cache import Budget
+from record import NO_USAGE
 from wire.http11 import Ask, Exchange, Headers, HTTPError, Response, Truncated
 
 log = logging.getLogger("ollprox.flight")
 
 MAX_LINE = 32 << 20  # bytes of a line that is waited for; a longer one is passed on in parts
 SLICE = 256 << 10  # bytes that a reader takes off the tape at once
-FOLD = sys.maxsize  # the position of a reader that waits for no piece, but for the fold
 PIECE_OVERHEAD = 64  # bytes charged for a piece beside its own: object and list slot
 
+MakeNotes = Callable[[Response], Notes]
+"""Makes the notes on an answer, by the response's head."""
 
 _numbers = itertools.count(1)
 
@@ -36,59 +40,41 @@ _numbers = itertools.count(1)
 class Ending(enum.Enum):
     """How a flight has ended."""
 
-    COMPLETE = "upstream has said all, or reported its own error"
-    FAILED = "upstream could not be reached, broke off, or was too slow"
+    COMPLETE = "upstream has said all"
+    INCOMPLETE = "upstream ended in order but without its last line: the repeat guard"
+    FAILED = "upstream was not reached, broke off, was too slow, or reported an error"
     ABANDONED = "the last reader left"
 
 
-class Budget(Protocol):
-    """The bytes that all tapes and all stored answers share."""
+class Source(enum.Enum):
+    """Where an answer comes from."""
 
-    def reserve(self, size: int, *, must: bool = False) -> bool:
-        """Set `size` bytes aside; False if there is no room, unless they `must`."""
-
-    def release(self, size: int) -> None:
-        """Give `size` bytes back."""
+    GENERATED = "generated"
+    SHARED_CACHE = "shared cache"
 
 
-class Notes(Protocol):
-    """What a codec notes of an answer while it is recorded."""
+class Wants(enum.Enum):
+    """What a reader wants of the tape."""
 
-    delimiter: bytes
-    """Ends a line (or an event); empty where an answer has no lines."""
+    PIECES = "each piece in its turn; the recorder does not run further than a window ahead"
+    FOLD = "the answer as a single object, at its end; holds nobody up"
+    NOTHING = "it was dropped: too slow for the others"
 
-    finished: bool
-    """The last line has come: the answer is complete, whatever follows."""
 
-    too_large: bool
-    """There can be no fold any more."""
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """How long flights wait, in seconds.
 
-    reported: bool
-    """The last line is upstream's own error."""
+    Attributes:
+        write: for a reader that holds up others (WRITE_TIMEOUT).
+        idle: for the next piece (IDLE_TIMEOUT).
+        whole: for a fold, from its request on (FIRST_BYTE_TIMEOUT); longer if pieces still come.
 
-    held: int
-    """Bytes held for the fold."""
+    """
 
-    usage: Usage
-    """What the answer has come to."""
-
-    def is_line(self, rest: bytes) -> bool:
-        """Whether what upstream ended with, without a delimiter, is a line all the same."""
-
-    def feed(self, piece: bytes) -> None:
-        """Note whole lines."""
-
-    def close(self) -> str | None:
-        """Note upstream's clean end; say what is missing if the answer was cut."""
-
-    def forget(self) -> None:
-        """Hold nothing for a fold any more."""
-
-    def recall(self, pieces: list[bytes]) -> None:
-        """Note a whole tape again, if it was forgotten."""
-
-    def fold(self) -> bytes:
-        """Return the answer as one object. Raises HTTPError if there is none."""
+    write: float = math.inf
+    idle: float = math.inf
+    whole: float = math.inf
 
 
 class Flight:
@@ -96,12 +82,11 @@ class Flight:
 
     Args:
         flights: where it is registered.
-        key: what identifies its answer; None for one that cannot be joined.
-        exchange: carries out what is asked.
+        key: identifies its answer; None for a flight that cannot be joined.
         ask: what is asked.
-        notes: makes the notes for a response's head.
-        store: keeps a complete answer and tells whether it did; None to keep none.
-        caller: the label of the key that asked for it; None if it is no answer of a model.
+        notes: makes the notes on the answer.
+        store: stores a complete answer and returns whether it did; None to store nothing.
+        caller: the label of the key that asked for it; None if it is not a model's answer.
 
     """
 
@@ -109,34 +94,30 @@ class Flight:
         self,
         flights: "Flights",
         key: bytes | None,
-        exchange: Exchange,
         ask: Ask,
-        notes: Callable[[Response], Notes],
+        notes: MakeNotes,
         store: Callable[["Flight"], bool] | None,
-        caller: str | None = None,
+        caller: str | None,
     ) -> None:
         self.key = key
         self.model = ask.model
         self.caller = caller
         self.number = next(_numbers)
-        self.began = flights.clock()
-        self.grounded = False  # its model has changed: neither joined nor stored
+        self.began = time.monotonic()
+        self.source = Source.GENERATED
         self.stored = False
         self.status = 0
         self.headers: Headers = ()
         self.length: int | None = None
         self.notes: Notes | None = None  # from the response's head on
-        self.born: float | None = None  # when that head came, on the clock
-        self.usage = NO_USAGE  # what it has come to, at its end
+        self.born: float | None = None  # when that head came, in seconds since 1970
+        self.usage = NO_USAGE  # what it took, at its end
         self.ending: Ending | None = None
         self.error: HTTPError | None = None
         self.start = 0  # index of the first piece on the tape
         self.readers: set[Reader] = set()
         self.served = 0  # readers that left with all of it before its end
-        self.crowded = False  # the recorder has had to wait for its readers
         self._flights = flights
-        self._exchange = exchange
-        self._ask = ask
         self._make_notes = notes
         self._store = store
         self._pieces: list[bytes] = []
@@ -144,34 +125,40 @@ class Flight:
         self._size = 0  # bytes on the tape
         self._held = 0  # bytes of the budget that the notes have
         self._room: asyncio.Future[None] | None = None  # the recorder waits for its readers
+        self._heard = 0, 0.0  # the tape's end at the last look, and when it was first seen there
+        # The exchange has the flight by this, so the flight must not have the ask: a cycle.
+        ask = replace(ask, whole_wanted=self.is_whole_wanted)
         self._task: asyncio.Task[None] | None = asyncio.get_running_loop().create_task(
-            self._record()
+            self._record(ask)
         )
 
     @property
     def joinable(self) -> bool:
-        """Whether a reader that comes now would get all of the answer."""
-        return self.start == 0 and self.ending is None and not self.grounded
+        """True if a reader that joins now would get all of the answer."""
+        return self.start == 0 and self.ending is None
 
     @property
     def end(self) -> int:
         """The index after the last piece on the tape."""
         return self.start + len(self._pieces)
 
-    def join(self, *, folds: bool = False) -> "Reader":
-        """Read from the tape's start; the reader must `leave` in the end.
+    @property
+    def is_full(self) -> bool:
+        """True while the recorder waits for its readers."""
+        return self._room is not None
 
-        A reader that `folds` waits for the fold alone, and holds no recorder up.
-        """
-        reader = Reader(self, FOLD if folds else 0)
+    def join(self, wants: Wants = Wants.PIECES) -> "Reader":
+        """Read from the tape's start; the reader must `leave` in the end."""
+        reader = Reader(self, wants)
+        if self.notes is not None:
+            reader.choose(self.notes)
         self.readers.add(reader)
-        if folds and self.notes is not None:
-            self.notes.recall(self._pieces)  # the tape is whole, or nobody could join
-            self._count_notes(self.notes)
+        if self.is_full:
+            self.wake_recorder()  # a reader that holds it up holds up another one now
         return reader
 
     def leave(self, reader: "Reader") -> None:
-        """Let a reader go; with the last one goes the exchange."""
+        """Let a reader go; the exchange goes with the last one."""
         self.readers.discard(reader)
         self.served += self.ending is None and reader.has_all
         if not self.readers:
@@ -179,7 +166,7 @@ class Flight:
         self.wake_recorder()
 
     def since(self, position: int) -> list[bytes]:
-        """Return the pieces from `position` on, up to a slice of the tape."""
+        """Return the pieces from `position` on, up to `SLICE` bytes or one piece."""
         first = last = position - self.start
         size = 0
         while last < len(self._pieces) and size < SLICE:
@@ -188,41 +175,69 @@ class Flight:
         return self._pieces[first:last]
 
     def whole(self) -> bytes:
-        """Return the tape as one piece, the same for all that ask for it."""
+        """Return the tape as one piece, the same for all who ask for it."""
         if self._joined is None or self._joined[0] != len(self._pieces):
             self._joined = len(self._pieces), b"".join(self._pieces)
         return self._joined[1]
 
     def wake_recorder(self) -> None:
-        """Let the recorder look again whether there is room."""
+        """Let the recorder look again for room."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    def ground(self) -> None:
-        """Let nobody join any more, and store nothing."""
-        self.grounded, self._store = True, None
+    def store_nothing(self) -> None:
+        """Do not store the answer."""
+        self._store = None
+
+    def is_whole_wanted(self) -> bool:
+        """Return whether a reader waits for the fold; then `check_silence` judges silences."""
+        return any(reader.wants is Wants.FOLD for reader in self.readers)
+
+    def check_silence(self, now: float) -> None:
+        """End the waits that last too long. To be called about once a second.
+
+        Each reader has its own limit: none is cut for another's. What ends all waits ends the
+        flight.
+        """
+        end, since = self._heard
+        if end != self.end or self.is_full or not since:  # its readers' silence is not upstream's
+            self._heard = self.end, now
+            return
+        timeouts = self._flights.timeouts
+        late = [reader for reader in self.readers if now > reader.patience(since, timeouts)]
+        if not late:
+            return
+        message = (
+            f"Ollama sent nothing more of its answer within {now - since:.0f} s. Check that it is"
+            " not overloaded; IDLE_TIMEOUT and FIRST_BYTE_TIMEOUT set how long OllProx waits."
+        )
+        error = HTTPError(504, message, kind="timeout")
+        if len(late) == len(self.readers):
+            self._fail(error)
+        for reader in late:
+            reader.fail(error)
 
     def _abandon(self) -> None:
-        """End the exchange: nobody listens. What has been said to its end is kept."""
+        """End the exchange, since nobody reads. An answer that is finished is stored."""
         if self.ending is None:
-            complete = self.notes is not None and self.notes.finished
-            self._finish(Ending.COMPLETE if complete else Ending.ABANDONED)
+            finished = self.notes is not None and self.notes.finished
+            self._finish(Ending.COMPLETE if finished else Ending.ABANDONED)
         if self._task is not None:
             self._task.cancel()
-            self._task = None  # its last exception holds frames, which hold us: a circle
+            self._task = None  # its last exception holds frames, which hold the flight: a cycle
         self._flights.budget.release(self._size + self._held)
         self._size = self._held = 0
         self._pieces, self._joined = [], None
 
-    async def _record(self) -> None:
+    async def _record(self, ask: Ask) -> None:
         try:
-            async with self._exchange(self._ask) as response:
+            async with self._flights.exchange(ask) as response:
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born = self._flights.clock()
                 self.notes = notes = self._make_notes(response)
-                if not self._is_folded():
-                    notes.forget()  # until somebody waits for the fold
+                for reader in self.readers:
+                    reader.choose(notes)
                 self._wake_readers(everyone=True)
                 assert not isinstance(response.body, bytes)
                 cutter = _Cutter(notes)
@@ -231,21 +246,22 @@ class Flight:
                         await self._append(piece, notes)
                 if piece := cutter.rest():
                     await self._append(piece, notes)
-                if (missing := notes.close()) is not None:
-                    raise HTTPError(502, missing, kind="broken")
-                self._finish(Ending.COMPLETE)
+                self._finish(Ending.COMPLETE if notes.close() else Ending.INCOMPLETE)
         except HTTPError as error:
             self._fail(error)
         except Exception:
-            log.exception("a flight failed by a fault of OllProx")
+            log.exception("a flight failed because of a fault in OllProx")
             self._fail(HTTPError(500, "OllProx failed; its log says more"))
 
     def _fail(self, error: HTTPError) -> None:
-        if self.notes is not None and self.notes.finished:
+        notes = self.notes
+        if notes is not None and notes.finished:
             self._finish(Ending.COMPLETE)  # only the body's end was missing
         elif self.ending is None:
+            if notes is not None and notes.error is not None:
+                error = notes.error  # whatever happened after it
             self.error = error
-            if error.kind:  # upstream's fault, which the access lines do not explain
+            if error.kind not in {"", REPORTED}:  # the access lines do not say what upstream did
                 log.warning("an answer failed: %s", error.message)
             self._finish(Ending.FAILED)
 
@@ -256,52 +272,75 @@ class Flight:
         if self.notes is not None:
             self.usage = self.notes.usage
         if ending is Ending.COMPLETE and self.start == 0 and self._store is not None:
-            budget = self._flights.budget
-            size = self._size + self._held
-            budget.release(size)  # what is stored is what is on the tape
-            try:
-                self.stored = self._store(self)
-            except Exception:
-                log.exception("an answer could not be stored by a fault of OllProx")
-            if self.stored:
-                self._flights.ground_older(self)
-            budget.reserve(size, must=True)
+            self._store_answer(self._store)
         self.ending = ending
         self._flights.remove(self)
         self._flights.ended(self)
         self._wake_readers(everyone=True)
 
+    def _store_answer(self, store: Callable[["Flight"], bool]) -> None:
+        budget, size = self._flights.budget, self._size + self._held
+        budget.release(size)  # what is stored is what is on the tape
+        try:
+            self.stored = store(self)
+        except Exception:
+            log.exception("an answer could not be stored because of a fault in OllProx")
+        if self.stored:
+            self._flights.ground_older(self)
+        budget.reserve(size, must=True)
+
     async def _append(self, piece: bytes, notes: Notes) -> None:
         size = len(piece) + PIECE_OVERHEAD
-        while not self._make_room(size):
-            self.crowded = True
-            self._wake_readers(everyone=True)
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
+        if not self._make_room(size):
+            await self._wait_for_room(size)
         # On the tape and noted at once: whoever joins or leaves must find both or neither.
         self._pieces.append(piece)
         self._size += size
         notes.feed(piece)
-        if self._size + notes.held > self._flights.window and not self._is_folded():
-            notes.forget()  # with its fold it is too large to be stored
-        self._count_notes(notes)
-        self._wake_readers(everyone=notes.too_large)
-
-    def _is_folded(self) -> bool:
-        """Whether a reader waits for the fold."""
-        return any(reader.position == FOLD for reader in self.readers)
-
-    def _count_notes(self, notes: Notes) -> None:
+        if self.start and notes.foldable and not notes.too_large and not self.is_whole_wanted():
+            notes.drop_fold()  # nobody can join any more, and nothing will be stored
         self._flights.budget.reserve(notes.held - self._held, must=True)
         self._held = notes.held
+        self._wake_readers(everyone=notes.too_large)
+
+    async def _wait_for_room(self, size: int) -> None:
+        """Wait until readers have made room for a piece; drop those that hold up the others."""
+        loop = asyncio.get_running_loop()
+        stuck: set[Reader] = set()  # have taken nothing since the deadline was set
+        deadline = 0.0
+        try:
+            while not self._make_room(size):
+                blocking = {reader for reader in self._piece_readers() if self._blocks(reader)}
+                stuck &= blocking
+                if not stuck:
+                    stuck, deadline = blocking, loop.time() + self._flights.timeouts.write
+                self._room = loop.create_future()
+                self._wake_readers(everyone=True)
+                held_up = any(r.wants is not Wants.NOTHING for r in self.readers.difference(stuck))
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(deadline if held_up else None):
+                        await self._room
+                if held_up and loop.time() >= deadline:
+                    for reader in stuck & self.readers:
+                        reader.drop()
+                    stuck = set()
+        finally:
+            self._room = None
+
+    def _blocks(self, reader: "Reader") -> bool:
+        """Return whether a reader has not taken the first piece on the tape."""
+        return reader.position <= self.start
+
+    def _piece_readers(self) -> Iterator["Reader"]:
+        return (reader for reader in self.readers if reader.wants is Wants.PIECES)
 
     def _make_room(self, size: int) -> bool:
-        """Reserve room for a piece, dropping what the fastest reader has read."""
+        """Reserve room for a piece by dropping pieces that all readers have taken."""
         window, budget = self._flights.window, self._flights.budget
         while self._size + size > window or not budget.reserve(size):
             if not self._pieces:
                 return budget.reserve(size, must=True)
-            if self.start >= max(reader.position for reader in self.readers):
+            if any(map(self._blocks, self._piece_readers())):
                 return False
             self._drop_first()
         return True
@@ -314,7 +353,7 @@ class Flight:
 
     def _wake_readers(self, *, everyone: bool = False) -> None:
         for reader in self.readers:
-            if everyone or reader.position < self.end:
+            if everyone or reader.wants is Wants.PIECES:
                 reader.wake()
 
 
@@ -326,7 +365,7 @@ class _Cutter:
         self._rest = bytearray()
 
     def cut(self, data: bytes) -> bytes:
-        """Return what has come to its end with `data`, if anything has."""
+        """Return the whole lines that `data` completes; empty if there is none."""
         rest, delimiter = self._rest, self._notes.delimiter
         if not delimiter or (not rest and data.endswith(delimiter)):
             return data
@@ -341,17 +380,28 @@ class _Cutter:
         return piece
 
     def rest(self) -> bytes:
-        """Return what the body ended with, if that is a line without its delimiter."""
+        """Return what the body ended with, if it can be passed on without its delimiter."""
         rest = bytes(self._rest)
         return rest if rest and self._notes.is_line(rest) else b""
 
 
 class Reader:
-    """One client's place on a flight's tape."""
+    """One client's place on a flight's tape.
 
-    def __init__(self, flight: Flight, position: int) -> None:
+    Attributes:
+        wants: pieces or the fold. Settled when the response's head has come: what cannot be
+            folded is read in pieces.
+        position: index of the next piece that it takes.
+        joined: when it joined, on the monotonic clock.
+
+    """
+
+    def __init__(self, flight: Flight, wants: Wants) -> None:
         self.flight = flight
-        self.position = position
+        self.wants = wants
+        self.position = 0
+        self.joined = time.monotonic()
+        self._error: HTTPError | None = None  # this reader's alone
         self._news: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
@@ -363,20 +413,35 @@ class Reader:
         """Leave the flight."""
         self.flight.leave(self)
 
+    def choose(self, notes: Notes) -> None:
+        """Read pieces if the answer turns out not to be foldable."""
+        if self.wants is Wants.FOLD and not notes.foldable:
+            self.wants = Wants.PIECES
+
+    def drop(self) -> None:
+        """Give up its place on the tape: it is too slow for the others."""
+        self.wants = Wants.NOTHING
+        self.wake()
+
+    def fail(self, error: HTTPError) -> None:
+        """End its wait with an error."""
+        self._error = error
+        self.wake()
+
+    def patience(self, silent_since: float, timeouts: Timeouts) -> float:
+        """Return until when it waits for upstream, which has been silent for some time."""
+        until = max(silent_since, self.joined) + timeouts.idle
+        return max(until, self.joined + timeouts.whole) if self.wants is Wants.FOLD else until
+
     @property
     def has_all(self) -> bool:
-        """Whether the answer is whole, and all of it was read: nobody need wait for its end."""
+        """True if all of a good answer was read: then its end need not be waited for."""
         flight, notes = self.flight, self.flight.notes
-        if notes is None or notes.reported or flight.status != 200:
+        if notes is None or flight.status != 200 or self._error is not None:
             return False
-        read = flight.end <= self.position < FOLD
-        ended = flight.ending is Ending.COMPLETE and self.position >= flight.start
-        return ended or (read and notes.finished)
-
-    def take_pieces(self) -> None:
-        """Begin at the start after all: there turned out to be nothing to fold."""
-        if self.position == FOLD:
-            self.position = 0
+        if flight.ending in {Ending.COMPLETE, Ending.INCOMPLETE}:
+            return self.wants is not Wants.NOTHING
+        return self.wants is Wants.PIECES and flight.end <= self.position and notes.finished
 
     async def head(self) -> None:
         """Wait for the response's head. Raises HTTPError if none comes."""
@@ -388,21 +453,20 @@ class Reader:
         """Read to the end; each step gives what has come since, up to a slice.
 
         Raises:
-            HTTPError: upstream broke off.
-            Truncated: this reader fell a full window behind.
+            HTTPError: upstream broke off, or was silent for too long.
+            Truncated: this reader was dropped.
 
         """
         flight = self.flight
-        self.take_pieces()
         while True:
-            if self.position < flight.start:
+            if self.wants is Wants.NOTHING:
                 raise Truncated
             if self.position < flight.end:
                 pieces = flight.since(self.position)
                 self.position += len(pieces)
                 flight.wake_recorder()
                 yield pieces[0] if len(pieces) == 1 else b"".join(pieces)
-            elif flight.ending is not None:
+            elif flight.ending is not None or self._error is not None:
                 self._raise_failure()
                 return
             else:
@@ -416,9 +480,10 @@ class Reader:
 
         """
         flight = self.flight
-        while flight.ending is None and not flight.crowded and flight.start == 0:
+        while flight.ending is None and not flight.is_full and flight.start == 0:
+            self._raise_failure()
             await self._wait()
-        if flight.crowded or flight.start > 0:
+        if flight.ending is None or flight.start > 0:
             return None
         self._raise_failure()
         return flight.whole()
@@ -427,22 +492,23 @@ class Reader:
         """Wait for the end and return the answer as one object.
 
         Raises:
-            HTTPError: upstream broke off, or there is no fold.
+            HTTPError: upstream broke off or was silent for too long, or there is no fold.
 
         """
         flight, notes = self.flight, self.flight.notes
         assert notes is not None
-        assert self.position == FOLD
         while flight.ending is None and not notes.too_large:
-            await self._wait()
-        if not notes.reported:
             self._raise_failure()
+            await self._wait()
+        self._raise_failure()
         return notes.fold()
 
     def _raise_failure(self) -> None:
-        if (error := self.flight.error) is not None:
+        if (error := self._error or self.flight.error) is not None:
             # A fresh one: one instance raised by many readers would grow its traceback.
-            raise HTTPError(error.status, error.message, kind=error.kind) from error
+            raise HTTPError(
+                error.status, error.message, body=error.body, kind=error.kind
+            ) from error
 
     async def _wait(self) -> None:
         self._news = asyncio.get_running_loop().create_future()
@@ -450,12 +516,14 @@ class Reader:
 
 
 class Flights:
-    """The flights under way.
+    """The flights under way, and what they all share.
 
     Args:
         window: bytes of each tape that are kept.
-        budget: what all tapes share.
-        clock: seconds on a clock that never goes back.
+        budget: what all tapes share with the cache.
+        exchange: carries out what is asked.
+        timeouts: how long they wait.
+        clock: seconds since 1970; tells when an answer was born.
 
     """
 
@@ -463,11 +531,18 @@ class Flights:
     """Is handed each flight at its end."""
 
     def __init__(
-        self, window: int, budget: Budget, clock: Callable[[], float] = time.monotonic
+        self,
+        window: int,
+        budget: Budget,
+        exchange: Exchange,
+        timeouts: Timeouts = Timeouts(),
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.ended = lambda flight: None
         self.window = window
         self.budget = budget
+        self.exchange = exchange
+        self.timeouts = timeouts
         self.clock = clock
         self._by_key: dict[bytes | None, list[Flight]] = {}  # in the order they began
 
@@ -488,14 +563,13 @@ class Flights:
     def begin(
         self,
         key: bytes | None,
-        exchange: Exchange,
         ask: Ask,
-        notes: Callable[[Response], Notes],
-        store: Callable[[Flight], bool] | None,
+        notes: MakeNotes,
+        store: Callable[[Flight], bool] | None = None,
         caller: str | None = None,
     ) -> Flight:
         """Begin a flight; see `Flight`. Its first reader must join before any `await`."""
-        flight = Flight(self, key, exchange, ask, notes, store, caller)
+        flight = Flight(self, key, ask, notes, store, caller)
         self._by_key.setdefault(key, []).append(flight)
         return flight
 
@@ -509,16 +583,28 @@ class Flights:
 
     def ground_older(self, stored: Flight) -> None:
         """Let no flight store over the answer of one that began later."""
-        for flight in self._by_key.get(stored.key, []):
+        for flight in list(self._by_key.get(stored.key, [])):
             if flight is stored:
                 break
-            flight.ground()
+            self._ground(flight)
 
     def ground(self, changed: Callable[[str], bool]) -> None:
         """Ground all flights whose model has changed."""
-        for flight in self:
-            if changed(flight.model):
-                flight.ground()
+        for flight in [flight for flight in self if changed(flight.model)]:
+            self._ground(flight)
+
+    def _ground(self, flight: Flight) -> None:
+        """Let nobody join a flight any more, and store nothing of it."""
+        self.remove(flight)
+        flight.key = None
+        flight.store_nothing()
+        self._by_key.setdefault(None, []).append(flight)
+
+    def sweep(self) -> None:
+        """End the waits for upstream that last too long. To be called about once a second."""
+        now = time.monotonic()
+        for flight in [f for f in self if f.born is not None and f.is_whole_wanted()]:
+            flight.check_silence(now)
 
     def __iter__(self) -> Iterator[Flight]:
         return itertools.chain.from_iterable(self._by_key.values())

@@ -1,206 +1,368 @@
-"""What OllProx notes of an answer while it is recorded: whether it is complete, and its fold.
+"""What OllProx notes about an answer while it is recorded: is it complete, and what is its fold.
 
 Pure: nothing here waits or reads a clock. Sources are Ollama's API page (docs/api.md), its
 OpenAI compatibility page (docs/openai.md), and recorded exchanges with Ollama 0.13.5 and 0.33.
 """
 
 import json
+import re
+from abc import ABC, abstractmethod
 from functools import lru_cache
 from typing import Any
 
-from record import NO_USAGE, Usage
+from record import Usage
 from wire.http11 import MAX_FRAMED, Headers, HTTPError, Response
 
 JSON = b"application/json; charset=utf-8"  # as Ollama sends it
 NDJSON = b"application/x-ndjson"
 SSE = b"text/event-stream"
 
-_ERROR = b'{"error"'  # what the line of an error begins with
+REPORTED = "reported"  # the kind of an HTTPError that Ollama itself put into a stream
+MAX_PARSED = 64 << 10  # bytes of an object that is parsed; of a longer one the end is searched
+MAX_USAGE = 512  # bytes of a `usage` object
+TAIL = 4096  # bytes at the end of an object in which its numbers are
+
 _LOADS = ("load", "unload")  # `done_reason` of an answer that says nothing
 
 _READER = json.JSONDecoder()
 _AS_TEXT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
+# In these patterns a quote that ends a name stands for itself: within a JSON string it would
+# have a backslash before it.
+_USAGE = re.compile(rb'"usage": ?\{')
+_NUMBER = re.compile(
+    rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|prompt_eval_count|eval_count'
+    rb'|prompt_eval_duration|eval_duration)": ?(\d{1,18})\b'
+)
+_CONTENT = re.compile(
+    rb'"(?:content|text|reasoning|reasoning_content|thinking|delta|partial_json)": ?"(?!")'
+    rb'|"tool_calls": ?\[\{'
+)
+_REASON = re.compile(rb'"finish_reason": ?"(?!")')
+_NO_MODEL = re.compile(rb'"model": ?""')
+_UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false')
+_ERROR_EVENT = re.compile(rb'\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
 
-class BaseNotes:
-    """Notes on an answer that means nothing to us: an error, or what is only relayed."""
+
+class Notes(ABC):
+    """What is noted about one answer, fed with whole lines or events.
+
+    Attributes:
+        finished: the last line has come, so the answer is complete whatever follows.
+        error: the error that Ollama reported in the stream.
+        too_large: the fold was given up, because of its size or because nobody can want it.
+        held: bytes held for the fold.
+        lines: the lines, or events, so far.
+
+    """
 
     delimiter = b""
-    finished = False
-    too_large = False
-    reported = False
-    held = 0
-    usage = NO_USAGE
-    folding = False  # whether a fold can be had
+    """Ends a line or an event; empty if an answer has no lines."""
 
-    def keeps(self, tape: bytes) -> bool:
-        """Whether the whole answer on the tape may be stored, at a complete end."""
+    foldable = False
+    """True if its lines can be folded into a single object."""
+
+    def __init__(self) -> None:
+        self.finished = False
+        self.error: HTTPError | None = None
+        self.too_large = False
+        self.held = 0
+        self.lines = 0
+
+    @abstractmethod
+    def feed(self, piece: bytes) -> None:
+        """Note whole lines, or what has come of an answer without lines."""
+
+    @abstractmethod
+    def close(self) -> bool:
+        """Return whether the answer is complete, now that upstream has ended it in order.
+
+        Raises:
+            HTTPError: it is broken, or ended in an error that Ollama reported.
+
+        """
+
+    @property
+    def usage(self) -> Usage:
+        """What the answer took, as far as is known."""
+        return Usage(self.lines)
+
+    def keeps(self) -> bool:
+        """Return whether a complete answer is worth storing."""
         return False
 
     def is_line(self, rest: bytes) -> bool:
-        """Take what is there; there is no knowing."""
+        """Return whether the bytes at upstream's end, without a delimiter, are passed on."""
         return True
+
+    def drop_fold(self) -> None:
+        """Give up the fold and free its memory."""
+        self.too_large = True
+
+    def fold(self) -> bytes:
+        """Return the answer as a single object. Raises HTTPError if it cannot be one."""
+        raise HTTPError(502, "Ollama's answer is not a stream of JSON lines")
+
+
+class Relayed(Notes):
+    """Notes on an answer that only its client understands, such as an error or a list."""
 
     def feed(self, piece: bytes) -> None:
         """Note nothing."""
 
-    def close(self) -> str | None:
-        """Take any clean end."""
-        return None
-
-    def forget(self) -> None:
-        """Hold nothing, as ever."""
-
-    def recall(self, pieces: list[bytes]) -> None:
-        """Hold nothing, as ever."""
-
-    def fold(self) -> bytes:
-        """Refuse: there is none."""
-        raise HTTPError(502, "Ollama's answer is no stream of JSON lines")
+    def close(self) -> bool:
+        """Accept any orderly end."""
+        return True
 
 
-class PlainLines(BaseNotes):
-    """Notes on lines that are only relayed, such as the progress of a pull."""
-
-    def __init__(self, delimiter: bytes) -> None:
-        self.delimiter = delimiter
-
-
-class WholeNotes(BaseNotes):
-    """Notes on one JSON object, complete with its body's end."""
-
-    def keeps(self, tape: bytes) -> bool:
-        """Whether it is an object, and no error."""
-        value = _object(tape)
-        return value is not None and "error" not in value
-
-
-class LineNotes(BaseNotes):
-    """Notes on a native stream: NDJSON, whose last line has `"done": true`.
-
-    The fold is the last line, with every text joined (see `_joined`), as Ollama's own
-    handlers make the single object of `"stream": false`.
-    """
+class ProgressLines(Notes):
+    """Notes on NDJSON that is not a model's answer, such as the progress of a pull."""
 
     delimiter = b"\n"
 
-    def __init__(self, chat: bool, max_object: int) -> None:
-        self._chat = chat
-        self._text = "content" if chat else "response"  # the name of what is said
-        self._max_object = max_object
-        self._lines = 0
-        self._last: dict[str, Any] = {}
-        self._valid = True
-        self._begin_fold()
+    def feed(self, piece: bytes) -> None:
+        """Look for an error."""
+        if b'"error"' not in piece:
+            return
+        for line in piece.split(b"\n"):
+            value = _object(line)
+            if self.error is None and value is not None and "error" in value:
+                self.error = _reported(value["error"])
 
-    def _begin_fold(self) -> None:
-        self.folding = True
-        self._texts: dict[str, list[str]] = {self._text: [], "thinking": []}
-        self._tool_calls: list[Any] = []
-        self._logprobs: list[str] = []
-        self._object = b""  # the fold, once it was made
-        self.held = 0
+    def close(self) -> bool:
+        """Accept any orderly end but an error's."""
+        if self.error is not None:
+            raise self.error
+        return True
 
-    def forget(self) -> None:
-        """Hold nothing for a fold any more; what is fed is still judged."""
-        self._begin_fold()
-        self.folding = False
 
-    def recall(self, pieces: list[bytes]) -> None:
-        """Note a whole tape again, if it was forgotten."""
-        if not self.folding and not self.too_large:
-            self._begin_fold()
-            self._lines = 0
-            for piece in pieces:
-                self.feed(piece)
+class WholeNotes(Notes):
+    """Notes on a single JSON object, which ends with its body.
 
-    @property
-    def finished(self) -> bool:  # type: ignore[override]  # told by what has come
-        """Whether the last line has come."""
-        return self._valid and self._last.get("done") is True and not self.reported
+    An object of more than `MAX_PARSED` bytes is not parsed, since that would hold up the event
+    loop: its first bytes and its end tell what has to be known.
+    """
 
-    @property
-    def usage(self) -> Usage:  # type: ignore[override]  # told by what has come
-        """What it has come to, by the last line if there is one."""
-        if self._last.get("done") is not True:
-            return Usage(self._lines)
-        nanoseconds = _count(self._last, "prompt_eval_duration") + _count(
-            self._last, "eval_duration"
-        )
-        return Usage(self._lines, _count(self._last, "eval_count"), nanoseconds / 1e9)
-
-    def keeps(self, tape: bytes) -> bool:
-        """Whether it is an answer, and not the loading of a model."""
-        loaded = self._last.get("done_reason") in _LOADS
-        if not self.finished or loaded or self.too_large:
-            return False
-        return self.folding or _is_all_answer(tape)  # its lines were not looked at
-
-    def is_line(self, rest: bytes) -> bool:
-        """Whether it is an object; half of one is nothing that a client could read."""
-        return _object(rest) is not None
+    def __init__(self) -> None:
+        super().__init__()
+        self._size = 0
+        self._start = b""
+        self._end = b""  # of all that has come, or all of it
+        self._worth_keeping = False
 
     def feed(self, piece: bytes) -> None:
-        """Note whole lines."""
+        """Remember the end of what has come."""
+        if not self._size:
+            self._start = piece[:64].lstrip()
+        self._size += len(piece)
+        self._end = (self._end + piece)[-MAX_PARSED:]
+        self.held = len(self._end)
+
+    def close(self) -> bool:
+        """Return False if the model was stopped before it had finished."""
+        if self._size > MAX_PARSED:
+            complete = not _UNFINISHED.search(self._end, max(0, len(self._end) - MAX_USAGE))
+            whole = self._start.startswith(b"{") and self._end.rstrip().endswith(b"}")
+            self._worth_keeping = complete and whole and not self._start.startswith(b'{"error"')
+            return complete
+        value = _object(self._end)
+        if value is None:
+            return True
+        complete = _is_finished(value)
+        loads = value.get("done_reason") in _LOADS
+        self._worth_keeping = complete and "error" not in value and not loads and _says(value)
+        return complete
+
+    @property
+    def usage(self) -> Usage:
+        """Return the numbers at its end."""
+        tail = self._end[-TAIL:]
+        start = max((match.start() for match in _USAGE.finditer(tail)), default=0)
+        return _usage(self.lines, _numbers(tail[start:]))
+
+    def keeps(self) -> bool:
+        """Return whether it is an object that says something, and not an error."""
+        return self._worth_keeping
+
+
+def _is_finished(value: dict[str, Any]) -> bool:
+    """Return False for an object that Ollama's repeat guard ended."""
+    if value.get("done") is False:
+        return False
+    if value.get("type") == "message":  # Anthropic's
+        return bool(value.get("stop_reason"))
+    choices = [choice for choice in _list(value.get("choices")) if isinstance(choice, dict)]
+    return all(choice.get("finish_reason") for choice in choices)
+
+
+def _says(value: dict[str, Any]) -> bool:
+    """Return whether an object has any text, thinking or tool call, or all of its embeddings."""
+    for name in ("embeddings", "embedding"):
+        if name in value:
+            return _is_full(value[name])
+    data = _list(value.get("data"))
+    if data:
+        return all(isinstance(item, dict) and bool(item.get("embedding")) for item in data)
+    parts = [value, value.get("message")]
+    for choice in _list(value.get("choices")):
+        if isinstance(choice, dict):
+            parts += [choice, choice.get("message")]
+    return any(isinstance(part, dict) and any(map(part.get, _SAID)) for part in parts)
+
+
+_SAID = (
+    "response",
+    "content",
+    "text",
+    "thinking",
+    "reasoning",
+    "reasoning_content",
+    "tool_calls",
+    "output",
+    "image",
+)
+
+
+def _is_full(embedding: object) -> bool:
+    """Return whether an embedding, or a list of them, has numbers throughout."""
+    vectors = _list(embedding)
+    return bool(vectors) and all(vector != [] for vector in vectors)
+
+
+def _list(value: object) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+class LineNotes(Notes):
+    """Notes on a native stream: NDJSON, whose last line has `"done": true`.
+
+    The fold is the last line with every text joined (see `_joined`), as Ollama's own handlers
+    make the single object of `"stream": false`.
+    """
+
+    delimiter = b"\n"
+    foldable = True
+
+    def __init__(self, chat: bool, max_object: int) -> None:
+        super().__init__()
+        self._chat = chat
+        self._text = "content" if chat else "response"  # the name of the model's text
+        self._max_object = max_object
+        self._last: dict[str, Any] = {}
+        self._valid = True
+        self._said = 0  # lines that say something
+        self._object = b""  # the fold, once it was made
+        self._clear()
+
+    def _clear(self) -> None:
+        self._texts: list[str] = []
+        self._thinking: list[str] = []
+        self._tool_calls: list[Any] = []
+        self._logprobs: list[str] = []
+        self.held = 0
+
+    def drop_fold(self) -> None:
+        """Give up the fold and free its memory."""
+        super().drop_fold()
+        self._clear()
+
+    @property
+    def usage(self) -> Usage:
+        """Return the last line's numbers; without one, each line with content is a token."""
+        last = self._last
+        if last.get("done") is not True:
+            return Usage(self.lines, tokens=self._said)
+        nanoseconds = _count(last, "prompt_eval_duration") + _count(last, "eval_duration")
+        tokens = _count(last, "prompt_eval_count"), _count(last, "eval_count")
+        return Usage(self.lines, *tokens, nanoseconds / 1e9)
+
+    def keeps(self) -> bool:
+        """Return whether it says something, and is not the loading of a model."""
+        says = self._said > 0 or bool(self._last.get("image"))
+        loads = self._last.get("done_reason") in _LOADS
+        return self.finished and says and not loads and not self.too_large
+
+    def is_line(self, rest: bytes) -> bool:
+        """Return True for an object or a blank line; a client could not read half a line."""
+        return rest.isspace() or _object(rest) is not None
+
+    def feed(self, piece: bytes) -> None:
+        """Note whole lines; blank ones do not count."""
+        texts = [text for text in piece.split(b"\n") if text and not text.isspace()]
+        if not texts:
+            return
         self._object = b""
-        self._lines += piece.count(b"\n") or 1
-        if self.folding:
-            texts = [text for text in piece.split(b"\n") if text]
-        else:
-            texts = [piece.rstrip(b"\n").rpartition(b"\n")[2]]
+        self.lines += len(texts)
         try:
             # One call is faster than many.
             lines = _READER.decode((b"[%b]" % b",".join(texts)).decode())
         except (ValueError, RecursionError):
-            self._valid = False
-            return
-        objects = [line for line in lines if isinstance(line, dict)]
-        # Of lines that are no JSON each, a comma between can make what is.
-        self._valid = self._valid and len(objects) == len(lines) == len(texts)
-        for line in objects:
-            if not self.reported:  # after an error nothing counts
-                self._last = line
-                self.reported = "error" in line
-        if self.folding:
-            self._note(objects)
-            if self.held > self._max_object:
-                self.too_large = True
-                self.forget()
+            lines = []
+        # Joined by commas, lines that are not JSON can become JSON: count what was read.
+        self._valid = self._valid and len(lines) == len(texts)
+        for line in lines:
+            if not isinstance(line, dict):
+                self._valid = False
+            elif self.error is None:  # after an error nothing counts
+                self._note(line)
+        self.finished = self._valid and self.error is None and self._last.get("done") is True
+        if self.held > self._max_object:
+            self.drop_fold()
 
-    def _note(self, lines: list[dict[str, Any]]) -> None:
-        """Note what lines say, for the fold."""
-        said = [line.get("message") for line in lines] if self._chat else lines
-        parts = [part for part in said if isinstance(part, dict)]
-        for name, texts in self._texts.items():
-            text = "".join([text for part in parts if isinstance(text := part.get(name), str)])
-            if text:
-                texts.append(text)
-                self.held += len(text) if text.isascii() else len(dump(text))
-        for part in parts if self._chat else ():
-            if isinstance(calls := part.get("tool_calls"), list):
+    def _note(self, line: dict[str, Any]) -> None:
+        self._last = line
+        if "error" in line:
+            self.error = _reported(line["error"])
+            return
+        part = line.get("message") if self._chat else line
+        said = isinstance(part, dict) and self._note_part(part)
+        self._said += said
+        logprobs = line.get("logprobs")
+        if logprobs and isinstance(logprobs, list):
+            self._add(self._logprobs, dump(logprobs)[1:-1].decode())
+
+    def _note_part(self, part: dict[str, Any]) -> bool:
+        """Note what a line says; return whether it says anything."""
+        text, thinking = part.get(self._text), part.get("thinking")
+        said = False
+        if text and isinstance(text, str):
+            said = True
+            self._add(self._texts, text)
+        if thinking and isinstance(thinking, str):
+            said = True
+            self._add(self._thinking, thinking)
+        if self._chat and "tool_calls" in part and (calls := _list(part["tool_calls"])):
+            said = True
+            if not self.too_large:
                 self._tool_calls += calls
                 self.held += len(dump(calls))
-        for line in lines:
-            if isinstance(logprobs := line.get("logprobs"), list) and logprobs:
-                self._logprobs.append(dump(logprobs)[1:-1].decode())
-                self.held += len(self._logprobs[-1])
+        return said
 
-    def close(self) -> str | None:
-        """Say what is missing at upstream's clean end."""
-        if self.finished or self.reported:
-            return None
-        return "Ollama ended its answer without a last line. Ask again."
+    def _add(self, texts: list[str], text: str) -> None:
+        if not self.too_large:
+            texts.append(text)
+            self.held += len(text) if text.isascii() else len(dump(text))
+
+    def close(self) -> bool:
+        """Return False if there was no last line: Ollama's repeat guard ends answers so."""
+        if self.error is not None:
+            raise self.error
+        if not self._valid:
+            message = "Ollama's answer has a line that is not a JSON object. Ask again."
+            raise HTTPError(502, message, kind="broken")
+        return self.finished
 
     def fold(self) -> bytes:
         """Return the object of `"stream": false`.
 
         Raises:
-            HTTPError: 500 with Ollama's own error, 502 if it is too large.
+            HTTPError: 500 with Ollama's own error; 502 if it is too large, or if there is none.
 
         """
-        if self.reported:
-            error = self._last["error"]
-            raise HTTPError(500, str(error), body=dump({"error": error}))
+        if self.error is not None:
+            raise self.error
+        if not self._last:
+            raise HTTPError(502, "Ollama ended its answer before the first line. Ask again.")
         folded = b"" if self.too_large else self._object or self._folded()
         if self.too_large or len(folded) > self._max_object:
             raise HTTPError(
@@ -208,7 +370,7 @@ class LineNotes(BaseNotes):
                 f"the answer is larger than {self._max_object} bytes (MAX_OBJECT_BYTES):"
                 ' ask for a stream, with "stream": true',
             )
-        self._object = folded  # the same for all that wait for it, and for what is stored
+        self._object = folded  # shared by all who wait for it, and by what is stored
         return folded
 
     def _folded(self) -> bytes:
@@ -232,74 +394,92 @@ class LineNotes(BaseNotes):
             if name != "thinking":
                 joined[name] = value
             if name == self._text:
-                joined[name] = "".join(self._texts[name])
-                if thinking := "".join(self._texts["thinking"]):
+                joined[name] = "".join(self._texts)
+                if thinking := "".join(self._thinking):
                     joined["thinking"] = thinking
         return joined
 
 
-def _is_all_answer(tape: bytes) -> bool:
-    """Whether each line looks like an object, and none like an error."""
-    lines = tape.strip(b"\n")
-    return (
-        lines.startswith(b"{")
-        and lines.count(b"}\n{") == lines.count(b"\n")
-        and not lines.startswith(_ERROR)
-        and b"\n" + _ERROR not in lines
-    )
+class EventNotes(Notes):
+    """Notes on an SSE stream of `/v1`.
 
-
-class EventNotes(BaseNotes):
-    """Notes on an SSE stream: complete with `data: [DONE]` after a `finish_reason`.
-
-    Ollama ends a stream that broke as it ends a whole one, but for these two.
+    It is complete with `data: [DONE]` after a `finish_reason`, and on `/v1/responses` and
+    `/v1/messages` with their own last events. Ollama's repeat guard ends a stream without
+    these. So does a killed runner, but on `/v1/chat/completions` its last event has no model.
     """
 
     delimiter = b"\n\n"
 
     def __init__(self) -> None:
-        self._events = 0
+        super().__init__()
         self._reason = False
-        self._done = False
+        self._said = 0  # events that say something
+        self._usage: dict[str, int] = {}
+        self._last = b""
+
+    def keeps(self) -> bool:
+        """Return whether it is complete and says something."""
+        return self.finished and self._reason and self._said > 0
 
     @property
-    def finished(self) -> bool:  # type: ignore[override]  # told by what has come
-        """Whether the last event has come."""
-        return self._done and not self.reported
-
-    @property
-    def usage(self) -> Usage:  # type: ignore[override]  # told by what has come
-        """What it has come to: events alone, since few say more."""
-        return Usage(self._events)
-
-    def keeps(self, tape: bytes) -> bool:
-        """Whether it is a whole answer."""
-        return self.finished and self._reason
-
-    def is_line(self, rest: bytes) -> bool:
-        """Whether it is the last event."""
-        return rest.strip() == b"data: [DONE]"
+    def usage(self) -> Usage:
+        """Return the numbers of its `usage`; without one, each event with content is a token."""
+        usage = _usage(self.lines, self._usage)
+        return usage if usage.tokens else usage._replace(tokens=self._said)
 
     def feed(self, piece: bytes) -> None:
         """Note whole events."""
-        self._events += piece.count(b"\n\n") or 1
         for event in piece.split(b"\n\n"):
-            if not event.startswith(b"data: "):
-                continue
-            self._done = event[6:].strip() == b"[DONE]"
-            self.reported = self.reported or event.startswith(b'data: {"error"')
-            if not self._reason and b'"finish_reason":null' not in event:
-                self._reason = b'"finish_reason"' in event and _has_reason(event[6:])
+            name, found, data = event.partition(b"data: ")
+            if found:
+                self.lines += 1
+                self._note(name, data)
 
-    def close(self) -> str | None:
-        """Say what is missing at upstream's clean end."""
-        if self._done or self.reported:
-            return None
-        return "Ollama ended its answer without [DONE]. Ask again."
+    def _note(self, name: bytes, data: bytes) -> None:
+        self._last = data
+        last = name.startswith(_LAST_EVENTS)
+        self._reason = self._reason or last or _REASON.search(data) is not None
+        self._note_error(name, data)
+        self.finished = self.error is None and (last or data.strip() == b"[DONE]")
+        for match in _USAGE.finditer(data):
+            numbers = _numbers(data[match.start() : match.start() + MAX_USAGE])
+            self._usage = self._usage | numbers
+        # Events of /v1/responses other than deltas repeat what was said.
+        repeats = name.startswith(b"event: response.") and b".delta" not in name
+        self._said += not repeats and _CONTENT.search(data) is not None
+
+    def _note_error(self, name: bytes, data: bytes) -> None:
+        if self.error is None and (name.startswith(_ERROR_EVENTS) or _ERROR_EVENT.match(data)):
+            value = _object(data) or {}
+            error = value.get("error")
+            self.error = _reported(error.get("message") if isinstance(error, dict) else error)
+
+    def close(self) -> bool:
+        """Return False if there was no last event: Ollama's repeat guard ends answers so.
+
+        Raises:
+            HTTPError: the model's runner was killed, or Ollama reported an error.
+
+        """
+        if self.error is not None:
+            raise self.error
+        if not self.finished and _NO_MODEL.search(self._last):
+            message = "Ollama's runner stopped in the middle of the answer. Ask again."
+            raise HTTPError(502, message, kind="broken")
+        return self.finished
+
+
+_LAST_EVENTS = (b"event: response.completed", b"event: message_stop")
+_ERROR_EVENTS = (b"event: error", b"event: response.failed")
+
+
+def _reported(error: object) -> HTTPError:
+    """Return Ollama's own error, as its single object would have reported it."""
+    return HTTPError(500, str(error), body=dump({"error": error}), kind=REPORTED)
 
 
 def _object(text: bytes) -> dict[str, Any] | None:
-    """Read what upstream said as one JSON object; None if it is none."""
+    """Parse one JSON object; None if it is not one."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -310,15 +490,26 @@ def _object(text: bytes) -> dict[str, Any] | None:
 def _count(line: dict[str, Any], name: str) -> int:
     """Return a number of a last line; 0 for what makes no sense."""
     value = line.get(name)
-    return value if isinstance(value, int) and 0 < value < 1 << 60 else 0
+    return value if type(value) is int and 0 <= value < 1 << 60 else 0
 
 
-def _has_reason(data: bytes) -> bool:
-    try:
-        choices = json.loads(data)["choices"]
-        return any(choice.get("finish_reason") for choice in choices)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return False
+def _numbers(text: bytes) -> dict[str, int]:
+    """Find the numbers of a usage in the text of an object; the last of a name counts."""
+    return {name.decode(): int(digits) for name, digits in _NUMBER.findall(text)}
+
+
+def _usage(lines: int, numbers: dict[str, int]) -> Usage:
+    """Make a usage of numbers by their names in Ollama's, OpenAI's or Anthropic's API."""
+
+    def first(*names: str) -> int:
+        return next((numbers[name] for name in names if name in numbers), 0)
+
+    return Usage(
+        lines,
+        first("prompt_eval_count", "prompt_tokens", "input_tokens"),
+        first("eval_count", "completion_tokens", "output_tokens"),
+        (first("prompt_eval_duration") + first("eval_duration")) / 1e9,
+    )
 
 
 @lru_cache(maxsize=MAX_FRAMED)
@@ -327,20 +518,30 @@ def content_type(headers: Headers) -> bytes:
     return next((v.lower() for n, v in headers if n.lower() == b"content-type"), b"")
 
 
-def notes_for(response: Response, streamed: BaseNotes, whole: BaseNotes) -> BaseNotes:
-    """Choose the notes by what upstream's head says."""
+def notes_for(response: Response, lines: LineNotes | None = None) -> Notes:
+    """Choose the notes on a model's answer by the response's head.
+
+    Args:
+        response: upstream's; its body is not read.
+        lines: notes for NDJSON, on the native routes.
+
+    """
     if response.status != 200:
-        return BaseNotes()
+        return Relayed()
     kind = content_type(response.headers)
-    return streamed if kind.startswith((NDJSON, SSE)) else whole
+    if lines is not None and kind.startswith((NDJSON, SSE)):
+        return lines
+    if kind.startswith((NDJSON, SSE)):
+        return progress_notes(response)
+    return WholeNotes()
 
 
-def progress_notes(response: Response) -> BaseNotes:
-    """Begin to note what is only relayed: progress, lists, errors."""
+def progress_notes(response: Response) -> Notes:
+    """Choose the notes on a response that is passed on: progress, lists, errors."""
     kind = content_type(response.headers)
     if kind.startswith(NDJSON):
-        return PlainLines(b"\n")
-    return PlainLines(b"\n\n") if kind.startswith(SSE) else BaseNotes()
+        return ProgressLines()
+    return EventNotes() if kind.startswith(SSE) else Relayed()
 
 
 def dump(value: object) -> bytes:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from answers.notes import SSE, dump
 from answers.questions import Codec, Native, PassThrough
 from settings import normalize_model
-from wire.http11 import Headers, Response
 
 MAX_HINTED = 64  # bytes of an unknown path for which a similar one is looked for
 
@@ -108,19 +107,6 @@ def version(body: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         return "unknown"
     return found[:40] if isinstance(found, str) else "unknown"
-
-
-def fold(codec: Codec | None, headers: Headers, stream: bytes) -> bytes | None:
-    """Fold a whole stream that was stored; None if it turns out to be incomplete.
-
-    Raises:
-        HTTPError: 502 if it is too large, or nested too deep, for one object.
-
-    """
-    assert codec is not None
-    notes = codec.notes(Response(200, headers, b""))
-    notes.feed(stream)
-    return notes.fold() if notes.finished else None
 
 
 class RouteTable:

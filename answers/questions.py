@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from answers.notes import BaseNotes, EventNotes, LineNotes, WholeNotes, notes_for, progress_notes
+from answers.notes import LineNotes, Notes, notes_for, progress_notes
 from settings import normalize_model
 from wire.http11 import HTTPError, Response
 
@@ -68,7 +68,7 @@ class Codec(Protocol):
     def question(self, body: bytes, target: bytes) -> Question:
         """Read a request's body; `target` is part of the cache key. Raises HTTPError 400."""
 
-    def notes(self, response: Response) -> BaseNotes:
+    def notes(self, response: Response) -> Notes:
         """Return the notes for an answer that begins."""
 
 
@@ -107,10 +107,9 @@ class Native:
             ambiguous=ambiguous,
         )
 
-    def notes(self, response: Response) -> BaseNotes:
+    def notes(self, response: Response) -> Notes:
         """Return the notes for an answer that begins."""
-        lines = LineNotes(self.input_name == "messages", self.max_object)
-        return notes_for(response, lines, BaseNotes())
+        return notes_for(response, LineNotes(self.input_name == "messages", self.max_object))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,11 +146,11 @@ class PassThrough:
             ambiguous=ambiguous,
         )
 
-    def notes(self, response: Response) -> BaseNotes:
+    def notes(self, response: Response) -> Notes:
         """Return the notes for an answer that begins."""
         if not self.input_name:
             return progress_notes(response)
-        return notes_for(response, EventNotes(), WholeNotes())
+        return notes_for(response)
 
 
 class _RepeatedName(Exception):

@@ -1,25 +1,141 @@
-"""Stored answers: what the cache keeps."""
+"""Stored answers: what the cache keeps, and its form as bytes for other processes."""
 
+import math
+import struct
+import sys
+import zlib
 from typing import NamedTuple
+
+from answers.flight import Flight
+from record import Usage
+from wire.http11 import FIELD_LINE, HTTPError, pack
+
+MAGIC = b"OLLPROX\x01"  # the last byte is the version of the form
+
+_SAME = (1 << 64) - 1  # the length of an object that is the body
+# The lengths of headers, body, object, model and digest; then `born`, lines, prompt tokens,
+# tokens, GPU seconds.
+_FIELDS = struct.Struct(">5Qd3Qd")
+_CHECKSUM = struct.Struct(">I")  # CRC-32 of all before it: finds accidents, not forgeries
 
 
 class StoredAnswer(NamedTuple):
-    """A complete answer: what a stream's reader gets, and what a single object's does.
+    """A complete answer in the forms that clients want.
 
-    It is flat, since there are many.
+    It is flat and holds its headers as bytes, since there are many.
     """
 
-    packed: bytes  # the headers
+    packed: bytes
+    """The headers; see `http11.pack`."""
     body: bytes
-    object: bytes  # empty: nobody has asked for it yet
+    """The stream as it came, or the one object where there is no stream."""
+    object: bytes
+    """The fold of a stream; else `body` itself."""
     model: str
-    born: float  # when upstream's head came, on the monotonic clock
+    """Its normalized name."""
+    digest: str
+    """The digest of the model that gave it; "" if unknown."""
+    born: float
+    """When upstream's head came, in seconds since 1970."""
     lines: int
+    prompt_tokens: int
     tokens: int
     gpu_seconds: float
 
     @property
     def size(self) -> int:
-        """Its bytes; where stream and object are one, they are counted once."""
+        """Its bytes; a body that is its object too is counted once."""
         both = len(self.body) if self.object is self.body else len(self.body) + len(self.object)
         return len(self.packed) + both
+
+    @property
+    def usage(self) -> Usage:
+        """What it took to generate it."""
+        return Usage(self.lines, self.prompt_tokens, self.tokens, self.gpu_seconds)
+
+    def age(self, now: float) -> float:
+        """Return its age in seconds; 0 if the clock was set back."""
+        return max(0.0, now - self.born)
+
+    def dump(self) -> bytes:
+        """Write it as bytes, which `load` reads."""
+        model = self.model.encode("utf-8", "surrogatepass")  # a client may choose half a surrogate
+        digest = self.digest.encode("utf-8", "surrogatepass")
+        same = self.object is self.body
+        lengths = len(self.packed), len(self.body), _SAME if same else len(self.object)
+        fields = _FIELDS.pack(
+            *(*lengths, len(model), len(digest), self.born),
+            *(self.lines, self.prompt_tokens, self.tokens, self.gpu_seconds),
+        )
+        folded = b"" if same else self.object
+        text = b"".join([MAGIC, fields, self.packed, self.body, folded, model, digest])
+        return text + _CHECKSUM.pack(zlib.crc32(text))
+
+    @classmethod
+    def load(cls, data: bytes) -> "StoredAnswer":
+        """Read what `dump` has written.
+
+        Raises:
+            ValueError: it is something else, of another version, cut or damaged.
+
+        """
+        text, start = data[: -_CHECKSUM.size], len(MAGIC) + _FIELDS.size
+        if not text.startswith(MAGIC) or len(text) < start:
+            raise ValueError("not a stored answer of this version")
+        if data[-_CHECKSUM.size :] != _CHECKSUM.pack(zlib.crc32(text)):
+            raise ValueError("a damaged stored answer")
+        fields = _FIELDS.unpack_from(text, len(MAGIC))
+        lengths = fields[:5]
+        born, lines, prompt_tokens, tokens, gpu_seconds = fields[5:]
+        parts = []
+        for length in (0 if length == _SAME else length for length in lengths):
+            parts.append(text[start : start + length])
+            start += length
+        packed, body, folded, model, digest = parts
+        good = start == len(text) and math.isfinite(born) and 0 <= gpu_seconds < math.inf
+        if not good or not _are_headers(packed):
+            raise ValueError("a malformed stored answer")
+        return cls(
+            packed,
+            body,
+            body if lengths[2] == _SAME else folded,
+            sys.intern(model.decode("utf-8", "surrogatepass")),
+            sys.intern(digest.decode("utf-8", "surrogatepass")),
+            born,
+            lines,
+            prompt_tokens,
+            tokens,
+            gpu_seconds,
+        )
+
+
+def _are_headers(packed: bytes) -> bool:
+    """Return whether these are headers that can be sent as they are."""
+    return not packed or all(
+        b": " in line and FIELD_LINE.fullmatch(line) for line in packed.split(b"\r\n")
+    )
+
+
+def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer | None:
+    """Make what is stored of a flight whose answer is complete.
+
+    Args:
+        flight: it has all of its tape.
+        body: that tape.
+        digest: the digest of its model; "" if unknown.
+
+    Returns:
+        None if the answer is not worth storing, or has no fold where clients may want one.
+
+    """
+    notes = flight.notes
+    if notes is None or flight.status != 200 or not notes.keeps():
+        return None
+    try:
+        folded = notes.fold() if notes.foldable else body
+    except HTTPError:
+        return None
+    assert flight.born is not None
+    model, digest = sys.intern(flight.model), sys.intern(digest)
+    headers = pack(flight.headers)
+    return StoredAnswer(headers, body, folded, model, digest, flight.born, *flight.usage)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cache import ENTRY_OVERHEAD, Cache
+from cache import ENTRY_OVERHEAD, Budget, Cache
 
 
 class Clock:
@@ -24,6 +24,9 @@ class Thing(NamedTuple):
 
 class Names(Cache[Thing]):
     """A cache of things that are told by their names."""
+
+    def __init__(self, max_bytes: int, ttl: float, clock: Clock) -> None:
+        super().__init__(Budget(max_bytes), ttl, clock)
 
     def keep(self, key: bytes, name: str, size: int, *, age: float = 0.0) -> bool:
         return self.put(key, Thing(name, size, self._clock() - age))
@@ -89,19 +92,19 @@ def test_reservations_take_from_the_same_budget(clock: Clock) -> None:
     cache = Names(room(2), 60, clock)
     cache.keep(b"a", "A", 100)
     cache.keep(b"b", "B", 100)
-    assert cache.reserve(room(1))
+    assert cache.budget.reserve(room(1))
     assert (cache.name(b"a"), cache.name(b"b")) == (None, "B")
-    assert not cache.reserve(room(1) + 1)
+    assert not cache.budget.reserve(room(1) + 1)
     assert cache.name(b"b") == "B"
     assert not cache.keep(b"c", "C", room(1))
-    cache.release(room(1))
+    cache.budget.release(room(1))
     assert cache.keep(b"c", "C", 100)
 
 
 def test_what_must_be_reserved_is_counted_and_later_made_room_for(clock: Clock) -> None:
     cache = Names(room(2), 60, clock)
-    assert cache.reserve(room(3), must=True)
-    assert not cache.reserve(1)
+    assert cache.budget.reserve(room(3), must=True)
+    assert not cache.budget.reserve(1)
     assert not cache.keep(b"a", "A", 1)
 
 

@@ -1,25 +1,12 @@
 """`DELETE /cache`: who may empty it, and what is gone then."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
 from client import KEY, Answer, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
-
-from answers.flight import Flights
-from answers.models import ModelWatch, Probe
-from answers.ollama_api import route_table
-from answers.stored import StoredAnswer
-from cache import Cache
-from keystore import KeyStore
-from proxy import MAX_AT_ONCE, Proxy
-from record import Record
-from settings import Settings
-from wire.http11 import Head, Response, pack
-from wire.upstream import Upstream
 
 BOSS = "the-key-of-an-admin"
 OTHER = "gemma3:270m"  # a model beside llama2
@@ -199,51 +186,6 @@ async def test_all_forms_of_a_models_answers_are_dropped(
             assert answer.status == 200
     assert (await drop(ollprox.port, "?model=llama2")).json() == {"dropped": 5}
     assert (await drop(ollprox.port)).json() == {"dropped": 5}
-
-
-class Folding:
-    """A proxy that nobody is served by, with one large stored stream."""
-
-    def __init__(self) -> None:
-        self.cache: Cache[StoredAnswer] = Cache(1 << 30, 60)
-        table, flights = route_table(1 << 30), Flights(1 << 20, self.cache)
-        upstream = Upstream("-", 1, "-", connect_timeout=1, first_byte_timeout=1, idle_timeout=1)
-
-        async def own(name: str, head: Head, label: str) -> Response:
-            raise NotImplementedError
-
-        store = KeyStore.open(None, b"")
-        models = ModelWatch(Probe(upstream), self.cache, flights, lambda names: None)
-        self.proxy = Proxy(Settings(), store, upstream, table, self.cache, flights, models, own)
-        self.route = table.rows[b"/call_model"]
-        lines = b'{"response":"x"}\n' * (MAX_AT_ONCE // 16) + b'{"response":"","done":true}\n'
-        packed = pack(((b"Content-Type", b"application/x-ndjson"),))
-        self.answer = StoredAnswer(packed, lines, b"", "m:latest", time.monotonic(), 1, 1, 1.0)
-        assert self.cache.put(b"key", self.answer)
-
-    async def fold(self) -> StoredAnswer | None:
-        return await self.proxy._fold(b"key", self.answer, self.route, Record("-"))
-
-
-async def test_what_is_folded_while_it_is_dropped_is_not_kept_again() -> None:
-    """A large stored stream is folded in a thread, for the first who wants one object."""
-    setting = Folding()
-    folding = asyncio.create_task(setting.fold())
-    await asyncio.sleep(0)  # it is in the thread now
-    assert setting.cache.drop(lambda answer: True) == 1
-    folded = await folding
-    assert folded is not None  # whoever asked before the drop gets it
-    assert len(folded.object) > MAX_AT_ONCE // 16
-    assert len(setting.cache) == 0
-
-
-async def test_a_large_stored_stream_is_folded_once_for_all_who_want_it_just_then() -> None:
-    """Each fold of its own would be another copy, and all together would stop the proxy."""
-    setting = Folding()
-    first, *others = await asyncio.gather(*(setting.fold() for _ in range(20)))
-    assert first is not None
-    assert all(other is first for other in others)
-    assert setting.cache.get(b"key") is first
 
 
 async def test_a_drop_with_a_body_is_taken(launch: Start, settings: dict[str, object]) -> None:

@@ -4,19 +4,26 @@ import asyncio
 import gc
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from answers.flight import PIECE_OVERHEAD, Ending, Flight, Flights, Reader
-from answers.notes import BaseNotes, LineNotes
-from answers.stored import StoredAnswer
-from cache import Cache
+from answers.flight import (
+    PIECE_OVERHEAD,
+    Ending,
+    Flight,
+    Flights,
+    Reader,
+    Timeouts,
+    Wants,
+)
+from answers.notes import LineNotes, Notes
+from cache import Budget
 from wire.http11 import Ask, HTTPError, Response, Truncated
 
-DONE = b'{"response":"","done":true}\n'
+DONE = b'{"response":".","done":true}\n'
 
 
 def line(text: str) -> bytes:
@@ -65,24 +72,27 @@ class Upstream:
 class Field:
     """Flights over one upstream, and what they stored."""
 
-    def __init__(self, window: int = 10_000, budget: int = 100_000) -> None:
+    def __init__(
+        self, window: int = 10_000, budget: int = 100_000, timeouts: Timeouts | None = None
+    ) -> None:
         self.upstream = Upstream()
-        self.budget: Cache[StoredAnswer] = Cache(budget, 60)
-        self.flights = Flights(window, self.budget)
+        self.budget = Budget(budget)
+        self.flights = Flights(window, self.budget, self._exchange, timeouts or Timeouts())
         self.stored: list[bytes] = []
         self.on_store: Callable[[], None] = lambda: None
 
     def begin(self, key: bytes | None = b"k", model: str = "m") -> Flight:
-        return self.flights.begin(
-            key, self.upstream.exchange, asking(model), self._notes, self._store
-        )
+        return self.flights.begin(key, asking(model), self._notes, self._store)
 
-    def _notes(self, response: Response) -> BaseNotes:
+    def _exchange(self, ask: Ask) -> AbstractAsyncContextManager[Response]:
+        return self.upstream.exchange(ask)
+
+    def _notes(self, response: Response) -> Notes:
         return LineNotes(False, 10_000)
 
     def _store(self, flight: Flight) -> bool:
         assert isinstance(flight.notes, LineNotes)
-        if not flight.notes.keeps(flight.whole()):
+        if not flight.notes.keeps():
             return False
         self.on_store()
         self.stored.append(flight.whole())
@@ -90,8 +100,8 @@ class Field:
 
 
 @contextmanager
-def joined(flight: Flight, *, folds: bool = False) -> Iterator[Reader]:
-    reader = flight.join(folds=folds)
+def joined(flight: Flight, wants: Wants = Wants.PIECES) -> Iterator[Reader]:
+    reader = flight.join(wants)
     try:
         yield reader
     finally:
@@ -247,13 +257,38 @@ async def test_a_failure_in_the_middle_comes_after_the_whole_lines() -> None:
     assert field.stored == []
 
 
-async def test_a_clean_end_without_a_last_line_is_a_failure() -> None:
+async def test_an_orderly_end_without_a_last_line_is_passed_on_and_not_stored() -> None:
     field = Field()
-    task = asyncio.create_task(read(field.begin()))
-    field.upstream.say(line("a"), None)
-    with pytest.raises(HTTPError) as caught:
-        await task
-    assert caught.value.status == 502
+    flight = field.begin()
+    task = asyncio.create_task(read(flight))
+    with joined(flight, Wants.FOLD) as folding:
+        field.upstream.say(line("a"), line("b"), None)
+        await folding.head()
+        assert await folding.fold() == b'{"response":"ab","done":false}'
+        assert folding.has_all
+    assert await task == line("a") + line("b")
+    assert (flight.ending, flight.error, field.stored) == (Ending.INCOMPLETE, None, [])
+    assert flight.usage.tokens == 2
+
+
+async def test_an_error_in_the_stream_comes_after_its_line_whatever_follows() -> None:
+    for after in (None, HTTPError(502, "reset", kind="broken")):
+        field = Field()
+        flight = field.begin()
+        with joined(flight) as reader, joined(flight, Wants.FOLD) as folding:
+            field.upstream.say(line("a"), b'{"error":"died"}\n', after)
+            await reader.head()
+            await settle()
+            pieces = reader.pieces()
+            assert await anext(pieces) == line("a") + b'{"error":"died"}\n'
+            with pytest.raises(HTTPError) as caught:
+                await anext(pieces)
+            assert (caught.value.kind, caught.value.message) == ("reported", "died")
+            with pytest.raises(HTTPError) as caught:
+                await folding.fold()
+            assert (caught.value.status, caught.value.body) == (500, b'{"error":"died"}')
+            assert not reader.has_all
+        assert (flight.ending, field.stored) == (Ending.FAILED, [])
 
 
 async def test_only_the_bodys_end_was_missing() -> None:
@@ -267,7 +302,7 @@ async def test_only_the_bodys_end_was_missing() -> None:
 async def test_a_fold_waits_for_the_end() -> None:
     field = Field()
     flight = field.begin()
-    with joined(flight, folds=True) as reader:
+    with joined(flight, Wants.FOLD) as reader:
         field.upstream.say(line("a"))
         await reader.head()
         task = asyncio.create_task(reader.fold())
@@ -275,18 +310,17 @@ async def test_a_fold_waits_for_the_end() -> None:
         await settle()
         assert not task.done()
         field.upstream.say(DONE, None)
-        assert b'"response":"ab"' in await task
+        assert b'"response":"ab."' in await task
 
 
 async def test_a_piece_that_waits_for_room_is_neither_noted_nor_lost() -> None:
     """Noted before it is on the tape, it would be missing in a fold, or in what is stored."""
-    field = Field(window=cost(line("a"), line("b")))
+    field = Field(window=cost(line("a"), line("b")), timeouts=Timeouts(write=0.01))
     flight = field.begin()
-    with joined(flight) as slow, joined(flight, folds=True) as folding:
+    with joined(flight) as slow, joined(flight, Wants.FOLD) as folding:
         field.upstream.say(line("a"), line("b"), line("c"), DONE, None)
-        task = asyncio.create_task(folding.fold())
-        await settle()
-        assert b'"response":"abc"' in await task
+        await folding.head()
+        assert b'"response":"abc."' in await folding.fold()
         with pytest.raises(Truncated):
             await anext(slow.pieces())
     field = Field(window=cost(line("a"), line("b")))
@@ -326,14 +360,14 @@ async def test_the_recorder_waits_a_full_window_ahead_of_its_fastest_reader() ->
         field.upstream.say(*lines, DONE, None)
         await settle()
         assert field.upstream.taken == 4  # three on the tape, one in the hand
-        assert field.budget.reserved_bytes == cost(*lines[:3])
+        assert field.budget.reserved_bytes == cost(*lines[:3]) + 3  # and the fold of three
         got = [piece async for piece in reader.pieces()]
     assert b"".join(got) == b"".join(lines) + DONE
 
 
-async def test_a_reader_a_full_window_behind_is_dropped_and_the_fastest_goes_on() -> None:
+async def test_a_reader_that_holds_up_others_is_dropped_and_the_fastest_goes_on() -> None:
     lines = [line(str(number)) for number in range(8)]
-    field = Field(window=cost(*lines[:3]))
+    field = Field(window=cost(*lines[:3]), timeouts=Timeouts(write=0.01))
     flight = field.begin()
     with joined(flight) as slow:
         fast = asyncio.create_task(read(flight))
@@ -382,27 +416,32 @@ async def test_all_tapes_together_stay_within_the_budget() -> None:
 
 
 async def test_the_youngest_flight_is_joined_and_an_older_one_cannot_store_after_it() -> None:
-    field, later = Field(), Upstream()
-    older = field.begin()
-    old_reader = asyncio.create_task(read(older))
-    younger = field.flights.begin(b"k", later.exchange, asking(), field._notes, field._store)
+    field = Field()
+    first = field.upstream
+    old_reader = asyncio.create_task(read(field.begin()))
+    await settle()
+    later = field.upstream = Upstream()
+    younger = field.begin()
     assert field.flights.find(b"k") is younger
     young_reader = asyncio.create_task(read(younger))
     later.say(line("new"), DONE, None)
     assert await young_reader == line("new") + DONE
     assert field.flights.find(b"k") is None  # the older one must not be joined again
-    field.upstream.say(line("old"), DONE, None)
+    first.say(line("old"), DONE, None)
     assert await old_reader == line("old") + DONE
     assert field.stored == [line("new") + DONE]
 
 
 async def test_an_older_flight_that_ends_does_not_remove_a_younger_one() -> None:
     """Removal is by identity: by key it would take the younger one away."""
-    field, later = Field(), Upstream()
+    field = Field()
+    first = field.upstream
     older = asyncio.create_task(read(field.begin()))
-    younger = field.flights.begin(b"k", later.exchange, asking(), field._notes, field._store)
+    await settle()
+    later = field.upstream = Upstream()
+    younger = field.begin()
     young_reader = asyncio.create_task(read(younger))
-    field.upstream.say(DONE, None)
+    first.say(DONE, None)
     await older
     assert field.flights.find(b"k") is younger
     later.say(DONE, None)

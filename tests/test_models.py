@@ -14,7 +14,7 @@ import answers.models
 from answers.flight import Flights
 from answers.models import ModelChange, ModelWatch, Probe
 from answers.stored import StoredAnswer
-from cache import Cache
+from cache import Budget, Cache
 from wire.upstream import Upstream
 
 BOSS = {"APIKEY": "an-admin-key-for-tests"}
@@ -163,7 +163,7 @@ class Watched(ModelWatch):
     """A watch whose drops are noted; its Ollama lists what the test says."""
 
     def __init__(self, digests: Callable[[], object]) -> None:
-        self.cache: Cache[StoredAnswer] = Cache(1 << 20, 60)
+        self.cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 60)
         upstream = Upstream("-", 1, "-", connect_timeout=1, first_byte_timeout=1, idle_timeout=1)
         probe = Probe(upstream)
 
@@ -174,7 +174,12 @@ class Watched(ModelWatch):
             return listed if isinstance(listed, dict) else None
 
         probe.digests = read  # type: ignore[method-assign]
-        super().__init__(probe, self.cache, Flights(1 << 20, self.cache), lambda names: None)
+        super().__init__(
+            probe,
+            self.cache,
+            Flights(1 << 20, self.cache.budget, upstream.exchange),
+            lambda names: None,
+        )
         self.dropped: list[Collection[str] | None] = []
 
     def _drop(self, names: Collection[str] | None) -> int:
@@ -234,8 +239,10 @@ async def test_a_change_is_told_once_and_nothing_is_known_at_first(ollama: Stand
     )
     changes: list[bool] = []
     probe = Probe(upstream, changes.append)
-    cache: Cache[StoredAnswer] = Cache(1 << 20, 60)
-    watch = ModelWatch(probe, cache, Flights(1 << 20, cache), lambda names: None)
+    cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 60)
+    watch = ModelWatch(
+        probe, cache, Flights(1 << 20, cache.budget, upstream.exchange), lambda names: None
+    )
     assert probe.up is None
     for _ in range(2):
         await watch.refresh()

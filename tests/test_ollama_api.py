@@ -1,3 +1,4 @@
+import contextlib
 import json
 import re
 from collections.abc import Iterable
@@ -9,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from standin import Script, StandIn
 
-from answers.notes import BaseNotes
+from answers.notes import MAX_PARSED, Notes, progress_notes
 from answers.ollama_api import Form, RouteTable, digests, route_table, version
 from answers.questions import (
     MAX_VALUES,
@@ -22,12 +23,13 @@ from answers.questions import (
 from wire.http11 import HTTPError, Response
 
 TRACES = Path(__file__).parent / "traces"
+TRACES_33 = Path(__file__).parent / "traces-0.33"
 TABLE = route_table(32 << 20)
 
 
-def response(name: str) -> tuple[int, str, bytes]:
+def response(name: str, folder: Path = TRACES) -> tuple[int, str, bytes]:
     """A recorded response's status, content type and body, taken out of its chunks."""
-    head, _, body = (TRACES / f"{name}.response").read_bytes().partition(b"\r\n\r\n")
+    head, _, body = (folder / f"{name}.response").read_bytes().partition(b"\r\n\r\n")
     kind = re.search(rb"Content-Type: (.*)\r\n", head)
     if b"Transfer-Encoding: chunked" in head:
         rest, body = body, b""
@@ -37,9 +39,7 @@ def response(name: str) -> tuple[int, str, bytes]:
     return int(head.split(b" ")[1]), kind[1].decode() if kind else "", body
 
 
-def noted(
-    path: bytes, body: bytes, kind: str = "application/x-ndjson", status: int = 200
-) -> BaseNotes:
+def noted(path: bytes, body: bytes, kind: str = "application/x-ndjson", status: int = 200) -> Notes:
     found = TABLE.find(path)
     assert found
     assert found[0].codec
@@ -48,8 +48,8 @@ def noted(
     return notes
 
 
-def noted_trace(path: bytes, name: str) -> BaseNotes:
-    status, kind, body = response(name)
+def noted_trace(path: bytes, name: str, folder: Path = TRACES) -> Notes:
+    status, kind, body = response(name, folder)
     return noted(path, body, kind, status)
 
 
@@ -171,7 +171,7 @@ def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
     assert not notes.too_large
     notes.feed(b'{"response":"0123456789+","done":true}\n')
     assert notes.too_large
-    assert not notes.keeps(b"")
+    assert not notes.keeps()
     with pytest.raises(HTTPError, match=r'"stream": true') as caught:
         notes.fold()
     assert caught.value.status == 502
@@ -183,13 +183,15 @@ def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
 GOOD, LAST = b'{"response":"a","done":false}\n', b'{"response":"","done":true}\n'
 
 
-@pytest.mark.parametrize("folds", [True, False])
 @pytest.mark.parametrize(
     ("lines", "kept"),
     [
         ([GOOD, LAST], True),
-        ([LAST], True),
+        ([LAST], False),  # it says nothing
+        ([b'{"response":"a","done":true}\n'], True),
         ([GOOD, LAST[:-1]], True),
+        ([GOOD, b"\n", LAST], True),
+        ([b"\n \r\n", GOOD, LAST, b"\n\n"], True),
         ([b'{"response":"\\n{\\"error\\"","done":false}\n', LAST], True),
         ([b'{"error":"boom"}\n', LAST], False),
         ([GOOD, b'{"error":"boom"}\n', LAST], False),
@@ -199,14 +201,14 @@ GOOD, LAST = b'{"response":"a","done":false}\n', b'{"response":"","done":true}\n
     ],
 )
 def test_what_comes_in_one_read_with_the_last_line_is_judged_too(
-    lines: list[bytes], kept: bool, folds: bool
+    lines: list[bytes], kept: bool
 ) -> None:
-    tape = b"".join(lines)
-    notes = noted(b"/api/generate", b"")
-    if not folds:
-        notes.forget()
-    notes.feed(tape)
-    assert notes.keeps(tape) is kept
+    notes = noted(b"/api/generate", b"".join(lines))
+    assert notes.keeps() is kept
+    one_by_one = noted(b"/api/generate", b"")
+    for line in lines:
+        one_by_one.feed(line)
+    assert one_by_one.keeps() is kept
 
 
 @pytest.mark.parametrize(
@@ -220,7 +222,7 @@ def test_a_line_is_one_object_and_no_more(lines: bytes) -> None:
 
 def test_a_whole_stream_is_complete() -> None:
     notes = noted_trace(b"/api/generate", "generate-stream-default")
-    assert (notes.finished, notes.keeps(b""), notes.close()) == (True, True, None)
+    assert (notes.finished, notes.keeps(), notes.close()) == (True, True, True)
 
 
 @pytest.mark.parametrize(
@@ -236,49 +238,299 @@ def test_a_whole_stream_is_complete() -> None:
     ],
 )
 def test_loads_and_errors_are_never_kept(path: bytes, name: str) -> None:
-    assert not noted_trace(path, name).keeps(response(name)[2])
+    notes = noted_trace(path, name)
+    assert notes.close()
+    assert not notes.keeps()
 
 
 def test_a_load_that_comes_as_a_stream_is_not_kept() -> None:
-    assert not noted(b"/api/generate", b'{"response":"","done":true,"done_reason":"load"}\n').keeps(
-        b""
-    )
+    load = b'{"response":"a","done":true,"done_reason":"load"}\n'
+    assert not noted(b"/api/generate", load).keeps()
 
 
 def test_ollamas_own_error_ends_a_stream_and_is_no_answer() -> None:
     notes = noted_trace(b"/api/generate", "generate-stream-runner-killed")
-    assert (notes.finished, notes.keeps(b""), notes.close()) == (False, False, None)
+    assert (notes.finished, notes.keeps()) == (False, False)
     with pytest.raises(HTTPError) as caught:
-        notes.fold()
+        notes.close()
+    assert caught.value.kind == "reported"
     _, _, body = response("generate-nonstream-runner-killed")
     assert (caught.value.status, json.loads(caught.value.body or b"")) == (500, json.loads(body))
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "broken"),
     [
-        b"",
-        b'{"response":"a","done":false}\n',
-        b'{"response":"a","done":true}\n{"response":"b","done":false}\n',
-        b'{"response":"a","done":"true"}\n',
-        b'not json\n{"response":"a","done":true}\n',
-        b'["done"]\n',
+        (b"", False),
+        (b'{"response":"a","done":false}\n', False),
+        (b'{"response":"a","done":true}\n{"response":"b","done":false}\n', False),
+        (b'{"response":"a","done":"true"}\n', False),
+        (b'not json\n{"response":"a","done":true}\n', True),
+        (b'["done"]\n', True),
     ],
 )
-def test_a_stream_without_a_last_line_is_cut(body: bytes) -> None:
+def test_a_stream_without_a_last_line_is_incomplete_and_one_without_json_is_broken(
+    body: bytes, broken: bool
+) -> None:
     notes = noted(b"/api/generate", body)
+    assert (notes.finished, notes.keeps()) == (False, False)
+    if not broken:
+        assert not notes.close()
+        return
+    with pytest.raises(HTTPError) as caught:
+        notes.close()
+    assert caught.value.kind == "broken"
+
+
+def test_a_fold_that_joins_only_the_first_piece_of_thinking_would_be_seen() -> None:
+    """All of them are joined, whether they come alone or beside text."""
+    lines = [
+        b'{"message":{"content":"","thinking":"one "},"done":false}\n',
+        b'{"message":{"content":"x","thinking":"two "},"done":false}\n',
+        b'{"message":{"content":"y","thinking":"three"},"done":true}\n',
+    ]
+    notes = noted(b"/api/chat", b"")
+    for line in lines:
+        notes.feed(line)
+    message = json.loads(notes.fold())["message"]
+    assert message == {"content": "xy", "thinking": "one two three"}
+
+
+@pytest.mark.parametrize("name", ["thinking-generate", "thinking-chat", "tools-chat"])
+def test_thinking_and_tool_calls_fold_as_in_the_trace(name: str) -> None:
+    path = b"/api/" + name.partition("-")[2].encode()
+    notes = noted_trace(path, f"{name}-stream", TRACES_33)
+    assert (notes.close(), notes.keeps()) == (True, True)
+    whole = json.loads(response(f"{name}-nonstream", TRACES_33)[2])
+    assert unmeasured(json.loads(notes.fold())) == unmeasured(whole)
+
+
+def unmeasured(value: Any) -> Any:
+    """A response without what differs each time: times, and made-up ids."""
+    if isinstance(value, list):
+        return [unmeasured(member) for member in value]
+    if isinstance(value, dict):
+        return {
+            name: unmeasured(member)
+            for name, member in value.items()
+            if name not in {"created_at", "id"} and not name.endswith("_duration")
+        }
+    return value
+
+
+# What ends in order without having been finished.
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "tokens"),
+    [
+        (b"/api/generate", "repeat-guard-generate-stream", 32),
+        (b"/api/chat", "repeat-guard-chat-stream", 31),
+        (b"/v1/chat/completions", "repeat-guard-openai-chat-stream", 31),
+        (b"/v1/chat/completions", "repeat-guard-openai-chat-nonstream", 0),
+        (b"/v1/messages", "anthropic-messages-repeat-guard-stream", 31),
+        (b"/v1/messages", "anthropic-messages-repeat-guard-nonstream", 0),
+        (b"/v1/responses", "openai-responses-repeat-guard-stream", 31),
+    ],
+)
+def test_what_the_repeat_guard_ended_is_incomplete(path: bytes, name: str, tokens: int) -> None:
+    notes = noted_trace(path, name, TRACES_33)
+    assert not notes.close()
+    assert (notes.keeps(), notes.error, notes.usage.tokens) == (False, None, tokens)
+
+
+@pytest.mark.parametrize("kind", ["generate", "chat"])
+def test_the_object_of_the_repeat_guard_is_that_of_the_trace(kind: str) -> None:
+    notes = noted_trace(f"/api/{kind}".encode(), f"repeat-guard-{kind}-stream", TRACES_33)
+    theirs = json.loads(response(f"repeat-guard-{kind}-nonstream", TRACES_33)[2])
+    assert json.loads(notes.fold()) | {"created_at": ""} == theirs | {"created_at": ""}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "kind"),
+    [
+        ("runner-killed-openai-chat-stream", TRACES_33, "broken"),
+        ("openai-chat-stream-runner-killed", TRACES, "broken"),
+        ("runner-killed-generate-stream", TRACES_33, "reported"),
+        ("runner-killed-chat-stream", TRACES_33, "reported"),
+    ],
+)
+def test_a_killed_runner_is_no_end(name: str, folder: Path, kind: str) -> None:
+    path = b"/v1/chat/completions" if "openai" in name else b"/api/chat"
+    notes = noted_trace(path, name, folder)
     assert not notes.finished
+    with pytest.raises(HTTPError) as caught:
+        notes.close()
+    assert caught.value.kind == kind
+
+
+# What is worth keeping.
+
+
+def said(**message: object) -> bytes:
+    return json.dumps(
+        {"choices": [{"message": {"content": "", **message}, "finish_reason": "stop"}]}
+    ).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kept"),
+    [
+        (b"/api/embed", b'{"embeddings":[[0.5],[1]]}', True),
+        (b"/api/embed", b'{"embeddings":[]}', False),
+        (b"/api/embed", b'{"embeddings":[[]]}', False),
+        (b"/api/embed", b'{"embeddings":[[0.5],[]]}', False),
+        (b"/api/embed", b'{"embeddings":null}', False),
+        (b"/api/embeddings", b'{"embedding":[0.0]}', True),
+        (b"/api/embeddings", b'{"embedding":[]}', False),
+        (b"/v1/embeddings", b'{"data":[{"embedding":[0.5]}]}', True),
+        (b"/v1/embeddings", b'{"data":[{"embedding":"a8uPvA=="}]}', True),
+        (b"/v1/embeddings", b'{"data":[{"embedding":[]}]}', False),
+        (b"/v1/embeddings", b'{"data":[{"embedding":""}]}', False),
+        (b"/v1/embeddings", b'{"data":[]}', False),
+        (b"/v1/chat/completions", said(content="a"), True),
+        (b"/v1/chat/completions", said(reasoning="a"), True),
+        (b"/v1/chat/completions", said(tool_calls=[{"id": "x"}]), True),
+        (b"/v1/chat/completions", said(), False),
+        (b"/v1/chat/completions", said(tool_calls=[]), False),
+        (b"/v1/chat/completions", b'{"choices":[{"message":{"content":"a"}}]}', False),
+        (b"/v1/completions", b'{"choices":[{"text":"a","finish_reason":"stop"}]}', True),
+        (b"/v1/completions", b'{"choices":[{"text":"","finish_reason":"stop"}]}', False),
+        (b"/v1/completions", b'{"choices":[]}', False),
+        (b"/v1/completions", b"{}", False),
+        (b"/v1/completions", b"[]", False),
+        (b"/v1/completions", b'{"error":"x","choices":[{"text":"a"}]}', False),
+    ],
+)
+def test_an_object_is_kept_if_it_says_something(path: bytes, body: bytes, kept: bool) -> None:
+    notes = noted(path, body, "application/json")
+    notes.close()
+    assert notes.keeps() is kept
+
+
+@pytest.mark.parametrize(
+    ("delta", "kept"),
+    [
+        ({"content": "a"}, True),
+        ({"content": "", "reasoning": "a"}, True),
+        ({"content": "", "tool_calls": [{"id": "x"}]}, True),
+        ({"content": ""}, False),
+        ({"content": "", "tool_calls": []}, False),
+        ({}, False),
+    ],
+)
+def test_a_stream_of_v1_is_kept_if_it_says_something(delta: object, kept: bool) -> None:
+    for separators in ((",", ":"), (", ", ": ")):
+        choice = json.dumps({"choices": [{"delta": delta}]}, separators=separators)
+        last = json.dumps({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+        events = f"data: {choice}\n\ndata: {last}\n\ndata: [DONE]\n\n".encode()
+        notes = noted(b"/v1/chat/completions", events, "text/event-stream")
+        assert (notes.close(), notes.keeps()) == (True, kept)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"response":"","thinking":"","done":true}',
+        b'{"message":{"content":"","tool_calls":[]},"done":true}',
+        b'{"message":{"content":"a"},"response":"a","done":true,"done_reason":"unload"}',
+        b'{"done":true}',
+    ],
+)
+def test_a_native_stream_that_says_nothing_is_not_kept(line: bytes) -> None:
+    for path in (b"/api/generate", b"/api/chat"):
+        notes = noted(path, line + b"\n")
+        assert (notes.close(), notes.keeps()) == (True, False)
+
+
+def test_a_large_object_is_judged_by_its_ends() -> None:
+    """Parsing it would hold up the event loop."""
+    vector = b"[%b]" % b",".join([b"0.5"] * MAX_PARSED)
+    whole = b'{"embeddings":[%b],"prompt_eval_count":7}\n' % vector
+    for body, kept in (
+        (whole, True),
+        (whole[:-9], False),
+        (whole[1:], False),
+        (b'{"error":"%b"}' % (b"x" * MAX_PARSED), False),
+        (b'{"choices":[{"text":"%b","finish_reason":null}]}' % (b"x" * MAX_PARSED), False),
+    ):
+        notes = noted(b"/api/embed", b"", "application/json")
+        for start in range(0, len(body), 10_000):
+            notes.feed(body[start : start + 10_000])
+        assert notes.held <= MAX_PARSED
+        notes.close()
+        assert notes.keeps() is kept
+        if kept:
+            assert notes.usage.prompt_tokens == 7
+
+
+def test_an_error_among_lines_of_progress_is_seen() -> None:
+    ok, error = b'{"status":"pulling \\"error\\""}\n', b'{"error":"disk full"}\n'
+    response = Response(200, ((b"Content-Type", b"application/x-ndjson"),), b"")
+    notes = progress_notes(response)
+    notes.feed(ok)
     assert notes.close()
+    notes.feed(ok + error)
+    with pytest.raises(HTTPError, match="disk full") as caught:
+        notes.close()
+    assert caught.value.kind == "reported"
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'data: {"error":{"message":"died","type":"api_error"}}\n\n',
+        b'event: error\ndata: {"type":"error","error":{"message":"died"}}\n\n',
+        b'data: {"type": "error", "error": {"message": "died"}}\n\n',
+    ],
+)
+def test_an_error_event_is_seen_in_each_form(event: bytes) -> None:
+    for path in (b"/v1/chat/completions", b"/v1/messages", b"/v1/responses"):
+        notes = noted(path, event + b"data: [DONE]\n\n", "text/event-stream")
+        with pytest.raises(HTTPError, match="died") as caught:
+            notes.close()
+        assert (caught.value.kind, notes.finished) == ("reported", False)
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "folder", "usage"),
+    [
+        (b"/v1/chat/completions", "openai-chat-stream-usage", TRACES_33, (9, 11)),
+        (b"/v1/completions", "openai-completions-stream-usage", TRACES_33, (9, 11)),
+        (b"/v1/chat/completions", "tools-openai-chat-nonstream", TRACES_33, (137, 35)),
+        (b"/v1/responses", "openai-responses-stream", TRACES_33, (9, 11)),
+        (b"/v1/responses", "openai-responses-nonstream", TRACES_33, (9, 11)),
+        (b"/v1/messages", "anthropic-messages-stream", TRACES_33, (9, 11)),
+        (b"/v1/messages", "anthropic-messages-nonstream", TRACES_33, (9, 11)),
+        (b"/v1/embeddings", "openai-embeddings-base64", TRACES_33, (2, 0)),
+        (b"/api/embed", "embed-two", TRACES_33, (4, 0)),
+        (b"/api/chat", "tools-chat-stream", TRACES_33, (137, 35)),
+        # Without a usage, an event with content counts as a token.
+        (b"/v1/chat/completions", "tools-openai-chat-stream", TRACES_33, (0, 2)),
+        (b"/v1/messages", "runner-killed-anthropic-messages-stream", TRACES_33, (9, 6)),
+    ],
+)
+def test_tokens_are_counted_on_each_route(
+    path: bytes, name: str, folder: Path, usage: tuple[int, int]
+) -> None:
+    notes = noted_trace(path, name, folder)
+    with contextlib.suppress(HTTPError):
+        notes.close()
+    assert (notes.usage.prompt_tokens, notes.usage.tokens) == usage
 
 
 @given(st.binary(max_size=80))
 @example(b'{"done":true,"error":"x"}')
+@example(b"data: [DONE]")
+@example(b'{"error":%b' % (b"[" * 3000))
 def test_any_bytes_can_be_noted(data: bytes) -> None:
     for path in (b"/api/generate", b"/api/chat", b"/api/embed"):
         notes = noted(path, data)
-        notes.close()
+        with contextlib.suppress(HTTPError):
+            notes.close()
         if notes.finished:
             notes.fold()
+        assert (notes.usage.tokens, notes.keeps()) >= (0, False)
 
 
 # The cache key.
@@ -597,13 +849,13 @@ def test_a_long_path_is_not_compared_with_all_others() -> None:
 def test_after_an_error_nothing_is_an_answer() -> None:
     lines = b'{"response":"a"}\n{"error":"died"}\n{"response":"","done":true}\n'
     notes = noted(b"/api/generate", lines)
-    assert (notes.finished, notes.reported, notes.keeps(lines)) == (False, True, False)
+    assert (notes.finished, notes.error is None, notes.keeps()) == (False, False, False)
     events = (
         b'data: {"choices":[{"finish_reason":"stop"}]}\n\n'
         b'data: {"error":{"message":"died"}}\n\ndata: [DONE]\n\n'
     )
     notes = noted(b"/v1/chat/completions", events, "text/event-stream")
-    assert (notes.reported, notes.keeps(events)) == (True, False)
+    assert (notes.error is None, notes.keeps()) == (False, False)
 
 
 def test_any_depth_is_answered_or_refused() -> None:

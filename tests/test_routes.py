@@ -17,7 +17,7 @@ from answers.models import ModelWatch, Probe
 from answers.ollama_api import Access, Form, Route, Upload, route_table
 from answers.questions import PassThrough
 from answers.stored import StoredAnswer
-from cache import Cache
+from cache import Budget, Cache
 from keystore import KeyStore
 from proxy import Proxy
 from record import Record
@@ -76,12 +76,12 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     )
     store = KeyStore.open(None, b"")
     store.admit(b"key", "me")
-    cache: Cache[StoredAnswer] = Cache(1 << 20, 60)
+    cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 60)
+    flights = Flights(1 << 20, cache.budget, upstream.exchange)
 
     async def own(name: str, head: Head, label: str) -> Response:
         raise NotImplementedError
 
-    flights = Flights(1 << 20, cache)
     models = ModelWatch(Probe(upstream), cache, flights, lambda names: None)
     proxy = Proxy(Settings(), store, upstream, table, cache, flights, models, own)
     (digest,) = store.labels

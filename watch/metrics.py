@@ -18,7 +18,7 @@ from typing import Any
 from answers.flight import Ending, Flight, Flights
 from cache import Cache
 from keystore import KeyStore
-from record import Record, Spent
+from record import Record, Usage
 from settings import normalize_model
 
 MAX_NAMES = 1000  # models, and labels, that are counted one by one
@@ -124,7 +124,7 @@ class Total:
     tokens: int = 0
     gpu_seconds: float = 0.0
 
-    def add(self, usage: Spent, times: int = 1) -> None:
+    def add(self, usage: Usage, times: int = 1) -> None:
         """Add one answer's, or that of one answer so many times."""
         self.lines += usage.lines * times
         self.tokens += usage.tokens * times
@@ -413,6 +413,4 @@ def _error_of(flight: Flight) -> str:
     """Return what upstream did wrong; empty for nothing, or if a client was at fault, or we."""
     if flight.error is not None:
         return flight.error.kind
-    if flight.status >= 500:
-        return "status"
-    return "reported" if flight.notes is not None and flight.notes.reported else ""
+    return "status" if flight.status >= 500 else ""

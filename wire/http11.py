@@ -146,6 +146,10 @@ class Response:
     release: Callable[[], None] | None = None
 
 
+def _nobody() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request to upstream, with all that whoever carries it out needs to know.
@@ -153,7 +157,8 @@ class Ask:
     `headers` are end-to-end headers without Host and length. `body` is encoded only when it is
     sent, so that a request that waits holds its prompt once; an upload is an iterator instead,
     is sent once, and in chunks unless `length` is known. `model` is the normalized name, empty
-    if no model is needed.
+    if no model is needed. `whole_wanted` returns True while somebody waits for the answer as a
+    whole: then a silence in its middle is for the asker to judge.
     """
 
     method: bytes
@@ -162,6 +167,7 @@ class Ask:
     body: Callable[[], bytes] | AsyncIterator[bytes] = bytes
     length: int | None = None
     model: str = ""
+    whole_wanted: Callable[[], bool] = _nobody
 
 
 Exchange = Callable[[Ask], AbstractAsyncContextManager[Response]]

@@ -8,7 +8,7 @@ import asyncio
 import math
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -72,6 +72,7 @@ class _Connection:
         self.idle_since = 0.0
         self.deadline = math.inf  # for the next bytes, on the monotonic clock
         self.late = False  # that deadline has passed
+        self.whole_wanted: Callable[[], bool] | None = None  # see `Ask`; while a body is read
         self._taken = 0  # bytes read off the stream
 
     def usable(self) -> bool:
@@ -165,6 +166,9 @@ class Upstream:
             connection.writer.transport.abort()
         now = time.monotonic()
         for connection in self._waiting:
+            if connection.whole_wanted is not None and connection.whole_wanted():
+                # Not late; and whoever waits for the next line only then has all of the time.
+                connection.deadline = max(connection.deadline, now + self._idle_timeout)
             if connection.deadline < now:
                 connection.expire()
 
@@ -402,12 +406,14 @@ class _Exchange:
         bodiless = method == b"HEAD" or head.status in {204, 304}
         connection.whole = bodiless or head.length == 0
         connection.deadline = math.inf
+        connection.whole_wanted = ask.whole_wanted
         self._connection, self._head = connection, head
         pieces = _Body(self._upstream, connection, head)
         return Response(head.status, head.headers, pieces, head.length)
 
     async def __aexit__(self, *_: object) -> None:
         connection = self._connection
+        connection.whole_wanted = None
         connection.idle_since = time.monotonic()
         sent = connection.uploaded and not connection.writer.transport.get_write_buffer_size()
         if connection.whole and sent and self._head.keep_alive and connection.usable():
