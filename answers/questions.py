@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from answers.notes import LineNotes, Notes, notes_for, progress_notes
+from answers.notes import LineNotes, Notes, notes_for
 from settings import normalize_model
 from wire.http11 import HTTPError, Response
 
@@ -148,8 +148,6 @@ class PassThrough:
 
     def notes(self, response: Response) -> Notes:
         """Return the notes for an answer that begins."""
-        if not self.input_name:
-            return progress_notes(response)
         return notes_for(response)
 
 
