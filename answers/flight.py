@@ -316,9 +316,7 @@ class Flight:
                     stuck, deadline = blocking, loop.time() + self._flights.timeouts.write
                 self._room = loop.create_future()
                 self._wake_readers(everyone=True)
-                held_up = any(
-                    r.wants is not Wants.NOTHING for r in self.readers.difference(stuck)
-                )
+                held_up = any(r.wants is not Wants.NOTHING for r in self.readers.difference(stuck))
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(deadline if held_up else None):
                         await self._room
@@ -339,13 +337,22 @@ class Flight:
     def _make_room(self, size: int) -> bool:
         """Reserve room for a piece by dropping pieces that all readers have taken."""
         window, budget = self._flights.window, self._flights.budget
-        while self._size + size > window or not budget.reserve(size):
+        while self._overflows(size, window) or not budget.reserve(size):
             if not self._pieces:
                 return budget.reserve(size, must=True)
             if any(map(self._blocks, self._piece_readers())):
                 return False
             self._drop_first()
         return True
+
+    def _overflows(self, size: int, window: int) -> bool:
+        """Return whether a piece is too much for the window.
+
+        The fold counts too, since both are stored; but not if a reader waits for it: what has
+        its own limit must not take the window from the readers of pieces.
+        """
+        size += self._size
+        return size > window or (size + self._held > window and not self.is_whole_wanted())
 
     def _drop_first(self) -> None:
         size = len(self._pieces.pop(0)) + PIECE_OVERHEAD
@@ -382,9 +389,17 @@ class _Cutter:
         return piece
 
     def rest(self) -> bytes:
-        """Return what the body ended with, if it can be passed on without its delimiter."""
+        """Return what the body ended with after its last delimiter.
+
+        Raises:
+            HTTPError: it is half a line.
+
+        """
         rest = bytes(self._rest)
-        return rest if rest and self._notes.is_line(rest) else b""
+        if rest and not self._notes.is_line(rest):
+            message = "Ollama ended its answer in the middle of a line. Ask again."
+            raise HTTPError(502, message, kind="broken")
+        return rest
 
 
 class Reader:

@@ -16,11 +16,10 @@ from answers.flight import (
     Flight,
     Flights,
     Reader,
-    Source,
     Timeouts,
     Wants,
 )
-from answers.notes import LineNotes, Notes, Relayed
+from answers.notes import LineNotes, Notes
 from cache import Budget
 from wire.http11 import Ask, HTTPError, Response, Truncated
 

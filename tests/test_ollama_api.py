@@ -38,9 +38,7 @@ def response(name: str, folder: Path = TRACES) -> tuple[int, str, bytes]:
     return int(head.split(b" ")[1]), kind[1].decode() if kind else "", body
 
 
-def noted(
-    path: bytes, body: bytes, kind: str = "application/x-ndjson", status: int = 200
-) -> Notes:
+def noted(path: bytes, body: bytes, kind: str = "application/x-ndjson", status: int = 200) -> Notes:
     found = TABLE.find(path)
     assert found
     assert found[0].codec
