@@ -232,10 +232,10 @@ class Flight:
     async def _record(self, ask: Ask) -> None:
         try:
             async with self._flights.exchange(ask) as response:
+                self.notes = notes = self._make_notes(response)
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born = self._flights.clock()
-                self.notes = notes = self._make_notes(response)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -337,7 +337,9 @@ class Flight:
     def _make_room(self, size: int) -> bool:
         """Reserve room for a piece by dropping pieces that all readers have taken."""
         window, budget = self._flights.window, self._flights.budget
-        while self._overflows(size, window) or not budget.reserve(size):
+        while (
+            self._size + self._held + size > window and self._overflows(size)
+        ) or not budget.reserve(size):
             if not self._pieces:
                 return budget.reserve(size, must=True)
             if any(map(self._blocks, self._piece_readers())):
@@ -345,14 +347,13 @@ class Flight:
             self._drop_first()
         return True
 
-    def _overflows(self, size: int, window: int) -> bool:
-        """Return whether a piece is too much for the window.
+    def _overflows(self, size: int) -> bool:
+        """Return whether a piece is too much for the window beside the fold.
 
-        The fold counts too, since both are stored; but not if a reader waits for it: what has
-        its own limit must not take the window from the readers of pieces.
+        While a reader waits for the fold only its own limit counts for it: it must not take
+        the window from the readers of pieces.
         """
-        size += self._size
-        return size > window or (size + self._held > window and not self.is_whole_wanted())
+        return self._size + size > self._flights.window or not self.is_whole_wanted()
 
     def _drop_first(self) -> None:
         size = len(self._pieces.pop(0)) + PIECE_OVERHEAD
