@@ -232,10 +232,10 @@ class Flight:
     async def _record(self, ask: Ask) -> None:
         try:
             async with self._flights.exchange(ask) as response:
+                self.notes = notes = self._make_notes(response)
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born = self._flights.clock()
-                self.notes = notes = self._make_notes(response)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -337,13 +337,23 @@ class Flight:
     def _make_room(self, size: int) -> bool:
         """Reserve room for a piece by dropping pieces that all readers have taken."""
         window, budget = self._flights.window, self._flights.budget
-        while self._size + size > window or not budget.reserve(size):
+        while (
+            self._size + self._held + size > window and self._overflows(size)
+        ) or not budget.reserve(size):
             if not self._pieces:
                 return budget.reserve(size, must=True)
             if any(map(self._blocks, self._piece_readers())):
                 return False
             self._drop_first()
         return True
+
+    def _overflows(self, size: int) -> bool:
+        """Return whether a piece is too much for the window beside the fold.
+
+        While a reader waits for the fold only its own limit counts for it: it must not take
+        the window from the readers of pieces.
+        """
+        return self._size + size > self._flights.window or not self.is_whole_wanted()
 
     def _drop_first(self) -> None:
         size = len(self._pieces.pop(0)) + PIECE_OVERHEAD
@@ -380,9 +390,17 @@ class _Cutter:
         return piece
 
     def rest(self) -> bytes:
-        """Return what the body ended with, if it can be passed on without its delimiter."""
+        """Return what the body ended with after its last delimiter.
+
+        Raises:
+            HTTPError: it is half a line.
+
+        """
         rest = bytes(self._rest)
-        return rest if rest and self._notes.is_line(rest) else b""
+        if rest and not self._notes.is_line(rest):
+            message = "Ollama ended its answer in the middle of a line. Ask again."
+            raise HTTPError(502, message, kind="broken")
+        return rest
 
 
 class Reader:

@@ -1,3 +1,4 @@
+import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,6 +107,23 @@ def test_what_must_be_reserved_is_counted_and_later_made_room_for(clock: Clock) 
     assert cache.budget.reserve(room(3), must=True)
     assert not cache.budget.reserve(1)
     assert not cache.keep(b"a", "A", 1)
+
+
+def test_a_budget_without_a_cache_is_a_bound() -> None:
+    budget = Budget(100)
+    assert budget.reserve(60)
+    assert not budget.reserve(41)
+    budget.release(30)
+    assert budget.reserve(41)
+    assert budget.reserved_bytes == 71
+
+
+def test_a_ttl_goes_on_while_the_machine_sleeps() -> None:
+    """A monotonic clock stops then, so the clock is the wall's."""
+    cache: Cache[Thing] = Cache(Budget(room(1)), 60)
+    assert cache.put(b"a", Thing("A", 100, time.time() - 59))
+    assert cache.get(b"a")
+    assert not cache.put(b"b", Thing("B", 100, time.time() - 61))
 
 
 def test_dropping_by_value(clock: Clock) -> None:

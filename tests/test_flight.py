@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import json
+import math
 import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
@@ -355,7 +357,7 @@ def cost(*pieces: bytes) -> int:
 
 async def test_the_recorder_waits_a_full_window_ahead_of_its_fastest_reader() -> None:
     lines = [line(str(number)) for number in range(8)]
-    field = Field(window=cost(*lines[:3]))
+    field = Field(window=cost(*lines[:3]) + 3)
     with joined(field.begin()) as reader:
         field.upstream.say(*lines, DONE, None)
         await settle()
@@ -412,7 +414,184 @@ async def test_all_tapes_together_stay_within_the_budget() -> None:
             assert field.budget.reserved_bytes <= most
 
 
+async def test_a_fold_does_not_outrun_a_reader_of_pieces() -> None:
+    lines = [line(str(number)) for number in range(8)]
+    field = Field(window=cost(*lines[:3]), timeouts=Timeouts(write=10))
+    flight = field.begin()
+    with joined(flight, Wants.FOLD) as folding, joined(flight) as reader:
+        field.upstream.say(*lines, DONE, None)
+        await settle()
+        assert field.upstream.taken == 4  # it waits, whoever wants the fold
+        assert flight.start == 0
+        got = b"".join([piece async for piece in reader.pieces()])
+        assert got == b"".join(lines) + DONE
+        assert b'"response":"01234567."' in await folding.fold()
+
+
+async def test_a_reader_that_holds_up_nobody_has_all_the_time() -> None:
+    """A client on a slow line is alone; whether it still reads is for the server to tell."""
+    lines = [line(str(number)) for number in range(8)]
+    field = Field(window=cost(*lines[:3]), timeouts=Timeouts(write=0.01))
+    flight = field.begin()
+    with joined(flight) as slow:
+        field.upstream.say(*lines, DONE, None)
+        await asyncio.sleep(0.05)
+        got = b"".join([piece async for piece in slow.pieces()])
+    assert got == b"".join(lines) + DONE
+
+
+async def test_a_reader_that_makes_progress_is_not_dropped() -> None:
+    lines = [line(str(number)) for number in range(8)]
+    field = Field(window=cost(line("0")), timeouts=Timeouts(write=0.2))
+    flight = field.begin()
+    with joined(flight) as slow:
+        fast = asyncio.create_task(read(flight))
+        field.upstream.say(*lines, DONE, None)
+        got = b""
+        async for piece in slow.pieces():
+            got += piece
+            await asyncio.sleep(0.05)  # many times more in all than it may take for one
+    assert got == await fast == b"".join(lines) + DONE
+
+
+async def test_a_fold_that_joins_lets_a_stalled_reader_be_dropped() -> None:
+    """Until then it has held up nobody but itself."""
+    lines = [line(str(number)) for number in range(4)]
+    field = Field(window=cost(*lines[:2]), timeouts=Timeouts(write=0.01))
+    flight = field.begin()
+    with joined(flight) as stalled:
+        field.upstream.say(*lines, DONE, None)
+        await asyncio.sleep(0.03)
+        with joined(flight, Wants.FOLD) as folding:
+            assert b'"response":"0123."' in await folding.fold()
+        assert stalled.wants is Wants.NOTHING
+        with pytest.raises(Truncated):
+            await anext(stalled.pieces())
+
+
+async def test_the_bytes_reserved_for_a_fold_are_given_back() -> None:
+    text = "x" * 1000
+    for ending in (DONE, HTTPError(502, "broke"), None, "leaves"):
+        field = Field()
+        flight = field.begin()
+        with joined(flight, Wants.FOLD) as folding:
+            field.upstream.say(line(text))
+            await folding.head()
+            await settle()
+            assert field.budget.reserved_bytes == cost(line(text)) + len(text)
+            if ending != "leaves":
+                field.upstream.say(ending, None)  # type: ignore[arg-type]
+            await settle()
+        await settle()
+        assert field.budget.reserved_bytes == 0
+        assert (field.stored != []) is (ending == DONE)
+
+
+async def test_a_fold_that_nobody_can_want_any_more_is_given_up() -> None:
+    """It could grow to MAX_OBJECT_BYTES, and neither be stored nor be joined for."""
+    field = Field(window=cost(line("a")))
+    flight = field.begin()
+    with joined(flight) as reader:
+        field.upstream.say(line("a"), line("b"))
+        await reader.head()
+        pieces = reader.pieces()
+        assert await anext(pieces) == line("a")
+        assert await anext(pieces) == line("b")
+        assert field.budget.reserved_bytes == cost(line("b"))
+        field.upstream.say(DONE, None)
+        assert await anext(pieces) == DONE
+        with pytest.raises(StopAsyncIteration):
+            await anext(pieces)
+    assert flight.ending is Ending.COMPLETE
+
+
+async def test_what_cannot_be_folded_is_read_in_pieces_from_its_start() -> None:
+    """The recorder knows that at once: it does not run away before the reader has noticed."""
+    field = Field(window=cost(b"x"))
+    flight = field.flights.begin(b"k", asking(), lambda response: Relayed())
+    with joined(flight, Wants.FOLD) as reader:
+        field.upstream.say(*[b"x"] * 5, None)
+        await reader.head()
+        assert reader.wants is Wants.PIECES
+        assert await reader.whole() is None
+        assert b"".join([piece async for piece in reader.pieces()]) == b"x" * 5
+
+
+async def test_what_makes_no_notes_is_no_reader() -> None:
+    """What joins can leave: nothing that raises comes after a reader was added."""
+
+    def fail(response: Response) -> Notes:
+        raise TypeError("no notes")
+
+    field = Field()
+    flight = field.flights.begin(b"k", asking(), fail)
+    field.upstream.say(line("a"))
+    with joined(flight) as reader, pytest.raises(HTTPError) as caught:
+        await reader.head()
+    assert (caught.value.status, flight.ending) == (500, Ending.FAILED)
+    assert (len(field.flights), len(flight.readers), field.upstream.open) == (0, 0, 0)
+
+
+# Silence.
+
+
+async def test_each_reader_has_its_own_time_for_silences() -> None:
+    field = Field(timeouts=Timeouts(idle=10, whole=100))
+    flight = field.begin()
+    with joined(flight, Wants.FOLD) as folding, joined(flight) as reader:
+        field.upstream.say(line("a"))
+        pieces = reader.pieces()
+        assert await anext(pieces) == line("a")
+        now = folding.joined
+        flight.check_silence(now)  # it was heard then
+        with joined(flight) as late:
+            late.joined = now + 8
+            flight.check_silence(now + 11)
+            with pytest.raises(HTTPError) as caught:
+                await anext(pieces)
+            assert (caught.value.status, caught.value.kind) == (504, "timeout")
+            assert not reader.has_all
+            later = late.pieces()
+            assert await anext(later) == line("a")
+            field.upstream.say(line("b"))
+            assert await anext(later) == line("b")
+        reader.leave()
+        flight.check_silence(now + 12)  # it was heard
+        flight.check_silence(now + 99)
+        assert flight.ending is None
+        field.upstream.say(line("c"))
+        await settle()
+        flight.check_silence(now + 120)
+        flight.check_silence(now + 129)  # beyond its time, but lines still come
+        assert flight.ending is None
+        flight.check_silence(now + 131)
+        with pytest.raises(HTTPError, match="nothing more"):
+            await folding.fold()
+    assert len(field.flights) == 0
+    await settle()
+    assert field.upstream.open == 0
+
+
+async def test_a_recorder_that_waits_for_its_readers_is_not_upstreams_silence() -> None:
+    field = Field(window=cost(line("a")), timeouts=Timeouts(idle=10, whole=10))
+    flight = field.begin()
+    with joined(flight, Wants.FOLD) as folding, joined(flight) as slow:
+        field.upstream.say(line("a"), line("b"), DONE, None)
+        await settle()
+        for later in (0, 20, 40):
+            flight.check_silence(folding.joined + later)
+        assert b"".join([p async for p in slow.pieces()]) == line("a") + line("b") + DONE
+        assert b'"response":"ab."' in await folding.fold()
+
+
 # Which flight is joined, and which one stores.
+
+
+async def test_an_answer_says_where_it_comes_from() -> None:
+    field = Field()
+    with joined(flight := field.begin()):
+        assert flight.source is Source.GENERATED
+    await settle()
 
 
 async def test_the_youngest_flight_is_joined_and_an_older_one_cannot_store_after_it() -> None:
@@ -496,35 +675,41 @@ async def test_cancelling_at_each_stage_leaves_nothing(stage: int) -> None:
 # Any order of events, against a model: what was said, and how much of it each reader has had.
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["join", "say", "say", "read", "read", "leave"]), st.integers(0, 9)),
+    st.tuples(
+        st.sampled_from(["join", "fold", "say", "say", "read", "read", "leave"]),
+        st.integers(0, 9),
+    ),
     max_size=30,
 )
 
 
-@given(STEPS, st.sampled_from(["end", "break", "leave"]), st.sampled_from([150, 400, 100_000]))
+@given(
+    STEPS,
+    st.sampled_from(["end", "break", "leave", "incomplete"]),
+    st.sampled_from([150, 400, 100_000]),
+    st.sampled_from([math.inf, 0]),
+)
 def test_any_order_of_events_is_the_model_of_a_shared_answer(
-    steps: list[tuple[str, int]], ending: str, window: int
+    steps: list[tuple[str, int]], ending: str, window: int, patience: float
 ) -> None:
-    asyncio.run(play(steps, ending, window))
+    asyncio.run(play(steps, ending, window, Timeouts(write=patience)))
 
 
 async def play(  # noqa: C901 - a script
-    steps: list[tuple[str, int]], ending: str, window: int
+    steps: list[tuple[str, int]], ending: str, window: int, timeouts: Timeouts
 ) -> None:
-    field = Field(window=window)
+    field = Field(window=window, timeouts=timeouts)
     flight = field.begin()
     said = 0  # lines that upstream has said
     readers: list[ModelReader] = []
-    led = False  # one that was ahead of all others has left
+    folds: list[Reader] = []
 
-    def join() -> None:
-        if flight.joinable:
-            readers.append(ModelReader(flight))
-
-    join()
+    readers.append(ModelReader(flight))
     for what, number in steps:
-        if what == "join":
-            join()
+        if what == "join" and flight.joinable:
+            readers.append(ModelReader(flight))
+        elif what == "fold" and flight.joinable:
+            folds.append(flight.join(Wants.FOLD))
         elif what == "say":
             field.upstream.say(line(str(said)))
             said += 1
@@ -532,20 +717,21 @@ async def play(  # noqa: C901 - a script
             reader = readers[number % len(readers)]
             if what == "read":
                 await reader.read()
-            elif len(readers) > 1:
+            elif what == "leave" and len(readers) > 1:
                 reader.leave()
                 readers.remove(reader)
-                led = led or reader.position > max(other.position for other in readers)
         await settle()
         assert field.upstream.open == 1  # as long as one reads
         assert field.budget.reserved_bytes <= 4 * window + 10_000
+    everybody: list[ModelReader | Reader] = [*readers, *folds]
     if ending == "leave":
-        for reader in readers:
-            reader.leave()
+        for left in everybody:
+            left.leave()
         await settle()
         assert field.stored == []
     else:
-        field.upstream.say(*([DONE, None] if ending == "end" else [HTTPError(502, "broke")]))
+        end = {"end": (DONE, None), "break": (HTTPError(502, "broke"),), "incomplete": (None,)}
+        field.upstream.say(*end[ending])
         whole = [line(str(number)) for number in range(said)] + [DONE] * (ending == "end")
         lost = await read_to_the_end(readers)
         for reader in lost:
@@ -556,12 +742,27 @@ async def play(  # noqa: C901 - a script
             if reader not in lost:
                 assert reader.had == b"".join(whole)
                 assert reader.failed is (ending == "break")
-        assert led or len(lost) < len(readers)  # the fastest is never dropped
+        assert not lost or timeouts.write == 0
+        assert not lost or folds or len(lost) < len(readers)  # one that is alone is not dropped
+        await check_folds(folds, ending, whole)
         assert (field.stored == [b"".join(whole)]) is (ending == "end" and flight.start == 0)
     assert (field.upstream.open, len(field.flights)) == (0, 0)
-    for reader in readers:
-        reader.leave()  # once more for some, which must change nothing
+    for left in everybody:
+        left.leave()  # once more for some, which must change nothing
     assert field.budget.reserved_bytes == 0
+
+
+async def check_folds(folds: list[Reader], ending: str, whole: list[bytes]) -> None:
+    """Whoever waits for the fold gets all of it, or the error."""
+    text = "".join(json.loads(line)["response"] for line in whole)
+    for reader in folds:
+        try:
+            await reader.head()
+            folded = json.loads(await reader.fold())
+        except HTTPError:
+            assert ending == "break" or not whole
+        else:
+            assert folded == {"response": text, "done": ending == "end"}
 
 
 class ModelReader:
@@ -575,10 +776,6 @@ class ModelReader:
         self._reader = flight.join()
         self._pieces = self._reader.pieces()
         self._next: asyncio.Task[bytes] | None = None
-
-    @property
-    def position(self) -> int:
-        return self._reader.position
 
     async def read(self) -> None:
         """Take what has come since, if anything."""

@@ -13,6 +13,7 @@ from conftest import Program, Start
 from standin import RUNNER_DIED, Seen, StandIn
 
 OTHER_KEY = "another-key-for-tests"
+TRACES = Path(__file__).parent / "traces-0.33"
 
 
 @pytest.fixture
@@ -159,12 +160,15 @@ async def test_leaving_after_the_last_line_keeps_the_answer(
 # Falling behind.
 
 
-async def test_a_stalled_reader_is_dropped_and_the_others_are_not_slowed(
+async def test_a_stalled_reader_is_dropped_and_the_others_go_on(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
     ollama.script.tokens = ["x" * 20_000] * 300  # 6 MB
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES="256K"
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        CACHE_MAX_ENTRY_BYTES="256K",
+        WRITE_TIMEOUT=0.5,
     )
     async with Client(ollprox.port) as stalled, Client(ollprox.port) as reads:
         ollama.script.hold_before = 1
@@ -239,35 +243,226 @@ async def test_a_broken_stream_in_http_1_0_is_reset(ollprox: Program, ollama: St
             await client.rest(await client.head())
 
 
-async def test_ollamas_own_error_is_passed_on_with_its_end(
+async def test_ollamas_own_error_is_passed_on_and_the_stream_is_cut(
     ollprox: Program, ollama: StandIn
 ) -> None:
     ollama.script.error_after = 2
-    answer = await ask(ollprox.port, "POST", "/api/generate", question())
-    assert answer.complete
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await cut(client, answer)
     assert answer.lines()[-1] == {"error": RUNNER_DIED}
     single = await ask(ollprox.port, "POST", "/call_model", question())
     assert (single.status, single.json()) == (500, {"error": RUNNER_DIED})
     assert len(ollama.asked()) == 2  # neither was stored
 
 
-@pytest.mark.parametrize("lines", [0, 2])
-async def test_an_end_without_a_last_line_counts_as_broken(
-    ollprox: Program, ollama: StandIn, lines: int
+ERROR_EVENT = b'data: {"error":{"message":"died","type":"api_error"}}\n\n'
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind", "lines"),
+    [
+        ("/v1/chat/completions", {"messages": [1]}, "text/event-stream", ERROR_EVENT),
+        ("/v1/responses", {"input": "a"}, "text/event-stream", ERROR_EVENT),
+        ("/api/pull", {}, "application/x-ndjson", b'{"status":"x"}\n{"error":"disk full"}\n'),
+    ],
+)
+async def test_an_error_that_ollama_reports_cuts_every_stream_after_its_line(
+    launch: Start,
+    ollama: StandIn,
+    key_file: Path,
+    path: str,
+    body: dict[str, object],
+    kind: str,
+    lines: bytes,
 ) -> None:
-    body = b"".join(b'{"response":"%d","done":false}\n' % number for number in range(lines))
-    ollama.script.raw = (
-        b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n%b"
-        % (len(body), body)
+    settings = {"ADMIN_LABELS": "tester", "MODEL_REFRESH": 0}
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, **settings)
+    ollama.script.raw = says(lines, kind)
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", path, {"model": "m", "stream": True, **body})
+        await cut(client, answer)
+    assert answer.body == lines  # with no second error after it
+
+
+def says(body: bytes, kind: str) -> bytes:
+    """A response that ends in order."""
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: {kind}\r\nTransfer-Encoding: chunked\r\n\r\n"
+    return head.encode() + (b"%x\r\n%b\r\n" % (len(body), body) if body else b"") + b"0\r\n\r\n"
+
+
+async def test_an_end_in_order_without_a_last_line_is_passed_on_as_it_came(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    trace = (TRACES / "repeat-guard-generate-stream.response").read_bytes()
+    whole = (TRACES / "repeat-guard-generate-nonstream.response").read_bytes()
+    ollama.script.raw = trace
+    for _ in range(2):
+        stream = await ask(ollprox.port, "POST", "/api/generate", question())
+        assert stream.complete
+        assert len(stream.lines()) == trace.count(b"{")
+        assert trace.count(b'"done":false') == len(stream.lines())
+        assert "fwd=miss" in stream.cache_status
+        assert "stored" not in stream.cache_status
+        single = await ask(ollprox.port, "POST", "/call_model", question())
+        theirs = json.loads(whole.partition(b"\r\n\r\n")[2])
+        assert single.status == 200
+        assert single.json() | {"created_at": ""} == theirs | {"created_at": ""}
+        assert single.cache_status == "OllProx; fwd=miss"
+    assert len(ollama.asked()) == 4
+    metrics = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
+    assert 'ollprox_upstream_errors_total{kind="broken"} 0' in metrics
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("/v1/chat/completions", "repeat-guard-openai-chat"),
+        ("/v1/messages", "anthropic-messages-repeat-guard"),
+        ("/v1/responses", "openai-responses-repeat-guard"),
+    ],
+)
+async def test_what_the_repeat_guard_ended_on_v1_is_passed_on_and_never_stored(
+    ollprox: Program, ollama: StandIn, path: str, name: str
+) -> None:
+    for stream in (True, False):
+        kind = "stream" if stream else "nonstream"
+        ollama.script.raw = (TRACES / f"{name}-{kind}.response").read_bytes()
+        body = {"model": "llama2", "messages": [1], "input": "a", "stream": stream}
+        for _ in range(2):
+            answer = await ask(ollprox.port, "POST", path, body)
+            assert (answer.status, answer.complete) == (200, True)
+            assert b" na" in answer.body
+            assert b'"error":{' not in answer.body
+            assert "hit" not in answer.cache_status
+    assert len(ollama.asked()) == 4
+
+
+async def test_readers_that_joined_an_incomplete_answer_get_the_same(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        first, second = b'{"response":"a","done":false}\n', b'{"response":"b","done":false}\n'
+        writer.write(says(first, "application/x-ndjson").removesuffix(b"0\r\n\r\n"))
+        await ollama.script.let_go.wait()
+        writer.write(b"%x\r\n%b\r\n0\r\n\r\n" % (len(second), second))
+
+    ollama.script.respond = respond
+    async with Client(ollprox.port) as one, Client(ollprox.port) as two:
+        first = await one.begin("POST", "/api/generate", question())
+        second = await two.begin("POST", "/api/generate", question())
+        single = asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question()))
+        await settled(ollprox, 3)
+        ollama.script.let_go.set()
+        await one.rest(first)
+        await two.rest(second)
+    assert (first.complete, second.complete, second.body) == (True, True, first.body)
+    assert (await single).json() == {"response": "ab", "done": False}
+    assert "collapsed" in second.cache_status
+
+
+async def test_a_killed_runner_on_v1_is_reported_and_cut(ollprox: Program, ollama: StandIn) -> None:
+    ollama.script.raw = (TRACES / "runner-killed-openai-chat-stream.response").read_bytes()
+    body = {"model": "llama2", "messages": [1], "stream": True}
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/v1/chat/completions", body)
+        await cut(client, answer)
+    last = answer.body.rstrip().rpartition(b"\n\n")[2]
+    assert "runner" in json.loads(last.removeprefix(b"data: "))["error"]["message"]
+
+
+async def test_an_answer_that_ends_before_its_first_line_is_no_object(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.raw = says(b"", "application/x-ndjson")
+    stream = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert (stream.status, stream.complete, stream.body) == (200, True, b"")
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
+
+
+async def test_blank_lines_are_passed_on_and_forgiven(ollprox: Program, ollama: StandIn) -> None:
+    lines = b'\n{"response":"a","done":false}\n\n \r\n{"response":"b","done":true}\n\n  '
+    ollama.script.raw = says(lines, "application/x-ndjson")
+    single = await ask(ollprox.port, "POST", "/call_model", question())
+    assert single.json() == {"response": "ab", "done": True}
+    stream = await ask(ollprox.port, "POST", "/api/generate", question())
+    assert ("hit" in stream.cache_status, stream.body) == (True, lines)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "kind"),
+    [
+        ("/api/generate", b'{"response":"","done":true,"done_reason":"stop"}\n', "x-ndjson"),
+        ("/call_model", b'{"response":"","done":true,"done_reason":"stop"}\n', "x-ndjson"),
+        ("/api/embed", b'{"embeddings":[[]]}', "json"),
+        ("/v1/embeddings", b'{"data":[{"embedding":[]}]}', "json"),
+        ("/v1/completions", b'{"choices":[{"text":"","finish_reason":"stop"}]}', "json"),
+    ],
+)
+async def test_an_answer_that_says_nothing_is_passed_on_and_not_stored(
+    ollprox: Program, ollama: StandIn, path: str, body: bytes, kind: str
+) -> None:
+    ollama.script.raw = says(body, f"application/{kind}")
+    for _ in range(2):
+        answer = await ask(ollprox.port, "POST", path, question(input="a"))
+        assert (answer.status, answer.complete) == (200, True)
+        assert answer.json() == json.loads(body)
+        assert answer.cache_status == "OllProx; fwd=miss"
+
+
+# Silence.
+
+
+async def test_a_single_object_may_be_long_in_coming(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """Before a tool call Ollama is silent; whoever wants one object would not see a line anyway.
+
+    A reader of lines that joins has its own time: it is neither cut for the silence before it,
+    nor lets it the others go on for ever.
+    """
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, IDLE_TIMEOUT=1, MODEL_REFRESH=0
     )
+    ollama.script.hold_before = 2
+    single = asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question()))
+    await ollama.until(lambda: bool(ollama.asked()))
+    await asyncio.sleep(2.5)
+    begun = time.monotonic()
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question())
+        assert "collapsed" in answer.cache_status
         await cut(client, answer)
-    assert len(answer.lines()) == lines + 1
-    assert "error" in answer.lines()[-1]
+    assert 0.9 < time.monotonic() - begun < 10
+    assert "sent nothing more" in answer.lines()[-1]["error"]
+    assert not single.done()
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await anext(client.chunks(answer))
+        ollama.script.let_go.set()
+        await client.rest(answer)
+    assert answer.complete
+    assert (await single).json()["response"] == "".join(ollama.script.tokens)
+    assert len(ollama.asked()) == 1
+
+
+async def test_first_byte_timeout_holds_until_the_object_is_whole(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        IDLE_TIMEOUT=0.1,
+        FIRST_BYTE_TIMEOUT=2,
+        MODEL_REFRESH=0,
+    )
+    ollama.script.hold_before = 2
+    begun = time.monotonic()
     single = await ask(ollprox.port, "POST", "/call_model", question())
-    assert single.status == 502
-    assert len(ollama.asked()) == 2
+    assert (single.status, 1.9 < time.monotonic() - begun < 10) == (504, True)
+    await ollama.until(lambda: ollama.asked()[0].gone)
+    metrics = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
+    assert 'ollprox_upstream_errors_total{kind="timeout"} 1' in metrics
 
 
 # Asking for a fresh answer.
@@ -536,9 +731,7 @@ async def test_many_that_wait_for_one_object_share_its_bytes(
     assert ollprox.resident("VmHWM") - before < 100 << 20
 
 
-async def test_a_stored_stream_is_folded_once_for_who_wants_an_object(
-    ollprox: Program, ollama: StandIn
-) -> None:
+async def test_a_stored_stream_is_there_as_an_object_too(ollprox: Program, ollama: StandIn) -> None:
     """Nobody wanted an object while it came; whoever does later gets the same as ever."""
     stream = await ask(ollprox.port, "POST", "/api/generate", question())
     first, second = [await ask(ollprox.port, "POST", "/call_model", question()) for _ in range(2)]
@@ -551,48 +744,69 @@ async def test_a_stored_stream_is_folded_once_for_who_wants_an_object(
     assert len(ollama.asked()) == 1
 
 
-async def test_a_large_stored_stream_is_folded_beside_the_others(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollama.script.tokens = ["x" * 1000] * 2000
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
-    await ask(ollprox.port, "POST", "/api/generate", question())
-    answer = await ask(ollprox.port, "POST", "/call_model", question())
-    assert "hit" in answer.cache_status
-    assert answer.json()["response"] == "x" * 2_000_000
-    assert len(ollama.asked()) == 1
-
-
-async def test_a_stored_stream_that_cannot_be_folded_is_asked_for_again(
+async def test_a_stream_with_a_line_that_is_not_json_is_broken_and_not_stored(
     ollprox: Program, ollama: StandIn
 ) -> None:
-    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
-        lines = b'{"response":"a","done":false}\n{nonsense}\n{"response":"","done":true}\n'
-        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/x-ndjson\r\n")
-        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(lines), lines))
-
-    ollama.script.respond = respond
-    await ask(ollprox.port, "POST", "/api/generate", question())
-    ollama.script.respond = None
+    lines = b'{"response":"a","done":false}\n{nonsense}\n{"response":"","done":true}\n'
+    ollama.script.raw = says(lines, "application/x-ndjson")
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await cut(client, answer)
+    assert answer.body.startswith(lines)
+    ollama.script.raw = None
     answer = await ask(ollprox.port, "POST", "/call_model", question())
-    assert answer.status == 200
-    assert "fwd=miss" in answer.cache_status
+    assert (answer.status, answer.cache_status) == (200, "OllProx; fwd=miss; stored")
 
 
-async def test_a_fold_that_makes_an_answer_too_large_is_given_and_not_kept(
+async def test_an_answer_that_is_too_large_with_its_fold_is_given_and_not_kept(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
     ollama.script.tokens = ["x" * 100] * 100
     ollprox = await launch(
         OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES=25_000
     )
-    headers = {"APIKEY": KEY}
     stream = await ask(ollprox.port, "POST", "/api/generate", question())
     assert len(stream.body) < 25_000
-    for _ in range(2):
-        answer = await ask(ollprox.port, "POST", "/call_model", question())
-        assert "hit" in answer.cache_status
-        assert answer.json()["response"] == "x" * 10_000
-        metrics = await ask(ollprox.port, "GET", "/metrics.json", headers=headers)
-        assert metrics.json()["cache"]["bytes"] < 25_000 + 1000
+    answer = await ask(ollprox.port, "POST", "/call_model", question())
+    assert answer.cache_status == "OllProx; fwd=miss"
+    assert answer.json()["response"] == "x" * 10_000
+    metrics = await ask(ollprox.port, "GET", "/metrics.json")
+    assert metrics.json()["cache"]["bytes"] == 0
+
+
+async def test_who_wants_an_object_does_not_outrun_who_reads_lines(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollama.script.tokens = ["x" * 20_000] * 300  # 6 MB, of which the window takes a little
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES="100K"
+    )
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        stream = await client.begin("POST", "/api/generate", question())
+        single = asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question()))
+        await settled(ollprox, 2)
+        ollama.script.let_go.set()
+        await asyncio.sleep(0.3)  # it reads nothing yet, and is not slow for that
+        assert not single.done()
+        await client.rest(stream)
+    assert stream.complete
+    assert len(stream.lines()) == 301
+    assert (await single).json()["response"] == "x" * 6_000_000
     assert len(ollama.asked()) == 1
+
+
+async def test_age_and_ttl_count_from_the_head_of_the_answer(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_TTL=3600)
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await asyncio.sleep(1.1)
+        ollama.script.let_go.set()
+        await client.rest(answer)
+    hit = await ask(ollprox.port, "POST", "/api/generate", question())
+    age = int(hit.headers["age"])
+    assert age >= 1
+    assert hit.cache_status == f"OllProx; hit; ttl={3600 - age}"
