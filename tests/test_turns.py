@@ -277,6 +277,30 @@ def test_an_hour_of_rest_saves_up_nothing() -> None:
     assert 9 <= machine.labels(begun).count("b") <= 11
 
 
+def test_a_long_turn_lets_nobody_who_came_late_save_up_turns() -> None:
+    machine = Machine()
+    machine.send(A, 100)
+    machine.run(99)
+    machine.send(B, count=50)
+    machine.send(A, count=50)
+    machine.run(120.5)
+    assert 9 <= machine.labels(1).count("a") <= 11
+
+
+def test_a_label_that_contends_keeps_what_it_is_behind() -> None:
+    machine = Machine()
+    machine.send(A, 10)
+    machine.run()
+    machine.send(C, 5)
+    machine.run(11)
+    machine.send(A)
+    machine.send(B, count=2)
+    machine.run(15.5)
+    machine.send(B)
+    machine.run()
+    assert machine.labels() == "acbbba"
+
+
 def test_an_hour_alone_is_not_held_against_a_label() -> None:
     machine = Machine()
     machine.send(A, count=3600)
@@ -289,16 +313,17 @@ def test_an_hour_alone_is_not_held_against_a_label() -> None:
 
 
 def test_an_hour_of_asking_for_little_saves_up_nothing() -> None:
-    """Label b keeps one slot of ten busy, a all others; then b floods."""
+    """Labels b and c keep one slot of ten busy each, a all others; then b floods."""
     machine = Machine(10)
 
     def again(key: Key) -> None:
         if machine.now < 3600:
             machine.send(key, then=lambda: again(key))
 
-    for _ in range(9):
+    for _ in range(8):
         machine.send(A, then=lambda: again(A))
     machine.send(B, then=lambda: again(B))
+    machine.send(C, 7200)
     machine.run(3600)
     begun = len(machine.log)
     machine.send(A, count=300)
@@ -721,17 +746,11 @@ async def test_a_turn_that_comes_at_the_timeout_is_taken() -> None:
     turns, slots, budget = open_queue(queue_timeout=0.02)
     first, second = Request(turns), Request(turns)
     await spin()
-    ended = asyncio.Event()
-
-    def end_first() -> None:  # late, so that the timeout is due in the same round of the loop
-        while turns.clock() < second.ticket.turn.entered + 0.03:
-            pass
-        first.finish.set()
-        turns.leave(first.ticket)
-        ended.set()
-
-    asyncio.get_running_loop().call_later(0.01, end_first)
-    await ended.wait()
+    first.finish.set()
+    asyncio.get_running_loop().call_later(0.01, turns.leave, first.ticket)
+    while turns.clock() < second.ticket.turn.entered + 0.03:
+        pass  # so that both timers are due in one round of the loop: the turn, then the timeout
+    await asyncio.sleep(0.001)
     await spin()
     assert second.runs
     assert [await first.task, await second.end()] == ["done"] * 2
