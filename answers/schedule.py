@@ -37,7 +37,7 @@ class Slots(Protocol):
 
     @property
     def total(self) -> int:
-        """How many there are, free or taken; 0 if they are unlimited."""
+        """How many there are, free or taken, on hosts that are out too; 0 if unlimited."""
 
     def take(self, model: str) -> object | None:
         """Take a slot on which a model can run; None if none is free."""
@@ -90,18 +90,14 @@ class Turn:
 
 @dataclass(slots=True)
 class _Label:
-    """What a label has used, and its turns."""
+    """What a label has used, and its turns that wait or run."""
 
     since: float
     used: float = 0.0  # slot-seconds until `since`, each divided by the weight at its time
+    weight: float = 1.0  # the largest of its keys that wait or run
+    weights: Counter[float] = field(default_factory=Counter)  # of their turns
     running: int = 0
     waiting: dict[Turn, None] = field(default_factory=dict)  # its line, in order
-    weights: Counter[float] = field(default_factory=Counter)  # of its turns' keys
-
-    @property
-    def weight(self) -> float:
-        """The largest weight of the keys that wait or run."""
-        return max(self.weights, default=1.0)
 
     def charge(self, now: float) -> float:
         """Return the slot-seconds used, divided by the weight; running turns count so far."""
@@ -114,6 +110,14 @@ class _Label:
     def settle(self, now: float) -> None:
         """Count what was used until now, before turns or weights change."""
         self.used, self.since = self.charge(now), now
+
+    def count(self, weight: float, turns: int, now: float) -> None:
+        """Let so many turns of a weight come, or go if negative."""
+        self.settle(now)
+        self.weights[weight] += turns
+        if not self.weights[weight]:
+            del self.weights[weight]
+        self.weight = max(self.weights, default=1.0)
 
 
 @dataclass(slots=True)
@@ -148,60 +152,60 @@ class Scheduler:
         self.turn_seconds = FIRST_TURN  # average of recent turns
         self.slots = slots
         self._numbers = itertools.count(1)
-        self._labels: dict[str, _Label] = {}
+        self._labels: dict[str, _Label] = {}  # the active ones: they wait or run
+        self._idle: dict[str, _Label] = {}  # those ahead of the floor
         self._uses: dict[bytes, _Use] = {}
         self._floor = 0.0
-        self._active = 0  # turns that wait or run
+        self._waiting = 0  # turns
         self._ended = 0  # turns that ran
         self._idle_since: float | None = None
 
     def add(self, key: Key, model: str, now: float) -> Turn:
         """Put a request at the end of its label's line; see `grant`."""
-        label = self._labels.setdefault(key.label, _Label(now))
-        if not self._active and self._idle_since is not None:
+        if not self._labels and self._idle_since is not None:
             self._floor += now - self._idle_since
+        label = self._labels.get(key.label) or self._idle.pop(key.label, None) or _Label(now)
+        self._labels[key.label] = label
         label.settle(now)
         if self._first_free(label) is None:
             label.used = max(label.used, self._level(label, now))
         turn = Turn(key, model, next(self._numbers), now)
         label.waiting[turn] = None
-        label.weights[key.weight] += 1
+        label.count(key.weight, 1, now)
         use = self._uses.setdefault(key.digest, _Use())
         use.bound = key.running
         use.waiting += 1
-        self._active += 1
+        self._waiting += 1
         return turn
 
     def grant(self, now: float) -> list[Turn]:
         """Give slots to whoever may run, in the order of turns, and return those that got one."""
         granted: list[Turn] = []
         taken: set[str] = set()  # models that no slot is free for
-        while turn := self._grant_one(now, taken):
+        while self._waiting and (turn := self._grant_one(now, taken)):
             granted.append(turn)
         return granted
 
     def end(self, turn: Turn, now: float) -> None:
         """End a turn that runs or waits, and free its slot; then `grant`."""
         label, use = self._labels[turn.key.label], self._uses[turn.key.digest]
-        label.settle(now)
-        label.weights -= Counter([turn.key.weight])  # drops it at 0
+        label.count(turn.key.weight, -1, now)
         if turn.began is not None:
             self._ended += 1
-            self.turn_seconds += max(RECENT, 1 / self._ended) * (
-                now - turn.began - self.turn_seconds
-            )
+            change = now - turn.began - self.turn_seconds
+            self.turn_seconds += change * max(RECENT, 1 / self._ended)
             label.running -= 1
             use.running -= 1
             self.slots.give_back(turn.slot)
         else:
             del label.waiting[turn]
             use.waiting -= 1
+            self._waiting -= 1
         turn.state, turn.ended = State.ENDED, now
-        self._active -= 1
-        self._idle_since = now
         if not use.waiting and not use.running:
             del self._uses[turn.key.digest]
-        self._forget()
+        if not label.waiting and not label.running:
+            self._rest(turn.key.label, now)
 
     def order(self, now: float) -> list[Turn]:
         """Return those that wait in the order they would run, if each took an average time.
@@ -236,7 +240,7 @@ class Scheduler:
 
     def charges(self, now: float) -> dict[str, float]:
         """Return the charge of each label that is not forgotten: seconds divided by weight."""
-        return {name: label.charge(now) for name, label in self._labels.items()}
+        return {name: label.charge(now) for name, label in (self._labels | self._idle).items()}
 
     def estimate(self, key: Key) -> int:
         """Return in how many seconds a request that came now would get its turn, 1 to 120."""
@@ -255,7 +259,7 @@ class Scheduler:
         contending = [
             ((*label.rank(now), turn.number), label)
             for label in self._labels.values()
-            if (turn := self._first_free(label)) is not None
+            if label.waiting and (turn := self._first_free(label)) is not None
         ]
         contending.sort(key=lambda place: place[0])
         for _, label in contending:
@@ -277,6 +281,7 @@ class Scheduler:
         use = self._uses[turn.key.digest]
         use.waiting -= 1
         use.running += 1
+        self._waiting -= 1
 
     def _first_free(self, label: _Label) -> Turn | None:
         """Return the first of a label's requests that waits for nothing but a slot."""
@@ -285,15 +290,11 @@ class Scheduler:
 
     def _level(self, label: _Label, now: float) -> float:
         """Return the charge at which a label starts at the least."""
-        others = [
-            other.charge(now)
-            for other in self._labels.values()
-            if other is not label and (other.waiting or other.running)
-        ]
+        others = (other.charge(now) for other in self._labels.values() if other is not label)
         return max(self._floor, min(others, default=self._floor))
 
-    def _forget(self) -> None:
-        """Forget the labels that would start at the floor all the same."""
-        for name, label in list(self._labels.items()):
-            if not label.waiting and not label.running and label.used <= self._floor:
-                del self._labels[name]
+    def _rest(self, name: str, now: float) -> None:
+        """Let a label be idle, and forget those that would start at the floor all the same."""
+        self._idle[name] = self._labels.pop(name)
+        self._idle_since = now
+        self._idle = {name: idle for name, idle in self._idle.items() if idle.used > self._floor}

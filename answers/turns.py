@@ -130,7 +130,8 @@ class Turns:
         now = self.clock()
         self._let_out(ticket.turn)
         self._scheduler.end(ticket.turn, now)
-        self._grant(now)
+        if ticket.had_turn:
+            self._grant(now)
 
     def wake(self) -> None:
         """Begin all turns that can begin. Call it when slots have come, as a host recovers."""
@@ -148,7 +149,7 @@ class Turns:
         self._refusals[why] += 1
         seconds = RESTART if why is Refusal.DRAINING else self._scheduler.estimate(key)
         what = {
-            Refusal.QUEUE_FULL: f"{self._queue_max} requests of your label wait already"
+            Refusal.QUEUE_FULL: f"{self._queue_max} of your requests are waiting already"
             " (QUEUE_MAX): send fewer at once",
             Refusal.TIMEOUT: f"no turn came within {self.queue_timeout:g} s (QUEUE_TIMEOUT)",
             Refusal.DRAINING: "OllProx is stopping",

@@ -615,7 +615,8 @@ class Histories(RuleBasedStateMachine):
     def check_empty(self) -> None:
         scheduler = self.scheduler
         assert not scheduler._uses
-        assert not scheduler._active
+        assert not scheduler._labels
+        assert not scheduler._waiting
         assert not self.turns._waiting
         assert not self.memory.used
         assert not self.hosts.taken.total()
@@ -624,6 +625,7 @@ class Histories(RuleBasedStateMachine):
         scheduler.grant(self.clock.now)
         scheduler.end(turn, self.clock.now)
         assert not scheduler._labels
+        assert not scheduler._idle
 
 
 Histories.TestCase.settings = settings(
@@ -673,7 +675,7 @@ class Request:
 
 def is_empty(turns: Turns, slots: CountedSlots, budget: Memory) -> bool:
     scheduler = turns._scheduler
-    return not (len(turns) or scheduler._active or scheduler._uses or slots.taken or budget.used)
+    return not (len(turns) or scheduler._labels or scheduler._uses or slots.taken or budget.used)
 
 
 async def test_a_request_with_a_free_slot_waits_for_nothing() -> None:
