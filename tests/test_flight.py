@@ -18,10 +18,11 @@ from answers.flight import (
     Flight,
     Flights,
     Reader,
+    Source,
     Timeouts,
     Wants,
 )
-from answers.notes import LineNotes, Notes
+from answers.notes import LineNotes, Notes, Relayed
 from cache import Budget
 from wire.http11 import Ask, HTTPError, Response, Truncated
 
