@@ -8,8 +8,9 @@ wins over `.env`, and an empty value means the default. Whatever is wrong raises
 import ipaddress
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s,]+")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_CLOSE = 0.88  # difflib's ratio: LOG_LEVLE is close to LOG_LEVEL, SSL_CERT_FILE is not to TLS_...
+_NOT_OURS = {"LOGLEVEL"}  # other programs' variables that are close to ours
 
 
 class SettingsError(Exception):
@@ -133,6 +136,7 @@ class Settings:
     cors_origins: tuple[str, ...] = _setting((), _origins)
     api_key_salt: str = _setting("", str, secret=True)
     key_refresh: float = _setting(10.0, _seconds)
+    key_defaults: str = _setting("", str)
     cache_ttl: float = _setting(3600.0, _seconds_or_off)
     cache_max_bytes: int = _setting(256 << 20, _positive_size)
     cache_max_entry_bytes: int = _setting(8 << 20, _positive_size)
@@ -156,6 +160,7 @@ class Settings:
     drain_timeout: float = _setting(30.0, _seconds)
     log_level: str = _setting("INFO", _level)
     log_format: str = _setting("text", _log_format)
+    warnings: tuple[str, ...] = field(default=())  # lines to log at the start
 
     @property
     def key_path(self) -> Path:
@@ -205,11 +210,32 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
         chosen |= _upstream(chosen["ollama_host"], chosen.get("ollama_port"))
     budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
     entry = chosen.get("cache_max_entry_bytes", Settings().cache_max_entry_bytes)
-    settings = Settings(**{**chosen, "cache_max_entry_bytes": min(entry, budget)})
+    chosen |= {"cache_max_entry_bytes": min(entry, budget), "warnings": _misspelt(values)}
+    settings = Settings(**chosen)
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
     _refuse_ourselves(settings)
     return settings
+
+
+def _misspelt(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a warning for each name that is almost one of ours.
+
+    The environment is full of other programs' variables, so only a close match counts, and
+    Ollama's own variables never do.
+    """
+    ours = [item.name.upper() for item in fields(Settings) if item.metadata]
+    others = sorted(set(names).difference(ours, _NOT_OURS))
+    meant = {
+        name: get_close_matches(name.upper(), ours, 1, _CLOSE)
+        for name in others
+        if not name.upper().startswith("OLLAMA_")
+    }
+    return tuple(
+        f"{name} is not a setting of OllProx: did you mean {close[0]}?"
+        for name, close in meant.items()
+        if close
+    )
 
 
 def _read_env_file(path: Path) -> dict[str, str]:
@@ -298,3 +324,53 @@ def program_path(text: str) -> Path:
 def address(host: str, port: int) -> str:
     """Write a host and a port as they stand in a URL."""
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+REGISTRY = "registry.ollama.ai"  # the host of a model's name that has none
+
+
+def normalize_model(name: str) -> str:
+    """Write a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
+
+    These are the rules of Ollama 0.33, from its `internal/modelref` and `types/model`: white
+    space around the name is dropped, ASCII letters are in lower case, a scheme before a host is
+    dropped, and so is `:local`. `:cloud` behind a tag is written `-cloud`. The default host
+    registry.ollama.ai, then the default namespace `library`, are left out; the default tag is
+    `latest`. A name that Ollama would refuse stays one that it refuses. Linear in the name.
+    """
+    name = name.strip()
+    if not name:
+        return ""
+    name = _without_source(name.lower() if name.isascii() else name)
+    _, scheme, rest = name.partition("://")
+    parts = (rest if scheme and rest.count("/") == 2 else name).split("/")
+    if len(parts) == 3 and parts[0] == REGISTRY:
+        del parts[0]
+    if len(parts) == 2 and parts[0] == "library":
+        del parts[0]
+    if ":" not in parts[-1]:
+        parts[-1] += ":latest"
+    return "/".join(parts)
+
+
+def _without_source(name: str) -> str:
+    """Drop the source `:local`, and write the source `:cloud` in one way.
+
+    A name with two sources is an error to Ollama, and stays as it is.
+    """
+    base, source = _split_source(name)
+    if not source or _split_source(base)[1]:
+        return name
+    if source == "local":
+        return base
+    return f"{base}-cloud" if ":" in base.rpartition("/")[2] else f"{base}:cloud"
+
+
+def _split_source(name: str) -> tuple[str, str]:
+    base, colon, tag = name.rpartition(":")
+    tag = tag.strip()
+    if colon and tag in {"local", "cloud"}:
+        return base, tag
+    if colon and tag.endswith("-cloud") and "/" not in tag:
+        return f"{base}:{tag.removesuffix('-cloud')}", "cloud"
+    return name, ""
