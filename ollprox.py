@@ -66,7 +66,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     flights.ended = metrics.count_flight
     inquiry = Inquiry(upstream)
     models = ModelWatch(inquiry, cache, flights, metrics.know)
-    pages = Pages(settings.admin_labels, inquiry, cache, flights, metrics)
+    pages = Pages(inquiry, cache, flights, metrics)
     proxy = Proxy(settings, keys, upstream, routes, cache, flights, pages.answer)
     access_log = AccessLog(writer, settings.log_level)
 
@@ -102,7 +102,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     where = f"{settings.listen_scheme}://{address(settings.listen_host, port)}"
     print(f"OllProx {__version__} listens on {where}")
     print(startup.describe(settings, keys), flush=True)
-    if not keys.labels:
+    if not len(keys):
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
     collector = startup.Collector(cache, metrics.connections)
     chores = [

@@ -13,7 +13,7 @@ from answers.flight import Flights
 from answers.ollama_api import route_table
 from answers.stored import StoredAnswer
 from cache import Cache
-from keystore import KeyStore
+from keystore import Key, KeyStore
 from proxy import MAX_AT_ONCE, Proxy
 from record import Record
 from settings import Settings
@@ -208,7 +208,7 @@ class Folding:
         table, flights = route_table(1 << 30), Flights(1 << 20, self.cache)
         upstream = Upstream("-", 1, "-", connect_timeout=1, first_byte_timeout=1, idle_timeout=1)
 
-        async def own(name: str, head: Head, label: str) -> Response:
+        async def own(name: str, head: Head, key: Key | None) -> Response:
             raise NotImplementedError
 
         store = KeyStore.open(None, b"")

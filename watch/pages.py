@@ -13,6 +13,7 @@ from answers.models import Inquiry
 from answers.notes import JSON
 from answers.stored import StoredAnswer
 from cache import Cache
+from keystore import Key
 from settings import ROOT
 from watch.metrics import Metrics
 from wire.http11 import Head, Headers, HTTPError, Response
@@ -25,7 +26,6 @@ class Pages:
     """The pages, each by its name in the route table.
 
     Args:
-        admins: the labels of ADMIN_LABELS.
         inquiry: knows whether upstream answers.
         cache: can be emptied.
         flights: whose answers shall not be stored then.
@@ -35,20 +35,18 @@ class Pages:
 
     def __init__(
         self,
-        admins: tuple[str, ...],
         inquiry: Inquiry,
         cache: Cache[StoredAnswer],
         flights: Flights,
         metrics: Metrics,
     ) -> None:
-        self._admins = admins
         self._inquiry = inquiry
         self._cache = cache
         self._flights = flights
         self._metrics = metrics
         self._dashboard = (ROOT / "watch" / "dashboard.html").read_bytes()
         self._policy = _policy(self._dashboard)
-        self._by_name: dict[str, Callable[[Head, str], Awaitable[Response]]] = {
+        self._by_name: dict[str, Callable[[Head, Key | None], Awaitable[Response]]] = {
             "health": self._health,
             "ready": self._ready,
             "dashboard": self._page,
@@ -57,19 +55,19 @@ class Pages:
             "drop": self._drop,
         }
 
-    async def answer(self, name: str, head: Head, label: str) -> Response:
-        """Answer a request for a page, by the key of a label. Raises HTTPError."""
-        return await self._by_name[name](head, label)
+    async def answer(self, name: str, head: Head, key: Key | None) -> Response:
+        """Answer a request for a page, by a key, None on an open route. Raises HTTPError."""
+        return await self._by_name[name](head, key)
 
-    async def _health(self, head: Head, label: str) -> Response:
+    async def _health(self, head: Head, key: Key | None) -> Response:
         return _json({"status": "ok"})
 
-    async def _ready(self, head: Head, label: str) -> Response:
+    async def _ready(self, head: Head, key: Key | None) -> Response:
         if not await self._inquiry.ready():
             raise HTTPError(503, "Ollama does not answer")
         return _json({"status": "ready"})
 
-    async def _page(self, head: Head, label: str) -> Response:
+    async def _page(self, head: Head, key: Key | None) -> Response:
         headers = (
             (b"Content-Type", b"text/html; charset=utf-8"),
             (b"Content-Security-Policy", self._policy),
@@ -79,15 +77,15 @@ class Pages:
         )
         return Response(200, headers, self._dashboard)
 
-    async def _text(self, head: Head, label: str) -> Response:
-        text = self._metrics.text(by_label=self._metrics.may_see_labels(label, self._admins))
+    async def _text(self, head: Head, key: Key | None) -> Response:
+        text = self._metrics.text(by_label=self._metrics.may_see_labels(key))
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
-    async def _view(self, head: Head, label: str) -> Response:
-        by_label = self._metrics.may_see_labels(label, self._admins)
+    async def _view(self, head: Head, key: Key | None) -> Response:
+        by_label = self._metrics.may_see_labels(key)
         return _json(self._metrics.view(by_label=by_label), _FRESH)
 
-    async def _drop(self, head: Head, label: str) -> Response:
+    async def _drop(self, head: Head, key: Key | None) -> Response:
         """Drop all answers, or with `?model=NAME` one model's, those under way included."""
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]
