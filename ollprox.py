@@ -108,7 +108,7 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     where = f"{settings.listen_scheme}://{address(settings.listen_host, port)}"
     print(f"OllProx {__version__} listens on {where}")
     print(startup.describe(settings, keys), flush=True)
-    if not keys.labels:
+    if not len(keys):
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
     startup.tune_collector()
     reload = partial(_reload, keys, certificate)

@@ -22,7 +22,7 @@ from answers.questions import EXAMPLE, Codec, Question, check_values
 from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
-from keystore import MAX_WRONG, KeyStore, WrongKeys
+from keystore import MAX_WRONG, NO_SCHEME, Key, KeyStore, WrongKeys
 from record import Record
 from settings import Origins, Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
@@ -136,7 +136,7 @@ class Proxy:
         question = await self._read_question(route, request)
         record.model = question.model or "-"
         wishes = Wishes.of(head)
-        key = self._scoped_key(question, record)
+        key = self._scoped_key(question, caller)
         answer = self._look_up(key, wishes, record) if key is not None else None
         if answer is not None:
             return self._hit(answer, question, record)
@@ -152,8 +152,11 @@ class Proxy:
 
     # Who gets in, and what is asked.
 
-    def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
-        """Check key, path and method by the head alone; return the route and its target."""
+    def _admit(self, head: Head, record: Record) -> tuple[Route, bytes, Key | None]:
+        """Check key, path and method by the head alone; return the route, its target, the key.
+
+        There is no key on a route that is open to all.
+        """
         if b"via" in head.names and _goes_in_a_circle(head):
             raise loop_error()
         found = self.routes.find(head.path)
@@ -169,38 +172,41 @@ class Proxy:
         record.quiet = route.access is Access.OPEN
         if head.method == b"OPTIONS":
             raise _wrong_method(route)  # a browser that may not ask; no key comes with it
-        label = "" if route.access is Access.OPEN else self._authenticate(head, record)
+        key = None if route.access is Access.OPEN else self._authenticate(head, record)
         if head.method not in route.methods:
             raise _wrong_method(route)
-        if route.access is Access.ADMIN and label not in self.settings.admin_labels:
+        if route.access is Access.ADMIN and not (key and key.admin):
             raise HTTPError(
                 403,
-                "managing models and the cache is for keys whose label is in ADMIN_LABELS;"
-                " ask the operator",
+                "managing models and the cache is for keys with the option admin, or whose label"
+                " is in ADMIN_LABELS; ask the operator",
             )
-        return route, target
+        return route, target, key
 
-    def _authenticate(self, head: Head, record: Record) -> str:
-        """Return the label of the caller's key. Raises HTTPError 401."""
-        digest = head.credential
-        wrong = "there is no API key"
-        if digest is not None:
-            label = self.keys.labels.get(digest)
-            record.caller, record.label = label or digest.hex()[:8], label
-            if label is not None:
-                return label
-            wrong = "the API key is not valid"
+    def _authenticate(self, head: Head, record: Record) -> Key:
+        """Return the caller's key, the first valid one presented. Raises HTTPError 401, 429."""
+        now = time.time()
+        for digest in head.credentials:
+            if (key := self.keys.find(digest, now)) is not None:
+                record.caller, record.label = key.label or digest.hex()[:8], key.label
+                return key
         record.wrong_key = True
-        if digest is not None:
-            self._slow_down(record)
+        raise HTTPError(401, self._refusal(head, record, now), _CHALLENGES)
+
+    def _refusal(self, head: Head, record: Record, now: float) -> str:
+        """Say why no key lets the request in, and what would. Raises HTTPError 429."""
+        wrong = "there is no API key"
+        if presented := [digest for digest in head.credentials if digest != NO_SCHEME]:
+            record.caller = presented[0].hex()[:8]
+            if any(self.keys.expired(digest, now) for digest in presented):
+                return "the API key has expired; ask the operator for a new one"
+            for _ in presented:
+                self._slow_down(record)
+            wrong = "the API key is not valid"
+        if NO_SCHEME in head.credentials:
+            wrong += " (in Authorization, write Bearer before it)"
         here = f"{self.settings.listen_scheme}://localhost:{self.settings.listen_port}"
-        raise HTTPError(
-            401,
-            f"{wrong}: send yours in a header, as in curl -H 'APIKEY: <your key>'"
-            f" {here}/call_model -d"
-            """ '{"model": "llama2", "prompt": "Hello"}'""",
-            _CHALLENGES,
-        )
+        return f"{wrong}: {_HOW_TO_SEND[self.routes.form(head.path)].format(here)}"
 
     def _slow_down(self, record: Record) -> None:
         """Count a wrong key. Raises HTTPError 429 beyond a few a minute from one address."""
@@ -265,13 +271,13 @@ class Proxy:
                 del self._questions[next(iter(self._questions))]
         return question
 
-    def _scoped_key(self, question: Question, record: Record) -> bytes | None:
+    def _scoped_key(self, question: Question, caller: Key | None) -> bytes | None:
         """Return the cache key in its scope; None where nothing may be kept or shared."""
         key, settings = question.key, self.settings
         if settings.cache_only_deterministic and not question.deterministic:
             return None
-        if key is not None and settings.cache_per_key:
-            return hashlib.sha256(key + record.caller.encode()).digest()
+        if key is not None and caller is not None and settings.cache_per_key:
+            return hashlib.sha256(key + caller.scope).digest()
         return key
 
     # What is there already.

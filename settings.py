@@ -7,8 +7,9 @@ wins over `.env`, and an empty value means the default. A bad value raises a
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +18,8 @@ ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
+_CLOSE = 0.88  # difflib's ratio: LOG_LEVLE is close to LOG_LEVEL, SSL_CERT_FILE is not to TLS_...
+_NOT_OURS = {"LOGLEVEL"}  # other programs' variables that are close to ours
 
 
 class SettingsError(Exception):
@@ -195,6 +198,7 @@ class Settings:
     cors_origins: tuple[str, ...] = _setting((), _origins)
     api_key_salt: str = _setting("", str, secret=True)
     key_refresh: float = _setting(10.0, _seconds)
+    key_defaults: str = _setting("", str)
     cache_ttl: float = _setting(3600.0, _seconds_or_off)
     cache_max_bytes: int = _setting(256 << 20, _positive_size)
     cache_max_entry_bytes: int = _setting(8 << 20, _positive_size)
@@ -218,6 +222,7 @@ class Settings:
     drain_timeout: float = _setting(30.0, _seconds)
     log_level: str = _setting("INFO", _level)
     log_format: str = _setting("text", _log_format)
+    warnings: tuple[str, ...] = field(default=())  # lines to log at the start
 
     @property
     def key_path(self) -> Path:
@@ -268,10 +273,31 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
         chosen |= _upstream(chosen["ollama_host"], chosen.get("ollama_port"))
     budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
     entry = chosen.get("cache_max_entry_bytes", Settings().cache_max_entry_bytes)
-    settings = Settings(**{**chosen, "cache_max_entry_bytes": min(entry, budget)})
+    chosen |= {"cache_max_entry_bytes": min(entry, budget), "warnings": _misspelt(values)}
+    settings = Settings(**chosen)
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
     return settings
+
+
+def _misspelt(names: Iterable[str]) -> tuple[str, ...]:
+    """Return a warning for each name that is almost one of ours.
+
+    The environment is full of other programs' variables, so only a close match counts, and
+    Ollama's own variables never do.
+    """
+    ours = [item.name.upper() for item in fields(Settings) if item.metadata]
+    others = sorted(set(names).difference(ours, _NOT_OURS))
+    meant = {
+        name: get_close_matches(name.upper(), ours, 1, _CLOSE)
+        for name in others
+        if not name.upper().startswith("OLLAMA_")
+    }
+    return tuple(
+        f"{name} is not a setting of OllProx: did you mean {close[0]}?"
+        for name, close in meant.items()
+        if close
+    )
 
 
 def _read_env_file(path: Path) -> dict[str, str]:

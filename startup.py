@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from answers.models import describe_response
-from keystore import KeyStore, new_key, reason
+from keystore import KeyStore, new_key, parse_options, reason
 from settings import ROOT, Settings, SettingsError, address, program_path
 from wire.http11 import HTTPError
 
 log = logging.getLogger("ollprox")
 
+MADE = "made-at-start"  # the label of the key that is made where there is none
 EXIT_SETTINGS = 2  # a setting is wrong
 EXIT_FAILED = 1  # the start, or --ping, failed for another reason
 PING_TIMEOUT = 3.0  # seconds
@@ -40,12 +41,23 @@ def open_keys(settings: Settings) -> KeyStore:
 
     """
     path = settings.key_path if settings.api_key_file else None
-    keys = KeyStore.open(path, settings.api_key_salt.encode("utf-8", "surrogateescape"))
+    try:
+        defaults = parse_options(settings.key_defaults.split())
+    except ValueError as error:
+        raise SettingsError(f"KEY_DEFAULTS: {error}") from None
+    keys = KeyStore.open(
+        path,
+        settings.api_key_salt.encode("utf-8", "surrogateescape"),
+        admin_labels=settings.admin_labels,
+        defaults=defaults,
+        refresh=settings.key_refresh,
+    )
     if path is None:
+        _warn_without_a_file(settings)
         return keys
     result = keys.reload()
     if isinstance(result, OSError):
-        raise SettingsError(f"API_KEY_FILE: {path}: {_mend(path, result)}")
+        raise SettingsError(f"API_KEY_FILE: {_unusable(path, settings.api_key_file, result)}")
     if keys.digests and result.strangers and not result.lookalikes:
         raise SettingsError(
             f"API_KEY_SALT is set, but no line of API_KEY_FILE {path} is a salted digest:"
@@ -53,13 +65,37 @@ def open_keys(settings: Settings) -> KeyStore:
         )
     for level, line in keys.adopt(result):
         log.log(level, "%s", line)
-    if not keys.digests and result.lookalikes == len(result.labels) > 0:
+    if not keys.digests and result.lookalikes == len(result.keys) > 0:
         log.warning(
             "API_KEY_SALT is empty, but each line of API_KEY_FILE %s looks like a salted digest:"
             " if they are, set API_KEY_SALT, or nobody's key will fit",
             path,
         )
     return keys
+
+
+def _warn_without_a_file(settings: Settings) -> None:
+    """Warn about settings that do nothing without a key file."""
+    if settings.api_key_salt:
+        log.warning("API_KEY_SALT is set, but API_KEY_FILE is not: the salt does nothing")
+    if set(settings.admin_labels) - {MADE}:
+        log.warning("ADMIN_LABELS is set, but API_KEY_FILE is not: no key has these labels")
+
+
+def _unusable(path: Path, text: str, error: OSError) -> str:
+    """Say why the key file, set as `text`, cannot be used."""
+    if isinstance(error, FileNotFoundError) and _may_be_a_key(path, text):
+        return (
+            "it does not name a file, and looks like a key (not shown); put the key into a file"
+            " such as keys/keys.txt, and set API_KEY_FILE=keys/keys.txt"
+        )
+    return f"{path}: {_mend(path, error)}"
+
+
+def _may_be_a_key(path: Path, text: str) -> bool:
+    """Whether a missing file's path may be a key: it has no suffix, and is in no folder."""
+    in_a_folder = "/" in text and (text[0] in "/~." or path.parent.is_dir())
+    return not in_a_folder and not re.search(r"\.[A-Za-z]{2,5}\Z", text)
 
 
 def _mend(path: Path, error: OSError) -> str:
@@ -76,16 +112,21 @@ def _mend(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file: make it with one key a line, or leave API_KEY_FILE empty"
     if isinstance(error, PermissionError):
-        return f"user {os.getuid()} may not read it: chmod a+r, or make that user its owner"
+        return (
+            f"user {os.getuid()} may not read it: give it to a group of that user with chgrp,"
+            " then chmod 640, or make that user its owner"
+        )
     return f"{reason(error)}: name a file with one key a line"
 
 
 def make_key(keys: KeyStore, scheme: str, port: int) -> str:
     """Make a key for this run, where there is none, and say how it is used."""
     key = new_key()
-    keys.admit(key.encode(), "made-at-start")
+    keys.admit(key.encode(), MADE)
+    why = f"API_KEY_FILE {keys.path} has no key in it" if keys.path else "No API key is set"
+    until = "stops, or until the file gets a key" if keys.path else "stops"
     return f"""
-No API key is set, so this one was made. It is valid until OllProx stops:
+{why}, so this one was made. It is valid until OllProx {until}:
 
     {key}
 
@@ -105,7 +146,7 @@ def describe(settings: Settings, keys: KeyStore) -> str:
     kept = f"{limits}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
     return (
         f"forwards to   {settings.upstream_url}\n"
-        f"API keys      {len(keys.labels) or 'none'} {source}\n"
+        f"API keys      {len(keys) or 'none'} {source}\n"
         f"cache         {kept}"
     )
 
@@ -166,12 +207,14 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
 
 
 def check(settings: Settings) -> None:
-    """Check the listening address and the certificates.
+    """Warn about settings that are probably wrong; check the address and the certificates.
 
     Raises:
         SettingsError: one of them cannot be used.
 
     """
+    for warning in settings.warnings:
+        log.warning("%s", warning)
     try:
         family, kind, *_, where = socket.getaddrinfo(
             settings.listen_host, 0, type=socket.SOCK_STREAM

@@ -44,8 +44,8 @@ class Form(enum.Enum):
 
     def body(self, status: int, message: str) -> bytes:
         """Return an error's body."""
-        if self is Form.OLLAMA:
-            return dump({"error": message})
+        if self is Form.OLLAMA:  # of a 401 its command line shows `status` and nothing else
+            return dump({"error": message, **({"status": message} if status == 401 else {})})
         kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}.get(
             status, "invalid_request_error" if status < 500 else "api_error"
         )

@@ -23,7 +23,7 @@ from answers.models import ModelWatch, Probe
 from answers.ollama_api import route_table
 from answers.stored import StoredAnswer
 from cache import Budget, Cache
-from keystore import KeyStore, take_credential
+from keystore import Key, KeyStore, take_credential
 from proxy import Proxy
 from record import Record
 from settings import Settings
@@ -103,7 +103,7 @@ class Bench:
         self.writer = LineWriter(os.open(os.devnull, os.O_WRONLY))
         access_log = AccessLog(self.writer, "INFO")
 
-        async def own(name: str, head: Head, label: str) -> Response:
+        async def own(name: str, head: Head, key: Key | None) -> Response:
             raise NotImplementedError
 
         def done(record: Record) -> None:

@@ -19,8 +19,8 @@ from wire.http11 import (
 )
 
 
-def nobody(path: bytes, headers: Pairs) -> tuple[bytes | None, bytes, Pairs]:
-    return None, path, headers
+def nobody(path: bytes, headers: Pairs) -> tuple[tuple[bytes, ...], bytes, Pairs]:
+    return (), path, headers
 
 
 def parsed(text: bytes) -> Head:

@@ -11,6 +11,7 @@ from client import KEY, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
 
+from keystore import MAX_WRONG, Limit, salted_digest
 from settings import Settings, SettingsError
 from startup import open_keys
 
@@ -28,10 +29,12 @@ async def status(port: int, headers: Headers) -> int:
         ({"apikey": KEY}, 200),
         ({"ApiKey": KEY}, 200),
         ({"X-API-Key": KEY}, 200),
+        ({"api-key": KEY}, 200),
         ({"Authorization": f"Bearer {KEY}"}, 200),
         ({"authorization": f"bearer {KEY}"}, 200),
         ({"APIKEY": KEY, "Authorization": "Bearer dummy"}, 200),
-        ({"APIKEY": "wrong", "Authorization": f"Bearer {KEY}"}, 401),
+        ({"APIKEY": "wrong", "Authorization": f"Bearer {KEY}"}, 200),
+        ({"APIKEY": "wrong", "x-api-key": "wrong", "Authorization": KEY}, 401),
         ({"X-API-Key": KEY, "Authorization": "Bearer dummy"}, 200),
         ({"X-API-Key": "wrong", "APIKEY": KEY}, 200),
         ({"APIKEY": KEY[:-1]}, 401),
@@ -57,6 +60,140 @@ async def test_a_header_twice_with_two_values_is_401(ollprox: Program) -> None:
         assert (await client.rest(await client.head())).status == 200
         await client.send(twice)
         assert (await client.head()).status == 401
+
+
+async def test_wrong_keys_beside_a_valid_one_do_not_count_against_the_address(
+    ollprox: Program,
+) -> None:
+    """As an agent sends a placeholder beside its user's key."""
+    async with Client(ollprox.port) as client:
+        for _ in range(MAX_WRONG + 2):
+            headers = {"X-API-Key": "placeholder", "APIKEY": "", "Authorization": f"Bearer {KEY}"}
+            assert (await client.ask("GET", "/api/tags", headers=headers)).status == 200
+        assert (await client.ask("GET", "/", headers={"APIKEY": "wrong"})).status == 401
+
+
+async def test_each_wrong_key_of_a_request_counts(ollprox: Program) -> None:
+    async with Client(ollprox.port) as client:
+        wrong = {"APIKEY": "a", "X-API-Key": "b", "api-key": "c", "Authorization": "Bearer d"}
+        found = [(await client.ask("GET", "/", headers=wrong)).status for _ in range(3)]
+        assert found == [401, 401, 429]
+        assert (await client.ask("GET", "/nope")).status == 404
+
+
+@pytest.mark.parametrize(
+    ("path", "shown"),
+    [
+        ("/api/chat", ["curl -H 'APIKEY: <your key>'", "'Authorization: Bearer <your key>'"]),
+        ("/v1/chat/completions", ["'Authorization: Bearer <your key>'"]),
+        ("/v1/messages", ["'x-api-key: <your key>'"]),
+    ],
+)
+async def test_a_refusal_shows_the_header_that_the_apis_clients_use(
+    ollprox: Program, path: str, shown: list[str]
+) -> None:
+    answer = await ask(ollprox.port, "POST", path, b"{}", {"APIKEY": ""})
+    assert answer.status == 401
+    error = answer.json()["error"]
+    message = error if isinstance(error, str) else error["message"]
+    assert message.startswith("there is no API key: send yours ")
+    assert all(text in message for text in shown)
+    assert ("APIKEY" in message) is (path == "/api/chat")
+    if isinstance(error, str):
+        assert answer.json()["status"] == message  # which is all that Ollama's own client shows
+
+
+async def test_a_key_without_a_scheme_is_refused_with_a_hint(ollprox: Program) -> None:
+    answer = await ask(ollprox.port, "GET", "/", headers={"APIKEY": "", "Authorization": KEY})
+    assert answer.status == 401
+    assert (
+        "there is no API key (in Authorization, write Bearer before it)" in answer.json()["error"]
+    )
+    plain = await ask(ollprox.port, "GET", "/", headers={"APIKEY": ""})
+    assert "Bearer before it" not in plain.json()["error"]
+
+
+async def test_no_key_passes_on_in_any_header(ollprox: Program, ollama: StandIn) -> None:
+    other = "placeholder-0123456789"
+    headers = {"APIKEY": KEY, "X-API-Key": other, "api-key": other, "X-Note": f"my {other}"}
+    headers |= {"X-Copy": KEY, "Authorization": "Bearer another-0123456789"}
+    assert await status(ollprox.port, headers) == 200
+    (seen,) = ollama.asked()
+    assert not [word for word in (KEY, other, "another-") if word.encode() in seen.raw]
+
+
+# Rights.
+
+
+async def test_an_expired_key_is_told_so_and_nobody_else(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    key_file.write_text(f"{KEY} until=2020-01-31  # old\ngood-key-0123456789\n")
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    async with Client(ollprox.port) as client:
+        for _ in range(MAX_WRONG + 2):  # which is no guess
+            answer = await client.ask("GET", "/api/tags")
+            assert answer.status == 401
+            assert answer.json()["error"].startswith("the API key has expired")
+        answer = await client.ask("GET", "/api/tags", headers={"APIKEY": KEY[:-1]})
+        assert answer.json()["error"].startswith("the API key is not valid")
+        beside = {"APIKEY": KEY, "X-API-Key": "good-key-0123456789"}
+        assert (await client.ask("GET", "/api/tags", headers=beside)).status == 200
+
+
+async def test_the_options_admin_and_metrics(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    key_file.write_text(f"{KEY} admin\nmetrics-key-0123 metrics # m\nplain-key-012345 # p\n")
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "plain-key-012345"})
+    found = {}
+    for key in (KEY, "metrics-key-0123", "plain-key-012345"):
+        dropped = await ask(ollprox.port, "DELETE", "/cache", headers={"APIKEY": key})
+        figures = await ask(ollprox.port, "GET", "/metrics", headers={"APIKEY": key})
+        found[key] = dropped.status, b'key="p"' in figures.body
+    assert list(found.values()) == [(200, True), (403, True), (403, False)]
+
+
+async def test_with_cache_per_key_two_callers_never_share(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    """Not with labels that look alike either, nor with a label that is the start of a digest."""
+    lines = [b"one-key-01234567 # \xff", b"two-key-01234567 # \xfe", b"three-key-01234567"]
+    key_file.write_bytes(b"\n".join([*lines, b"four-key-01234567 # \xff"]) + b"\n")
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_PER_KEY="1", LOG_LEVEL="DEBUG"
+    )
+    hits = []
+    for key in ("one", "two", "three", "four", "three"):
+        headers = {"APIKEY": f"{key}-key-01234567"}
+        answer = await ask(ollprox.port, "POST", "/call_model", question(), headers)
+        hits.append("hit" in answer.cache_status)
+    assert hits == [False, False, False, True, True]
+
+
+async def test_key_defaults_are_checked_at_the_start(launch: Start, key_file: Path) -> None:
+    ollprox = await launch("--check", API_KEY_FILE=key_file, KEY_DEFAULTS="rate=60/minutes")
+    assert await ollprox.process.wait() == 2
+    (line,) = ollprox.text().splitlines()
+    assert line.startswith("ollprox: KEY_DEFAULTS: rate is malformed; write rate=60/minute")
+    keys = open_keys(Settings(api_key_file=str(key_file), key_defaults="running=4 rate=9/day"))
+    key = keys.find(salted_digest(keys.salt, KEY.encode()), 0)
+    assert key is not None
+    assert (key.running, key.rate) == (4, (Limit(9, 86400),))
+
+
+async def test_a_reload_of_ten_thousand_keys_with_rights_does_not_stop_the_loop(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    lines = [
+        f"key-{number:020d} models=llama{number % 9}*,qwen3:8b rate=60/minute  # l{number}\n"
+        for number in range(10_000)
+    ]
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+    key_file.write_text("".join([*lines, f"{KEY} running=2\n"]))
+    await ollprox.says("API keys: 10001 read from")
+    assert await status(ollprox.port, {"APIKEY": KEY}) == 200
 
 
 async def test_a_refusal_says_what_to_do_and_reads_no_body(
@@ -133,8 +270,9 @@ async def test_adding_and_removing_keys_takes_effect_on_open_connections(
     async with Client(ollprox.port) as client:
         assert (await client.ask("POST", "/call_model", question())).status == 200
         replacement = key_file.with_suffix(".new")
-        replacement.write_text("another-key-0123456789\r\n")
+        replacement.write_text("another-key-0123456789\r\na-third-key-0123456789\r\n")
         replacement.rename(key_file)  # as editors do
+        await ollprox.says("2 read from")
         await until(ollprox.port, "another-key-0123456789", 404)
         answer = await client.ask("POST", "/call_model", question())
         assert answer.status == 401
@@ -200,12 +338,62 @@ async def test_without_a_file_a_key_is_made_and_shown_once(launch: Start) -> Non
     assert "keystore.py new" in ollprox.text()
 
 
+async def test_a_key_in_place_of_the_files_name_is_not_shown(launch: Start) -> None:
+    for value in ("secretgardenkey", "c2VjcmV0/Z2FyZGVu+a2V5=="):
+        ollprox = await launch("--check", API_KEY_FILE=value)
+        assert await ollprox.process.wait() == 2
+        (line,) = ollprox.text().splitlines()
+        assert line.startswith("ollprox: API_KEY_FILE: it does not name a file")
+        assert value not in line
+    for value in ("keys.txt", "keys/mine", "/run/secrets/ollprox", "../keys"):
+        ollprox = await launch("--check", API_KEY_FILE=value)
+        assert await ollprox.process.wait() == 2
+        assert Path(value).name in ollprox.text()
+
+
+async def test_what_is_probably_a_mistake_is_warned_about(launch: Start, key_file: Path) -> None:
+    key_file.write_text(f"{KEY}#Mary\n{KEY}#Mary\n")
+    ollprox = await launch("--check", API_KEY_FILE=key_file, ADMIN_LABELS="Mary", CACHE_PERKEY="1")
+    assert await ollprox.process.wait() == 0
+    text = ollprox.text()
+    assert "line 1 has a # in its key" in text
+    assert "line 2 has the same key as line 1" in text
+    assert "has no key with the label that is number 1 in ADMIN_LABELS" in text
+    assert "CACHE_PERKEY is not a setting of OllProx: did you mean CACHE_PER_KEY?" in text
+    assert KEY not in text
+    assert "Mary" not in text
+    ollprox = await launch("--check", API_KEY_SALT="pepper", ADMIN_LABELS="Mary")
+    assert await ollprox.process.wait() == 0
+    assert "WARNING API_KEY_SALT is set, but API_KEY_FILE is not" in ollprox.text()
+    assert "WARNING ADMIN_LABELS is set, but API_KEY_FILE is not" in ollprox.text()
+
+
+async def test_a_file_rewritten_in_place_locks_nobody_out(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.05)
+    async with Client(ollprox.port) as client:
+        with key_file.open("w") as file:  # empty, then half, then whole
+            for part in ("", f"{KEY}  # tester\nnew-key", "-0123456789\n"):
+                file.write(part)
+                file.flush()
+                for _ in range(10):
+                    assert (await client.ask("GET", "/nope")).status == 404
+                    await asyncio.sleep(0.02)
+        await ollprox.says("API keys: 2 read from")
+        assert (await client.ask("GET", "/nope")).status == 404
+        assert (await client.ask("GET", "/nope", headers={"APIKEY": "new-key"})).status == 401
+    assert "0 read from" not in ollprox.text()
+    assert await status(ollprox.port, {"APIKEY": "new-key-0123456789"}) == 200
+
+
 async def test_a_made_key_holds_until_the_file_gets_keys(
     launch: Start, ollama: StandIn, tmp_path: Path
 ) -> None:
     path = tmp_path / "keys.txt"
     path.write_text("# nobody yet\n")
     ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=path, KEY_REFRESH=0.1)
+    await ollprox.says("API_KEY_FILE .*keys.txt has no key in it, so this one was made")
     key = (await ollprox.says(r'-H "APIKEY: (\S+)"'))[1]
     await until(ollprox.port, key, 404)
     path.write_text(KEY)
@@ -259,7 +447,8 @@ def test_a_key_file_that_may_not_be_read_fails_the_start(tmp_path: Path) -> None
     text = os.read(read, 1000).decode()
     os.close(read)
     assert text.startswith("API_KEY_FILE")
-    assert "chmod" in text
+    assert "chmod 640" in text
+    assert "a+r" not in text
 
 
 async def test_a_salt_that_does_not_fit_the_file_fails_the_start(
@@ -280,9 +469,10 @@ async def test_digests_without_a_salt_are_warned_about(launch: Start, key_file: 
 
 
 async def test_a_short_key_is_warned_about_by_its_line(launch: Start, key_file: Path) -> None:
-    key_file.write_text(f"{KEY}\nshort\n")
+    key_file.write_text(f"{KEY}\nshort\nsecretgardenkey\n")
     ollprox = await launch("--check", API_KEY_FILE=key_file)
     assert await ollprox.process.wait() == 0
     assert "WARNING" in ollprox.text()
-    assert "line 2 has a key shorter than 16" in ollprox.text()
+    assert "line 2 has a key shorter than 12" in ollprox.text()
+    assert "line 3" not in ollprox.text()
     assert "short\n" not in ollprox.text()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import Origins, Settings, SettingsError, load
+from settings import Origins, Settings, SettingsError, load, normalize_model
 
 NOWHERE = Path("/nonexistent/.env")
 
@@ -224,3 +224,89 @@ def test_a_pattern_that_can_match_no_origin_is_named(pattern: str) -> None:
 def test_matching_a_long_origin_does_not_backtrack() -> None:
     origins = Origins(("*a" * 20 + "*b",))  # a backtracking matcher would never end
     assert not origins.allow(b"a" * (16 << 10))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("CACHE_PERKEY", "CACHE_PER_KEY"),
+        ("LISTEN_PRT", "LISTEN_PORT"),
+        ("LOG_LEVLE", "LOG_LEVEL"),
+        ("APIKEY_FILE", "API_KEY_FILE"),
+        ("ADMIN_LABEL", "ADMIN_LABELS"),
+        ("cache_ttl", "CACHE_TTL"),
+    ],
+)
+def test_a_misspelt_setting_is_warned_about_with_the_right_spelling(
+    wrong: str, right: str, tmp_path: Path
+) -> None:
+    (warning,) = loaded(**{wrong: "1"}).warnings
+    assert warning == f"{wrong} is not a setting of OllProx: did you mean {right}?"
+    path = tmp_path / ".env"
+    path.write_text(f"{wrong}=1\n")
+    assert load({}, path).warnings == (warning,)
+
+
+OTHERS = """
+    OLLAMA_DEBUG OLLAMA_FLASH_ATTENTION OLLAMA_GPU_OVERHEAD OLLAMA_HOST OLLAMA_KEEP_ALIVE
+    OLLAMA_KV_CACHE_TYPE OLLAMA_LLM_LIBRARY OLLAMA_LOAD_TIMEOUT OLLAMA_MAX_LOADED_MODELS
+    OLLAMA_MAX_QUEUE OLLAMA_MODELS OLLAMA_NOHISTORY OLLAMA_NOPRUNE OLLAMA_NUM_PARALLEL
+    OLLAMA_ORIGINS OLLAMA_SCHED_SPREAD OLLAMA_CONTEXT_LENGTH OLLAMA_API_KEY OLLAMA_CA_CERT
+    SSL_CERT_FILE SSL_CERT_DIR LISTEN_PID LISTEN_FDS LISTEN_FDNAMES LOGLEVEL LOGNAME API_KEY
+    OPENAI_API_KEY CACHE_DIR XDG_CACHE_HOME MAX_JOBS PATH HOME TZ COMPOSE_PROJECT_NAME
+    LS_COLORS LC_ALL TERM PORT HOST KEY_FILE TIMEOUT PYTHONPATH http_proxy
+"""
+
+
+def test_other_programs_variables_are_not_warned_about() -> None:
+    assert loaded(**dict.fromkeys(OTHERS.split(), "1.2.3.4")).warnings == ()
+
+
+# The names of models. Each row was tried on Ollama's own rules: internal/modelref, types/model.
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("", ""),
+        ("  ", ""),
+        ("llama2", "llama2:latest"),
+        ("llama2:latest", "llama2:latest"),
+        ("Llama2:7B", "llama2:7b"),
+        (" llama2\n", "llama2:latest"),
+        ("llama2:local", "llama2:latest"),
+        ("llama2:7b:local", "llama2:7b"),
+        ("llama2:7b:LOCAL", "llama2:7b"),
+        ("llama2: local", "llama2:latest"),
+        ("llama2:cloud", "llama2:cloud"),
+        ("gpt-oss:20b:cloud", "gpt-oss:20b-cloud"),
+        ("gpt-oss:20b-cloud", "gpt-oss:20b-cloud"),
+        ("gpt-oss: 20b-Cloud", "gpt-oss:20b-cloud"),
+        ("my-cloud", "my-cloud:latest"),
+        ("a:b-cloud/c", "a:b-cloud/c:latest"),
+        ("library/llama2", "llama2:latest"),
+        ("registry.ollama.ai/library/llama2:7b", "llama2:7b"),
+        ("Registry.Ollama.AI/Library/llama2", "llama2:latest"),
+        ("registry.ollama.ai/me/llama2", "me/llama2:latest"),
+        ("https://registry.ollama.ai/library/llama2", "llama2:latest"),
+        ("http://hf.co/me/Llama2", "hf.co/me/llama2:latest"),
+        ("me/llama2", "me/llama2:latest"),
+        ("host:5000/me/llama2", "host:5000/me/llama2:latest"),
+        ("host:5000/library/llama2", "host:5000/library/llama2:latest"),
+        ("localhost:11434/library/foo:cloud", "localhost:11434/library/foo:cloud"),
+        # What Ollama refuses does not become what it takes.
+        ("llama2:cloud:local", "llama2:cloud:local"),
+        ("llama2:local:local", "llama2:local:local"),
+        ("llama2:", "llama2:"),
+        ("/llama2", "/llama2:latest"),
+        ("/library/llama2", "/library/llama2:latest"),
+        ("library//llama2", "library//llama2:latest"),
+        ("http://library/llama2", "http://library/llama2:latest"),
+        ("registry.ollama.ai/llama2", "registry.ollama.ai/llama2:latest"),
+        ("a/registry.ollama.ai/library/llama2", "a/registry.ollama.ai/library/llama2:latest"),
+        ("\u212aimi", "\u212aimi:latest"),  # the Kelvin sign, whose lower case is k
+    ],
+)
+def test_a_models_name_is_written_as_ollama_lists_it(name: str, listed: str) -> None:
+    assert normalize_model(name) == listed
+    assert normalize_model(listed) == listed

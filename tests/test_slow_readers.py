@@ -29,7 +29,7 @@ class Setting:
 
     def __init__(self, cert: tuple[Path, Path] | None, limits: Limits = LIMITS) -> None:
         self.answered = asyncio.Event()
-        parse = partial(parse_request_head, take_credential=lambda path, pairs: (None, path, pairs))
+        parse = partial(parse_request_head, take_credential=lambda path, pairs: ((), path, pairs))
         self.server = Server(self.answer, self.render, parse, self.done, limits)
         self.cert = cert
         self.client: socket.socket

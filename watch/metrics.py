@@ -17,7 +17,7 @@ from typing import Any
 
 from answers.flight import Ending, Flight, Flights
 from cache import Cache
-from keystore import KeyStore
+from keystore import Key, KeyStore
 from record import Record, Usage
 from settings import normalize_model
 
@@ -260,9 +260,9 @@ class Metrics:
 
     # What is said.
 
-    def may_see_labels(self, label: str, admins: tuple[str, ...]) -> bool:
-        """Whether the key of this label sees what the others do."""
-        return label in admins or len(self.keys.labels) == 1
+    def may_see_labels(self, key: Key | None) -> bool:
+        """Whether a key may see the figures of all keys."""
+        return key is not None and (key.admin or key.metrics or len(self.keys) == 1)
 
     def view(self, *, by_label: bool) -> dict[str, object]:
         """Return what the page shows."""
@@ -286,7 +286,7 @@ class Metrics:
                 "evictions": self.cache.evictions,
                 "expiries": self.cache.expiries,
             },
-            "keys": len(self.keys.labels),
+            "keys": len(self.keys),
             "connections": self.connections(),
             "running": self._running(by_label),
             "minutes": [asdict(m) for m in self._minutes if m.start > now - 3600],
@@ -362,7 +362,7 @@ class Metrics:
         meaning = "Answers that had to make room for others."
         out.counter("ollprox_cache_evictions_total", meaning, cache.evictions)
         out.counter("ollprox_cache_expiries_total", "Answers that expired.", cache.expiries)
-        out.gauge("ollprox_keys", "API keys that are valid.", len(keys.labels))
+        out.gauge("ollprox_keys", "API keys that are valid.", len(keys))
         out.counter("ollprox_key_reloads_total", "Readings of the key file.", keys.reloads)
         meaning = "Readings of the key file that failed."
         out.counter("ollprox_key_reload_failures_total", meaning, keys.failures)

@@ -47,7 +47,7 @@ class Pages:
         self._metrics = metrics
         self._dashboard = (ROOT / "watch" / "dashboard.html").read_bytes()
         self._policy = _policy(self._dashboard)
-        self._by_name: dict[str, Callable[[Head, str], Awaitable[Response]]] = {
+        self._by_name: dict[str, Callable[[Head, Key | None], Awaitable[Response]]] = {
             "health": self._health,
             "ready": self._ready,
             "dashboard": self._page,
@@ -56,11 +56,11 @@ class Pages:
             "drop": self._drop,
         }
 
-    async def answer(self, name: str, head: Head, label: str) -> Response:
-        """Answer a request for a page, by the key of a label. Raises HTTPError."""
-        return await self._by_name[name](head, label)
+    async def answer(self, name: str, head: Head, key: Key | None) -> Response:
+        """Answer a request for a page, by a key, None on an open route. Raises HTTPError."""
+        return await self._by_name[name](head, key)
 
-    async def _health(self, head: Head, label: str) -> Response:
+    async def _health(self, head: Head, key: Key | None) -> Response:
         return _json({"status": "ok"})
 
     async def _ready(self, head: Head, label: str) -> Response:
@@ -68,7 +68,7 @@ class Pages:
             raise HTTPError(503, "Ollama does not answer")
         return _json({"status": "ready"})
 
-    async def _page(self, head: Head, label: str) -> Response:
+    async def _page(self, head: Head, key: Key | None) -> Response:
         headers = (
             (b"Content-Type", b"text/html; charset=utf-8"),
             (b"Content-Security-Policy", self._policy),
@@ -78,15 +78,15 @@ class Pages:
         )
         return Response(200, headers, self._dashboard)
 
-    async def _text(self, head: Head, label: str) -> Response:
-        text = self._metrics.text(by_label=self._metrics.may_see_labels(label, self._admins))
+    async def _text(self, head: Head, key: Key | None) -> Response:
+        text = self._metrics.text(by_label=self._metrics.may_see_labels(key))
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
-    async def _view(self, head: Head, label: str) -> Response:
-        by_label = self._metrics.may_see_labels(label, self._admins)
+    async def _view(self, head: Head, key: Key | None) -> Response:
+        by_label = self._metrics.may_see_labels(key)
         return _json(self._metrics.view(by_label=by_label), _FRESH)
 
-    async def _drop(self, head: Head, label: str) -> Response:
+    async def _drop(self, head: Head, key: Key | None) -> Response:
         """Drop all answers, or with `?model=NAME` one model's, those under way included."""
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]

@@ -23,8 +23,8 @@ Headers = tuple[tuple[bytes, bytes], ...]
 
 Pairs = list[tuple[bytes, bytes]]
 
-TakeCredential = Callable[[bytes, Pairs], tuple[bytes | None, bytes, Pairs]]
-"""Takes the credentials out of a head's path and headers: their digest, and what is left."""
+TakeCredential = Callable[[bytes, Pairs], tuple[tuple[bytes, ...], bytes, Pairs]]
+"""Takes the credentials out of a head's path and headers: their digests, and what is left."""
 
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
 MAX_KNOWN_HEAD = 2048  # bytes of a head that is remembered; few are longer
@@ -90,7 +90,8 @@ class Truncated(Exception):
 class Head:
     """A request's head, without any credential.
 
-    `credential` is the salted digest of the key that was presented, None for none.
+    `credentials` are the salted digests of the keys that were presented, in the order in which
+    they are to be tried; `keystore.take_credential` makes them.
     `length` is the declared length of the body in bytes, None where none is declared;
     `has_body` says whether bytes of it follow. `names` are those of the headers.
     """
@@ -99,7 +100,7 @@ class Head:
     path: bytes
     query: bytes
     headers: Headers
-    credential: bytes | None
+    credentials: tuple[bytes, ...]
     length: int | None
     chunked: bool
     keep_alive: bool
@@ -255,13 +256,13 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
     if expect not in {None, b"100-continue"}:
         raise BadHead(417, "the only expectation that OllProx meets is 100-continue")
     path, _, query = target.partition(b"?")
-    credential, path, headers = take_credential(path, list(event.headers))
+    credentials, path, headers = take_credential(path, list(event.headers))
     return Head(
         method=method,
         path=path,
         query=query,
         headers=tuple(headers),
-        credential=credential,
+        credentials=credentials,
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in connection_tokens
