@@ -32,7 +32,7 @@ from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
 from settings import Settings, SettingsError, address, load
-from watch.metrics import Metrics
+from watch.metrics import Metrics, UpstreamState, Viewer
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging, shown
 from wire.http11 import parse_request_head
@@ -61,12 +61,31 @@ async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     cache: Cache[StoredAnswer] = Cache(settings.cache_max_bytes, settings.cache_ttl)
     flights = Flights(settings.cache_max_entry_bytes, cache)
     metrics = Metrics(
-        __version__, cache, flights, keys, lambda: len(server.clients), lambda: upstream.requests
+        __version__,
+        cache,
+        flights,
+        keys,
+        connections=lambda: len(server.clients),
+        upstream_requests=lambda: upstream.requests,
+        upstreams=lambda: [
+            UpstreamState(
+                upstream.address,
+                up=inquiry.up,
+                running=metrics.running,
+                waiting=len(metrics.queue().waiting),
+                errors=metrics.upstream_errors,
+            )
+        ],
     )
     flights.ended = metrics.count_flight
     inquiry = Inquiry(upstream)
-    models = ModelWatch(inquiry, cache, flights, metrics.know)
-    pages = Pages(settings.admin_labels, inquiry, cache, flights, metrics)
+    models = ModelWatch(inquiry, cache, flights, metrics.set_models)
+
+    def viewer(label: str) -> Viewer:
+        admin = label in settings.admin_labels
+        return Viewer(label, admin or len(keys.labels) == 1, admin)
+
+    pages = Pages(viewer, inquiry, cache, flights, metrics)
     proxy = Proxy(settings, keys, upstream, routes, cache, flights, pages.answer)
     access_log = AccessLog(writer, settings.log_level)
 
@@ -166,11 +185,11 @@ async def _poll_keys(keys: KeyStore) -> None:
 
 
 async def _watch_lag(metrics: Metrics) -> None:
-    """Note how late the event loop wakes who sleeps."""
+    """Measure the event loop's lag."""
     while True:
         due = time.monotonic() + LAG_INTERVAL
         await asyncio.sleep(LAG_INTERVAL)
-        metrics.note_lag(max(0.0, time.monotonic() - due))
+        metrics.tick(max(0.0, time.monotonic() - due))
 
 
 async def _say_upstream(inquiry: Inquiry, address: str) -> None:

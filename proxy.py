@@ -21,7 +21,7 @@ from answers.ollama_api import Access, Form, Question, Route, RouteTable
 from answers.stored import StoredAnswer
 from cache import Cache
 from keystore import MAX_WRONG, KeyStore, WrongKeys
-from record import Record
+from record import Outcome, Record
 from settings import Settings
 from watch.telemetry import MAX_SHOWN
 from wire.http11 import (
@@ -121,10 +121,11 @@ class Proxy:
         record.method = _METHODS.get(head.method, "other")
         record.headers = self._cors(head) if self.settings.cors_origins else ()
         if head.method == b"OPTIONS" and record.headers:
-            record.own = True
+            record.outcome = Outcome.PAGE
             return self._preflight(head)
         route, target = self._admit(head, record)
         if route.own:
+            record.quiet = route.access is not Access.ADMIN  # probes and polls
             return await self.own(route.own, head, record.label or "")
         record.headers += VIA
         if route.access is Access.ADMIN:
@@ -164,7 +165,8 @@ class Proxy:
         record.route = (
             head.path if head.path in self.routes.rows else route.target or b""
         ).decode()
-        record.own, record.asks = route.own != "", route.asks
+        record.outcome = Outcome.PAGE if route.own else Outcome.REFUSED
+        record.generates = route.asks
         record.quiet = route.access is Access.OPEN
         if head.method == b"OPTIONS":
             raise _wrong_method(route)  # a browser that may not ask; no key comes with it
@@ -275,7 +277,7 @@ class Proxy:
 
     def _look_up(self, key: bytes, wishes: Wishes, record: Record) -> StoredAnswer | None:
         """Look in the cache; say in the record what came of it."""
-        record.outcome, record.cache_status = "miss", b"OllProx; fwd=miss"
+        record.outcome, record.cache_status = Outcome.MISS, b"OllProx; fwd=miss"
         if wishes.reload or wishes.private:
             record.cache_status = b"OllProx; fwd=request"
             return None
@@ -292,9 +294,9 @@ class Proxy:
     def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
         age = int(time.monotonic() - answer.born)
         ttl = max(0, int(self.cache.ttl) - age)
-        record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
+        record.outcome, record.cache_status = Outcome.HIT, b"OllProx; hit; ttl=%d" % ttl
         record.headers += ((b"Age", b"%d" % age),)
-        record.usage = answer
+        record.usage = answer.usage
         headers = unpack(answer.packed)
         if question.folds:
             return Response(200, _as_object(headers), answer.object)
@@ -321,7 +323,7 @@ class Proxy:
                     return there  # somebody else wanted the same
                 return self._keep_fold(key, answer, await asyncio.to_thread(fold))
         except HTTPError:
-            record.outcome = "-"
+            record.outcome = Outcome.REFUSED
             raise
 
     def _keep_fold(
@@ -351,13 +353,13 @@ class Proxy:
         """Find a flight to join, or begin one; at once, or two might begin the same."""
         shared = not (wishes.reload or wishes.private)
         if key and shared and (flight := self.flights.find(key, wishes.max_age)) is not None:
-            record.outcome, record.cache_status = "collapsed", b"OllProx; fwd=miss; collapsed"
+            record.outcome, record.cache_status = Outcome.COLLAPSED, b"OllProx; fwd=miss; collapsed"
             return flight
         if wishes.only_if_cached:
-            record.outcome = "-"
+            record.outcome = Outcome.REFUSED
             raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
         if key is None:
-            record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+            record.outcome, record.cache_status = Outcome.BYPASS, b"OllProx; fwd=bypass"
         if wishes.private:
             key = None
         headers = FORWARDED if question.key is not None else _passed_on(head)
@@ -374,7 +376,7 @@ class Proxy:
     async def _manage(self, request: Request, target: bytes, record: Record) -> Response:
         """Pass a request that manages models on as it comes, and its progress back."""
         head = request.head
-        record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+        record.outcome, record.cache_status = Outcome.BYPASS, b"OllProx; fwd=bypass"
         body = request.pieces() if head.has_body else bytes
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
         ask = Ask(head.method, target, headers, body, head.length)
@@ -421,7 +423,8 @@ class Proxy:
             raise
 
         def release() -> None:
-            record.shared = record.outcome == "collapsed" and reader.has_all
+            record.shared = record.outcome is Outcome.COLLAPSED and reader.has_all
+            record.usage = reader.flight.usage
             reader.leave()
 
         response.release = release
@@ -503,7 +506,7 @@ def _as_object(headers: Headers) -> Headers:
 
 
 def _say_stored(flight: Flight, record: Record) -> None:
-    if flight.stored and record.outcome == "miss":
+    if flight.stored and record.outcome is Outcome.MISS:
         record.cache_status += b"; stored"
 
 

@@ -26,14 +26,18 @@ class Inquiry:
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
+        self.up = False  # whether upstream answered the last time that we asked
         self._probed = (-math.inf, False)  # when upstream was asked, and whether it answered
         self._probing = asyncio.Lock()
 
     async def version(self) -> str | HTTPError:
         """Ask upstream for its version, or learn why it does not say it."""
         try:
-            return api.version(await self._fetch(api.VERSION, PROBE_TIMEOUT))
+            version = api.version(await self._fetch(api.VERSION, PROBE_TIMEOUT))
+            self.up = True
+            return version
         except HTTPError as error:
+            self.up = False
             return error
 
     async def ready(self) -> bool:
@@ -47,8 +51,11 @@ class Inquiry:
     async def digests(self) -> dict[str, str] | None:
         """Return each model's digest by its name; None if the list cannot be read."""
         try:
-            return api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
+            digests = api.digests(await self._fetch(api.TAGS, TAGS_TIMEOUT))
+            self.up = True
+            return digests
         except HTTPError as error:
+            self.up = False
             log.debug("the list of models could not be read: %s", error.message)
             return None
 

@@ -127,7 +127,10 @@ class LineNotes(BaseNotes):
         nanoseconds = _count(self._last, "prompt_eval_duration") + _count(
             self._last, "eval_duration"
         )
-        return Usage(self._lines, _count(self._last, "eval_count"), nanoseconds / 1e9)
+        prompt_tokens = _count(self._last, "prompt_eval_count")
+        return Usage(
+            self._lines, prompt_tokens, _count(self._last, "eval_count"), nanoseconds / 1e9
+        )
 
     def keeps(self, tape: bytes) -> bool:
         """Whether it is an answer, and not the loading of a model."""

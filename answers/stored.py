@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from record import Usage
+
 
 class StoredAnswer(NamedTuple):
     """A complete answer: what a stream's reader gets, and what a single object's does.
@@ -15,8 +17,14 @@ class StoredAnswer(NamedTuple):
     model: str
     born: float  # when upstream's head came, on the monotonic clock
     lines: int
+    prompt_tokens: int
     tokens: int
     gpu_seconds: float
+
+    @property
+    def usage(self) -> Usage:
+        """What it took to generate."""
+        return Usage(self.lines, self.prompt_tokens, self.tokens, self.gpu_seconds)
 
     @property
     def size(self) -> int:

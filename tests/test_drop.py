@@ -216,7 +216,7 @@ class Folding:
         self.route = table.rows[b"/call_model"]
         lines = b'{"response":"x"}\n' * (MAX_AT_ONCE // 16) + b'{"response":"","done":true}\n'
         packed = pack(((b"Content-Type", b"application/x-ndjson"),))
-        self.answer = StoredAnswer(packed, lines, b"", "m:latest", time.monotonic(), 1, 1, 1.0)
+        self.answer = StoredAnswer(packed, lines, b"", "m:latest", time.monotonic(), 1, 1, 1, 1.0)
         assert self.cache.put(b"key", self.answer)
 
     async def fold(self) -> StoredAnswer | None:

@@ -12,7 +12,7 @@ from conftest import Program, Start
 from standin import Seen, StandIn
 
 FIELDS = ["id", "client", "key", "method", "path", "model", "status", "cache", "bytes"]
-FIELDS += ["first_byte", "total"]
+FIELDS += ["queued", "first_byte", "total"]
 MADE = re.compile(r"[0-9a-f]{8}-[0-9a-f]+")  # an id of OllProx's own
 ID = "X-Request-ID"
 

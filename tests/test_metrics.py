@@ -17,7 +17,7 @@ from standin import Seen, StandIn
 BOSS = "the-key-of-an-admin"
 OTHER = "the-key-of-another"
 GPU = (1997003809 + 4337626101) / 1e9  # seconds of each of the stand-in's answers
-LINES, TOKENS = 6, 5  # of each of them
+LINES, PROMPT, TOKENS = 6, 15, 5  # of each of them: lines, tokens of prompt and answer
 OUTCOMES = ("hit", "miss", "collapsed", "bypass", "refused")
 KINDS = ("unreachable", "timeout", "broken", "protocol", "status", "reported")
 
@@ -544,7 +544,7 @@ async def test_upstream_requests_are_those_that_ollama_got(
 # Who sees what.
 
 
-async def test_rows_by_key_are_for_admins(
+async def test_a_key_sees_its_own_rows_and_an_admin_all(
     launch: Start, ollama: StandIn, settings: dict[str, object]
 ) -> None:
     ollprox = await launch(**settings)
@@ -552,17 +552,19 @@ async def test_rows_by_key_are_for_admins(
     ollama.script.hold_before = 1
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question(), {"APIKEY": BOSS})
-        for key, sees in ((BOSS, True), (KEY, False), (OTHER, False)):  # the last has no label
+        # The last one has no label, and so no rows of its own.
+        for key, sees in ((BOSS, True), (KEY, False), (OTHER, False)):
             headers = {"APIKEY": key}
             text = (await ask(ollprox.port, "GET", "/metrics", headers=headers)).body.decode()
             shown = await ask(ollprox.port, "GET", "/metrics.json", headers=headers)
             view = shown.json()
             assert view["rows_by_label"] is sees
-            assert (view["labels"] is None) is not sees
+            assert view["may_drop"] is sees
+            assert view["labels"] == []  # what is under way has no row yet
             (running,) = view["running"]
             assert running["label"] == ("boss" if sees else None)
             assert running["model"] == "llama2"
-            assert "boss" not in text  # what is under way has no row yet
+            assert "boss" not in text
             assert (b"boss" in shown.body) is sees
         ollama.script.let_go.set()
         await client.rest(answer)
@@ -576,12 +578,17 @@ async def test_rows_by_key_are_for_admins(
         numbers = Numbers(answer.body.decode())
         assert numbers.outcomes() == {"miss": 1, "hit": 2}
         assert numbers("gpu_seconds_saved_total") > 0
-        assert not [name for name, labels in numbers.values if "key" in dict(labels)]
+        own = ["tester"] if key == KEY else []
+        assert list(numbers.by("key_requests_total", "key")) == own
         assert b"boss" not in answer.body
-        assert b"tester" not in answer.body
-        view = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": key})
-        assert b"boss" not in view.body
-        assert b"tester" not in view.body
+        shown = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": key})
+        assert b"boss" not in shown.body
+        view = shown.json()
+        assert [row["label"] for row in view["labels"]] == own
+        assert [row["label"] for row in view["requests"]] == own
+    view = (await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})).json()
+    assert [row["label"] for row in view["requests"]] == ["", "tester", "boss"]
+    assert {row["label"] for row in view["labels"]} == {"", "tester", "boss"}
 
 
 async def test_the_only_key_sees_its_rows_until_there_is_another(
@@ -595,7 +602,10 @@ async def test_the_only_key_sees_its_rows_until_there_is_another(
     with key_file.open("a") as file:
         file.write(f"{OTHER}  # other\n")
     numbers = await until(ollprox.port, lambda n: n("keys") == 2)
-    assert numbers.by("key_requests_total", "key") == {}
+    assert numbers.by("key_requests_total", "key") == {"tester": 1}
+    other = (await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": OTHER})).json()
+    assert not other["rows_by_label"]
+    assert other["labels"] == other["requests"] == []
     reloads = numbers("key_reloads_total")
     key_file.unlink()
     numbers = await until(ollprox.port, lambda n: n("key_reload_failures_total") > 0)
@@ -673,8 +683,9 @@ async def test_what_clients_invent_makes_no_series(
     assert before.values.keys() == after.values.keys()
     assert after("requests_total") == 120 * 10
     assert after.by("model_requests_total", "model") == {"other": 120 * 2}
-    view = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})
-    assert b"a119" not in view.body
+    view = (await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})).json()
+    assert len(view.pop("requests")) == 200  # the only place that shows what clients call things
+    assert "a119" not in json.dumps(view)
 
 
 # Gauges, and the page's view.
@@ -750,20 +761,48 @@ async def test_the_view_says_the_same(
     assert view["saved"]["answers"] == 2
     assert view["saved"]["tokens"] == 2 * TOKENS
     assert view["saved"]["gpu_seconds"] == numbers("gpu_seconds_saved_total")
-    assert view["generated"] == {"tokens": 2 * TOKENS, "lines": 2 * LINES}
+    assert view["generated"]["tokens"] == 2 * TOKENS
+    assert view["generated"]["prompt_tokens"] == 2 * PROMPT
+    assert view["generated"]["lines"] == 2 * LINES
     assert view["cache"]["entries"] == numbers("cache_entries") == 2
     assert view["cache"]["bytes"] == numbers("cache_bytes")
     assert view["keys"] == 3
-    assert sum(minute["answers"] for minute in view["minutes"]) == 5
-    assert sum(minute["hits"] for minute in view["minutes"]) == 2
+    for outcome, count in view["answers"].items():
+        assert sum(minute[outcome] for minute in view["minutes"]) == count
     assert sum(minute["tokens"] for minute in view["minutes"]) == 2 * TOKENS
+    tokens = {"prompt_tokens": 2 * PROMPT, "tokens": 2 * TOKENS}
     assert view["models"] == [
-        {"model": "llama2", "requests": 4, "saved": 2, "tokens": 2 * TOKENS},
-        {"model": "other", "requests": 1, "saved": 0, "tokens": 0},
+        {"model": "llama2", "requests": 4, "saved": 2, **tokens},
+        {"model": "other", "requests": 1, "saved": 0, "prompt_tokens": 0, "tokens": 0},
     ]
-    assert view["labels"] == [{"label": "tester", "requests": 5, "saved": 2, "tokens": 2 * TOKENS}]
+    assert view["labels"] == [{"label": "tester", "requests": 5, "saved": 2, **tokens}]
     assert view["errors"] == [{"what": "refused with 401", "count": 1}]
-    assert view["running"] == []
+    assert view["running"] == view["waiting"] == view["limits"] == []
+    assert [(row["outcome"], row["requests"]) for row in view["latency"]] == [
+        ("hit", 2),
+        ("miss", 3),
+        ("refused", 1),
+    ]
+    newest = view["requests"]
+    assert [row["outcome"] for row in newest] == [
+        "refused",
+        "bypass",
+        "miss",
+        "miss",
+        "hit",
+        "hit",
+        "miss",
+    ]
+    assert [row["model"] for row in newest] == ["-", None, "no", *["llama2"] * 4]
+    assert [row["tokens"] for row in newest] == [0, 0, 0, *[TOKENS] * 4]
+    assert [row["label"] for row in newest] == [None, *["tester"] * 6]
+    for row in newest:
+        assert row["seconds"] >= row["first_byte"] >= 0
+        assert abs(row["time"] - view["now"]) < 60
+    assert view["upstreams"] == [
+        {"host": f"127.0.0.1:{ollama.port}", "up": True, "running": 0, "waiting": 0}
+        | {"errors": 0, "models": []}
+    ]
 
 
 # The page of numbers itself.

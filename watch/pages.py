@@ -1,4 +1,4 @@
-"""What OllProx answers by itself: its health, its metrics, the dashboard, and the cache's end."""
+"""OllProx's own pages: health, readiness, metrics, the dashboard, and dropping the cache."""
 
 import base64
 import hashlib
@@ -14,7 +14,7 @@ from answers.notes import JSON
 from answers.stored import StoredAnswer
 from cache import Cache
 from settings import ROOT
-from watch.metrics import Metrics
+from watch.metrics import Metrics, Viewer
 from wire.http11 import Head, Headers, HTTPError, Response
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus's exposition format
@@ -25,23 +25,23 @@ class Pages:
     """The pages, each by its name in the route table.
 
     Args:
-        admins: the labels of ADMIN_LABELS.
+        viewer: returns what the key with a label may see and do.
         inquiry: knows whether upstream answers.
-        cache: can be emptied.
-        flights: whose answers shall not be stored then.
-        metrics: what is counted.
+        cache: whose answers `DELETE /cache` drops.
+        flights: whose answers are then not stored.
+        metrics: the counts.
 
     """
 
     def __init__(
         self,
-        admins: tuple[str, ...],
+        viewer: Callable[[str], Viewer],
         inquiry: Inquiry,
         cache: Cache[StoredAnswer],
         flights: Flights,
         metrics: Metrics,
     ) -> None:
-        self._admins = admins
+        self._viewer = viewer
         self._inquiry = inquiry
         self._cache = cache
         self._flights = flights
@@ -58,7 +58,7 @@ class Pages:
         }
 
     async def answer(self, name: str, head: Head, label: str) -> Response:
-        """Answer a request for a page, by the key of a label. Raises HTTPError."""
+        """Return a page for the key with this label. Raises HTTPError."""
         return await self._by_name[name](head, label)
 
     async def _health(self, head: Head, label: str) -> Response:
@@ -80,15 +80,14 @@ class Pages:
         return Response(200, headers, self._dashboard)
 
     async def _text(self, head: Head, label: str) -> Response:
-        text = self._metrics.text(by_label=self._metrics.may_see_labels(label, self._admins))
+        text = self._metrics.text(self._viewer(label))
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
     async def _view(self, head: Head, label: str) -> Response:
-        by_label = self._metrics.may_see_labels(label, self._admins)
-        return _json(self._metrics.view(by_label=by_label), _FRESH)
+        return _json(self._metrics.view(self._viewer(label)), _FRESH)
 
     async def _drop(self, head: Head, label: str) -> Response:
-        """Drop all answers, or with `?model=NAME` one model's, those under way included."""
+        """Drop all stored answers, or those of `?model=NAME`; answers under way are not stored."""
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]
         if len(wanted) > 1 or len(names) != len(wanted):
@@ -105,7 +104,7 @@ def _json(value: object, headers: Headers = ()) -> Response:
 
 
 def _policy(page: bytes) -> bytes:
-    """Write a Content-Security-Policy that allows a page its own script and style alone."""
+    """Return a Content-Security-Policy that allows only the page's own script and style."""
     script, style = (
         base64.b64encode(hashlib.sha256(found[1]).digest())
         for tag in (b"script", b"style")
