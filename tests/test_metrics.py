@@ -2,17 +2,25 @@
 
 import asyncio
 import contextlib
+import enum
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from client import KEY, Client, ask, question, raw, request, waiting
 from conftest import Program, Start
 from prometheus_client.parser import text_string_to_metric_families
 from standin import Seen, StandIn
+
+from answers.flight import Flights
+from cache import Cache
+from keystore import KeyStore
+from record import Outcome, Record
+from watch.metrics import MAX_RECENT, Limit, Metrics, NoQueue, UpstreamState, Viewer
+from watch.telemetry import MAX_SHOWN
 
 BOSS = "the-key-of-an-admin"
 OTHER = "the-key-of-another"
@@ -803,6 +811,147 @@ async def test_the_view_says_the_same(
         {"host": f"127.0.0.1:{ollama.port}", "up": True, "running": 0, "waiting": 0}
         | {"errors": 0, "models": []}
     ]
+
+
+async def test_tokens_count_in_the_minute_in_which_they_come(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """While an answer is generated its lines count; then Ollama's own number does."""
+
+    async def counted() -> int:
+        view = (await ask(ollprox.port, "GET", "/metrics.json")).json()
+        return sum(minute["tokens"] for minute in view["minutes"])
+
+    ollama.script.hold_before = 3
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await read_chunks(client, answer, 3)
+        assert await counted() == 3
+        ollama.script.let_go.set()
+        await client.rest(answer)
+    assert await counted() == TOKENS
+    await ask(ollprox.port, "POST", "/call_model", question())  # a hit
+    assert await counted() == TOKENS
+
+
+# What other parts tell, by plain calls.
+
+
+class Why(enum.Enum):
+    FULL = "queue full"
+    TIMEOUT = "timeout"
+
+
+class Waits(NamedTuple):
+    label: str
+    model: str
+    seconds: float
+    position: int
+
+
+ADMIN = Viewer("boss", sees_all=True, admin=True)
+MARY = Viewer("Mary", sees_all=False, admin=False)
+NOBODY = Viewer("", sees_all=False, admin=False)  # a key without a label
+
+
+def metrics(**parts: Any) -> Metrics:
+    cache: Cache[Any] = Cache(1 << 20, 60)
+    made = Metrics("0", cache, Flights(1 << 20, cache), KeyStore.open(None, b""), **parts)
+    made.set_models(["llama2:latest"])
+    return made
+
+
+def record(outcome: Outcome = Outcome.HIT, **values: Any) -> Record:
+    made = Record("127.0.0.1")
+    decided = {"outcome": outcome, "label": "Mary", "model": "llama2", "generates": True}
+    for name, value in {**decided, "status": 200, "first_byte": made.started, **values}.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_the_queue_is_seen_by_admins_whole_and_by_others_in_part() -> None:
+    waiting = [Waits("Bob", "llama2", 3.0, 1), Waits("", "llama2", 2.0, 2)]
+    waiting.append(Waits("Mary", "unknown", 1.5, 3))
+    queue = NoQueue(waiting, {Why.FULL: 4, Why.TIMEOUT: 0})
+    seen = metrics(queue=lambda: queue)
+    whole = seen.view(ADMIN)
+    assert whole["queue_depth"] == 3
+    assert whole["waiting"] == [
+        {"position": 1, "model": "llama2", "label": "Bob", "seconds": 3.0},
+        {"position": 2, "model": "llama2", "label": "", "seconds": 2.0},
+        {"position": 3, "model": "other", "label": "Mary", "seconds": 1.5},
+    ]
+    own = seen.view(MARY)
+    assert own["queue_depth"] == 3
+    assert own["waiting"] == [{"position": 3, "model": "other", "label": "Mary", "seconds": 1.5}]
+    assert seen.view(NOBODY)["waiting"] == []
+    numbers = Numbers(seen.text(NOBODY))
+    assert numbers("queue_depth") == 3
+    assert numbers.by("queue_refused_total", "reason") == {"queue full": 4, "timeout": 0}
+
+
+def test_waits_in_the_queue_are_measured() -> None:
+    seen = metrics()
+    for queued in (None, 0.0, 2.0, 45.0):
+        seen.count(record(Outcome.MISS, queued=queued))
+    numbers = Numbers(seen.text(ADMIN))
+    assert numbers("queue_seconds_count") == 3
+    assert numbers("queue_seconds_sum") == 47
+    assert numbers("queue_seconds_bucket", le="3.0") == 2
+    rows: Any = seen.view(ADMIN)["requests"]
+    assert [row["queued"] for row in rows] == [45, 2, 0, None]
+
+
+def test_limits_are_shown_to_those_whose_they_are() -> None:
+    limits = [Limit("Mary", "rate=5/hour", 2, 5, 60.0), Limit("", "running=2", 1, 2)]
+    seen = metrics(limits=lambda: limits)
+    mary = {"label": "Mary", "name": "rate=5/hour", "used": 2, "allowed": 5, "resets": 60.0}
+    assert seen.view(MARY)["limits"] == [mary]
+    assert seen.view(NOBODY)["limits"] == []
+    everything: Any = seen.view(ADMIN)["limits"]
+    assert [row["label"] for row in everything] == ["Mary", ""]
+
+
+def test_each_ollama_is_up_or_down() -> None:
+    states = [UpstreamState("a:1", True, 1, 0, 0, ["llama2"]), UpstreamState("b:1", False, 0, 0, 3)]
+    seen = metrics(upstreams=lambda: states)
+    assert Numbers(seen.text(NOBODY)).by("upstream_up", "host") == {"a:1": 1, "b:1": 0}
+    rows: Any = seen.view(NOBODY)["upstreams"]
+    assert [(row["host"], row["up"]) for row in rows] == [("a:1", True), ("b:1", False)]
+
+
+def test_requests_are_listed_newest_first_and_within_bounds() -> None:
+    seen = metrics()
+    for number in range(MAX_RECENT + 10):
+        seen.count(record(status=number, label="Mary" if number % 2 else None))
+    seen.count(record(Outcome.PAGE))
+    rows: Any = seen.view(ADMIN)["requests"]
+    newest = MAX_RECENT + 9
+    assert [row["status"] for row in rows] == list(range(newest, newest - 200, -1))
+    rows = seen.view(MARY)["requests"]
+    assert [row["status"] for row in rows] == list(range(newest, newest - 400, -2))
+    assert seen.view(NOBODY)["requests"] == []
+
+
+def test_a_long_name_is_not_kept() -> None:
+    """Thousands of requests are remembered, and a client chooses the name."""
+    seen = metrics()
+    seen.count(record(Outcome.MISS, model="m" * 10_000))
+    rows: Any = seen.view(ADMIN)["requests"]
+    assert rows[0]["model"] == "m" * MAX_SHOWN
+
+
+def test_percentiles_are_by_nearest_rank() -> None:
+    seen = metrics()
+    for seconds in range(1, 101):
+        done = record(Outcome.MISS)
+        done.started -= 1000
+        done.first_byte = done.started + seconds
+        seen.count(done)
+    seen.count(record(Outcome.BYPASS, generates=False))
+    rows: Any = seen.view(ADMIN)["latency"]
+    assert [(row["outcome"], row["requests"]) for row in rows] == [("miss", 100)]
+    assert rows[0]["first_byte"] == (50, 95)
 
 
 # The page of numbers itself.
