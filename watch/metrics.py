@@ -619,7 +619,8 @@ class Metrics:
         yield Row("gauge", "ollprox_queue_depth", "Requests in the queue.", len(queue.waiting))
         meaning = "Seconds that requests waited for a turn."
         yield Row("histogram", "ollprox_queue_seconds", meaning, [({}, self._queued)])
-        refused = [({"reason": why.value}, count) for why, count in queue.refusals.items()]
+        counts = {why.value: count for why, count in queue.refusals.items()}
+        refused = [({"reason": r}, n) for r, n in (dict.fromkeys(_REASONS, 0) | counts).items()]
         meaning = "Requests that the queue refused, by reason."
         yield Row("counter", "ollprox_queue_refused_total", meaning, refused)
 
@@ -695,6 +696,7 @@ def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
         yield Row("counter", f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", values)
 
 
+_REASONS = ("queue full", "timeout", "draining", "memory")  # to refuse a request a turn
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",
