@@ -19,24 +19,32 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import answers.ollama_api as api
 import startup
 from answers.flight import Flights, Timeouts
+from answers.limits import Limits
 from answers.models import ModelWatch, Probe
+from answers.permits import Permits
+from answers.schedule import CountedSlots
 from answers.stored import StoredAnswer
+from answers.turns import Turns, fair_queue
 from cache import Budget, Cache
+from gate import Gate
 from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
 from settings import Settings, SettingsError, address, load
-from watch.metrics import Metrics
+from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
 from wire.http11 import parse_request_head
-from wire.server import Limits, Server
+from wire.server import Limits as ClientLimits
+from wire.server import Server
 from wire.upstream import Upstream
 
 __version__ = "0.1.0"
@@ -44,6 +52,132 @@ __version__ = "0.1.0"
 LAG_INTERVAL = 0.5  # seconds between two measurements of the event-loop lag
 
 log = logging.getLogger("ollprox")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The parts of the program that are started and stopped; the others are held by these."""
+
+    settings: Settings
+    keys: KeyStore
+    certificate: startup.Certificate | None
+    upstream: Upstream
+    probe: Probe
+    models: ModelWatch
+    flights: Flights
+    turns: Turns
+    metrics: Metrics
+    server: Server
+
+
+def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
+    """Build the parts, without starting anything. Raises SettingsError."""
+    upstream = _make_upstream(settings)
+    budget = Budget(settings.cache_max_bytes)
+    cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
+    turns = Turns(
+        CountedSlots(settings.max_generations),
+        settings.queue_max,
+        settings.queue_timeout,
+        budget,
+    )
+    flights = Flights(
+        settings.cache_max_entry_bytes,
+        budget,
+        fair_queue(upstream.exchange),
+        Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout),
+    )
+    permits = Permits(Limits(), turns)
+    probe = Probe(upstream)
+    metrics = Metrics(
+        __version__,
+        cache,
+        flights,
+        keys,
+        connections=lambda: len(server.clients),
+        upstream_requests=lambda: upstream.requests,
+        upstreams=lambda: [_upstream_state(upstream, probe, turns, metrics)],
+        queue=turns.snapshot,
+    )
+    flights.ended = metrics.count_flight
+    models = ModelWatch(probe, cache, flights, metrics.set_models)
+    pages = Pages(probe, cache, flights, metrics, permits)
+    routes = api.route_table(settings.max_object_bytes)
+    gate = Gate(settings, keys, routes)
+    proxy = Proxy(settings, gate, routes, cache, flights, permits, models, pages.answer)
+    access_log = AccessLog(writer, settings.log_level)
+
+    def done(record: Record) -> None:
+        metrics.count(record)
+        access_log(record)
+
+    take = partial(take_credential, keys.salt, settings.api_key_in_path)
+    server = Server(
+        proxy.handle,
+        proxy.render_error,
+        partial(parse_request_head, take_credential=take),
+        done,
+        _client_limits(settings),
+    )
+    certificate = startup.Certificate(settings) if settings.tls_cert_file else None
+    return Parts(
+        settings, keys, certificate, upstream, probe, models, flights, turns, metrics, server
+    )
+
+
+async def serve(parts: Parts) -> int:
+    """Serve until a signal; return the exit status."""
+    settings, server, keys = parts.settings, parts.server, parts.keys
+    asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
+    tls = parts.certificate.context if parts.certificate else None
+    try:
+        port = await server.listen(settings.listen_host, settings.listen_port, tls)
+    except OSError as error:
+        return startup.cannot_listen(settings, error)
+    signals = startup.Signals()
+    where = f"{settings.listen_scheme}://{address(settings.listen_host, port)}"
+    print(f"OllProx {__version__} listens on {where}")
+    print(startup.describe(settings, keys), flush=True)
+    if not len(keys):
+        print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
+    startup.tune_collector()
+    chores = [asyncio.create_task(chore) for chore in _chores(parts, signals)]
+    await signals.first.wait()
+    await stop(parts, signals)
+    for chore in chores:
+        chore.cancel()
+    await asyncio.wait(chores)
+    log.debug("%d tasks are left", len(asyncio.all_tasks()) - 1)  # without this one
+    return 0
+
+
+async def stop(parts: Parts, signals: startup.Signals) -> None:
+    """Let the answers under way end, at most until the second signal; then cut what is left."""
+    server, seconds = parts.server, parts.settings.drain_timeout
+    log.info("stopping: %d clients have %g s to finish", len(server.clients), seconds)
+    parts.turns.drain()
+    ends = [
+        asyncio.create_task(server.drain(seconds)),
+        asyncio.create_task(signals.second.wait()),
+    ]
+    await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+    await server.abort()
+    for task in ends:
+        task.cancel()
+    await asyncio.wait(ends)
+    await parts.upstream.close()
+
+
+def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, Any, None]]:
+    """Return what is done in the background, from the start to the end."""
+    settings, models = parts.settings, parts.models
+    reload = partial(_reload, parts.keys, parts.certificate)
+    yield repeat(1.0, partial(_tidy, parts.server, parts.upstream, parts.flights))
+    yield repeat(settings.key_refresh, reload, signals.reload)
+    yield _watch_lag(parts.metrics)
+    yield _report_upstream(parts.probe, parts.upstream.address)
+    if settings.model_refresh:
+        yield repeat(settings.model_refresh, models.refresh, models.due)
 
 
 def _make_upstream(settings: Settings) -> Upstream:
@@ -58,86 +192,31 @@ def _make_upstream(settings: Settings) -> Upstream:
     )
 
 
-async def run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
-    """Serve until a signal; return the exit status."""
-    upstream = _make_upstream(settings)
-    routes = api.route_table(settings.max_object_bytes)
-    budget = Budget(settings.cache_max_bytes)
-    cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
-    timeouts = Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout)
-    flights = Flights(settings.cache_max_entry_bytes, budget, upstream.exchange, timeouts)
-    metrics = Metrics(
-        __version__, cache, flights, keys, lambda: len(server.clients), lambda: upstream.requests
+def _client_limits(settings: Settings) -> ClientLimits:
+    return ClientLimits(
+        max_head=settings.max_head_bytes,
+        head_timeout=settings.head_timeout,
+        keepalive_timeout=settings.keepalive_timeout,
+        body_timeout=settings.body_timeout,
+        write_timeout=settings.write_timeout,
+        max_connections=startup.raise_file_limit(settings.max_connections),
     )
-    flights.ended = metrics.count_flight
-    probe = Probe(upstream)
-    models = ModelWatch(probe, cache, flights, metrics.know)
-    pages = Pages(settings.admin_labels, probe, cache, flights, metrics)
-    proxy = Proxy(settings, keys, upstream, routes, cache, flights, models, pages.answer)
-    access_log = AccessLog(writer, settings.log_level)
 
-    def done(record: Record) -> None:
-        metrics.count(record)
-        access_log(record)
 
-    server = Server(
-        proxy.handle,
-        proxy.render_error,
-        partial(
-            parse_request_head,
-            take_credential=partial(take_credential, keys.salt, settings.api_key_in_path),
-        ),
-        done,
-        Limits(
-            max_head=settings.max_head_bytes,
-            head_timeout=settings.head_timeout,
-            keepalive_timeout=settings.keepalive_timeout,
-            body_timeout=settings.body_timeout,
-            write_timeout=settings.write_timeout,
-            max_connections=startup.raise_file_limit(settings.max_connections),
-        ),
+def _upstream_state(
+    upstream: Upstream, probe: Probe, turns: Turns, metrics: Metrics
+) -> UpstreamState:
+    waiting = len(turns)
+    return UpstreamState(
+        upstream.address,
+        up=probe.up is not False,
+        running=max(0, metrics.running - waiting),
+        waiting=waiting,
+        errors=metrics.upstream_errors,
     )
-    certificate = startup.Certificate(settings) if settings.tls_cert_file else None
-    tls = certificate.context if certificate else None
-    asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
-    try:
-        port = await server.listen(settings.listen_host, settings.listen_port, tls)
-    except OSError as error:
-        return startup.cannot_listen(settings, error)
-    signals = startup.Signals()
-    where = f"{settings.listen_scheme}://{address(settings.listen_host, port)}"
-    print(f"OllProx {__version__} listens on {where}")
-    print(startup.describe(settings, keys), flush=True)
-    if not len(keys):
-        print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
-    startup.tune_collector()
-    reload = partial(_reload, keys, certificate)
-    chores = [
-        asyncio.create_task(_each(1.0, partial(_tidy, server, upstream, flights))),
-        asyncio.create_task(_each(settings.key_refresh, reload, signals.reload)),
-        asyncio.create_task(_watch_lag(metrics)),
-        asyncio.create_task(_report_upstream(probe, upstream.address)),
-    ]
-    if settings.model_refresh:
-        refresh = _each(settings.model_refresh, models.refresh, models.due)
-        chores.append(asyncio.create_task(refresh))
-    await signals.first.wait()
-    log.info(
-        "stopping: %d clients have %g s to finish", len(server.clients), settings.drain_timeout
-    )
-    drain = asyncio.create_task(server.drain(settings.drain_timeout))
-    second = asyncio.create_task(signals.second.wait())
-    await asyncio.wait({drain, second}, return_when=asyncio.FIRST_COMPLETED)
-    await server.abort()
-    for task in (drain, second, *chores):
-        task.cancel()
-    await asyncio.wait([drain, second, *chores])
-    await upstream.close()
-    log.debug("%d tasks are left", len(asyncio.all_tasks()) - 1)  # but for this one
-    return 0
 
 
-async def _each(
+async def repeat(
     seconds: float, chore: Callable[[], Awaitable[object]], soon: asyncio.Event | None = None
 ) -> None:
     """Run a chore now, every so many seconds, and whenever `soon` is set.
@@ -154,6 +233,10 @@ async def _each(
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await soon.wait()
+
+
+async def _run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
+    return await serve(build(settings, keys, writer))
 
 
 async def _tidy(server: Server, upstream: Upstream, flights: Flights) -> None:
@@ -178,7 +261,7 @@ async def _watch_lag(metrics: Metrics) -> None:
     while True:
         due = time.monotonic() + LAG_INTERVAL
         await asyncio.sleep(LAG_INTERVAL)
-        metrics.note_lag(max(0.0, time.monotonic() - due))
+        metrics.tick(max(0.0, time.monotonic() - due))
 
 
 async def _report_upstream(probe: Probe, address: str) -> None:
@@ -225,7 +308,7 @@ def main(arguments: list[str] | None = None) -> int:
             keys = startup.open_keys(settings)
             if chosen.check:
                 return asyncio.run(_check(settings, keys))
-            return asyncio.run(run(settings, keys, writer))
+            return asyncio.run(_run(settings, keys, writer))
         finally:
             writer.close()
     except SettingsError as error:

@@ -1,11 +1,10 @@
-"""Decide how each request is answered: whether it is let in, and from where its answer comes.
+"""Decide how each request is answered: from the cache, by a flight, or by a page of our own.
 
 Read `Proxy.handle` first.
 """
 
 import asyncio
 import hashlib
-import logging
 import math
 import re
 import time
@@ -13,18 +12,23 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
+from urllib.parse import unquote
 
 from answers.flight import Flight, Flights, Reader, Wants
+from answers.lists import only_allowed
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
+from answers.permits import Permit, Permits
 from answers.questions import EXAMPLE, Codec, Question, check_values
 from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
-from keystore import MAX_WRONG, NO_SCHEME, Key, KeyStore, WrongKeys
-from record import Record
-from settings import Origins, Settings, normalize_model
+from gate import WRONG_KEY, Admission, Gate, caller
+from keystore import Key
+from record import Outcome, Record
+from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.codings import coding_of, decompress
 from wire.http11 import (
@@ -37,9 +41,7 @@ from wire.http11 import (
     end_to_end,
     unpack,
 )
-from wire.upstream import FORWARDED, VIA, Upstream, loop_error
-
-log = logging.getLogger("ollprox")
+from wire.upstream import FORWARDED, VIA
 
 MAX_QUESTIONS = 512  # small bodies whose question is remembered
 MAX_KNOWN_BODY = 2048  # bytes of such a body
@@ -48,36 +50,45 @@ PARSERS = 2  # threads that parse larger ones
 
 
 @dataclass(frozen=True, slots=True)
-class Wishes:
+class CacheDirectives:
     """What a request says of caching (RFC 9111 section 5.2.1)."""
 
     max_age: float = math.inf  # seconds that an answer may be old
-    reload: bool = False  # `no-cache`: nothing that is there already
-    private: bool = False  # `no-store`: nothing is kept or shared
+    reload: bool = False  # `no-cache`: ask upstream
+    private: bool = False  # `no-store`: ask upstream, and neither store nor share the answer
     only_if_cached: bool = False
 
     @classmethod
-    def of(cls, head: Head) -> "Wishes":
-        """Read them off a head; Pragma counts where there is no Cache-Control."""
-        if head.names.isdisjoint(_WISHES):
-            return _NO_WISHES
+    def of(cls, head: Head) -> "CacheDirectives":
+        """Read them from a head; Pragma counts where there is no Cache-Control."""
+        if head.names.isdisjoint(_DIRECTIVES):
+            return _NO_DIRECTIVES
         value = head.get(b"cache-control")
         if value is None:
             value = head.get(b"pragma") or b""
-        said = {part.strip(b" \t").lower() for part in value.split(b",")}
-        ages = [match[1] for part in said if (match := _MAX_AGE.fullmatch(part))]
+        found = {part.strip(b" \t").lower() for part in value.split(b",")}
+        ages = [match[1] for part in found if (match := _MAX_AGE.fullmatch(part))]
         max_age = min(map(int, ages)) if ages else math.inf
         return cls(
             max_age=max_age,
-            reload=b"no-cache" in said or max_age == 0,
-            private=b"no-store" in said,
-            only_if_cached=b"only-if-cached" in said,
+            reload=b"no-cache" in found or max_age == 0,
+            private=b"no-store" in found,
+            only_if_cached=b"only-if-cached" in found,
         )
 
 
-_NO_WISHES = Wishes()
-_WISHES = frozenset({b"cache-control", b"pragma"})
+_NO_DIRECTIVES = CacheDirectives()
+_DIRECTIVES = frozenset({b"cache-control", b"pragma"})
 _MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
+
+
+class Decision(NamedTuple):
+    """Where the answer to a request comes from: it is stored, or else a flight brings it."""
+
+    outcome: Outcome
+    cache_status: bytes
+    stored: StoredAnswer | None = None
+    flight: Flight | None = None
 
 
 class Proxy:
@@ -85,164 +96,92 @@ class Proxy:
 
     Args:
         settings: what the user chose.
-        keys: which API keys are valid.
-        upstream: Ollama.
+        gate: lets requests in.
         routes: what is known of Ollama's API.
         cache: the stored answers.
         flights: the answers under way.
-        models: is told of requests that change models.
-        own: answers what OllProx answers by itself: by a page's name, for a key's label.
+        permits: lets generations begin.
+        models: knows the models' digests, and is told of requests that change models.
+        page: returns one of OllProx's own pages: by its name, for the caller's key.
 
     """
 
     def __init__(
         self,
         settings: Settings,
-        keys: KeyStore,
-        upstream: Upstream,
+        gate: Gate,
         routes: RouteTable,
         cache: Cache[StoredAnswer],
         flights: Flights,
+        permits: Permits,
         models: ModelWatch,
-        own: Callable[[str, Head, str], Awaitable[Response]],
+        page: Callable[[str, Head, Key | None], Awaitable[Response]],
     ) -> None:
         self.settings = settings
-        self._origins = Origins(settings.cors_origins)
-        self.keys = keys
-        self.upstream = upstream
+        self.gate = gate
         self.routes = routes
         self.cache = cache
         self.flights = flights
+        self.permits = permits
         self.models = models
-        self.own = own
+        self.page = page
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
-        self._wrong_keys = WrongKeys()
         self._parsers = ThreadPoolExecutor(PARSERS, "parse")  # not the pool that keys need
 
     async def handle(self, request: Request, record: Record) -> Response:
         """Answer a request. The head decides who is let in; then the body is read."""
         head = request.head
         record.method = _METHODS.get(head.method, "other")
-        record.headers = self._cors(head) if self.settings.cors_origins else ()
+        record.headers = self.gate.cors(head)
         if head.method == b"OPTIONS" and record.headers:
-            record.own = True
-            return self._preflight(head)
-        route, target = self._admit(head, record)
+            record.outcome = Outcome.PAGE
+            return self.gate.preflight(head)
+        admission = self.gate.admit(head, record.client)
+        route, key = admission.route, admission.key
+        self._note_route(record, head, route)
+        if key is not None:
+            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
         if route.page:
-            return await self.own(route.page, head, record.label or "")
+            return await self.page(route.page, head, key)
         record.headers += VIA
         if route.upload is not Upload.NONE:
-            return await self._upload(route, request, target, record)
+            return await self._upload(request, admission, record)
         question = await self._read_question(route, request)
         record.model = question.model or "-"
-        wishes = Wishes.of(head)
-        key = self._scoped_key(question, caller)
-        answer = self._look_up(key, wishes, record) if key is not None else None
-        if answer is not None:
-            return self._hit(answer, question, record)
-        flight = self._join_or_begin(key, wishes, question, head, route, target, record)
-        reader = flight.join(Wants.FOLD if question.folds else Wants.PIECES)
-        return await self._replay(reader, route.form, record)
+        _check_model(key, question, admission)
+        decision = self._decide(head, question, admission, record.request_id)
+        record.outcome, record.cache_status = decision.outcome, decision.cache_status
+        if decision.stored is not None:
+            return self._hit(decision.stored, question, record)
+        assert decision.flight is not None
+        reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
+        response = await self._replay(reader, route.form, record)
+        if route.lists and key is not None and key.models is not None:
+            only_allowed(response, route.lists, key.may_use)
+        return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
         """Write an error in the form of the API that was called."""
+        if head is not None and record.route == NO_ROUTE and (found := self.routes.find(head.path)):
+            self._note_route(record, head, found[0])
+        if head is not None and error.kind == WRONG_KEY:
+            record.wrong_key, record.caller = True, caller(head)
         form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
         return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
 
-    # Who gets in, and what is asked.
-
-    def _admit(self, head: Head, record: Record) -> tuple[Route, bytes, Key | None]:
-        """Check key, path and method by the head alone; return the route, its target, the key.
-
-        There is no key on a route that is open to all.
-        """
-        if b"via" in head.names and _goes_in_a_circle(head):
-            raise loop_error()
-        found = self.routes.find(head.path)
-        if found is None:
-            self._authenticate(head, record)
-            raise HTTPError(404, f"OllProx has no such path; {self.routes.hint(head.path)}")
-        route, target = found
+    def _note_route(self, record: Record, head: Head, route: Route) -> None:
+        """Note in the record what kind of request it is."""
         record.path = head.path[:MAX_SHOWN].decode()
-        record.route = (
-            head.path if head.path in self.routes.rows else route.target or b""
-        ).decode()
-        record.own, record.asks = route.page != "", route.generates
-        record.quiet = route.access is Access.OPEN
-        if head.method == b"OPTIONS":
-            raise _wrong_method(route)  # a browser that may not ask; no key comes with it
-        key = None if route.access is Access.OPEN else self._authenticate(head, record)
-        if head.method not in route.methods:
-            raise _wrong_method(route)
-        if route.access is Access.ADMIN and not (key and key.admin):
-            raise HTTPError(
-                403,
-                "managing models and the cache is for keys with the option admin, or whose label"
-                " is in ADMIN_LABELS; ask the operator",
-            )
-        return route, target, key
+        known = head.path if head.path in self.routes.rows else route.target or b""
+        record.route = known.decode()
+        record.generates = route.generates
+        if route.page:
+            record.outcome = Outcome.PAGE
+        # The probes of load balancers, and the polls of Prometheus and the dashboard.
+        record.quiet = route.page != "" and route.access is not Access.ADMIN
 
-    def _authenticate(self, head: Head, record: Record) -> Key:
-        """Return the caller's key, the first valid one presented. Raises HTTPError 401, 429."""
-        now = time.time()
-        for digest in head.credentials:
-            if (key := self.keys.find(digest, now)) is not None:
-                record.caller, record.label = key.label or digest.hex()[:8], key.label
-                return key
-        record.wrong_key = True
-        raise HTTPError(401, self._refusal(head, record, now), _CHALLENGES)
-
-    def _refusal(self, head: Head, record: Record, now: float) -> str:
-        """Say why no key lets the request in, and what would. Raises HTTPError 429."""
-        wrong = "there is no API key"
-        if presented := [digest for digest in head.credentials if digest != NO_SCHEME]:
-            record.caller = presented[0].hex()[:8]
-            if any(self.keys.expired(digest, now) for digest in presented):
-                return "the API key has expired; ask the operator for a new one"
-            for _ in presented:
-                self._slow_down(record)
-            wrong = "the API key is not valid"
-        if NO_SCHEME in head.credentials:
-            wrong += " (in Authorization, write Bearer before it)"
-        here = f"{self.settings.listen_scheme}://localhost:{self.settings.listen_port}"
-        return f"{wrong}: {_HOW_TO_SEND[self.routes.form(head.path)].format(here)}"
-
-    def _slow_down(self, record: Record) -> None:
-        """Count a wrong key. Raises HTTPError 429 beyond a few a minute from one address."""
-        count, left = self._wrong_keys.count(record.client)
-        if count == MAX_WRONG + 1:
-            log.warning("%s has sent %d wrong API keys within a minute", record.client, count)
-        if count > MAX_WRONG:
-            raise HTTPError(
-                429,
-                "too many wrong API keys from this address; a valid one is served at once",
-                ((b"Retry-After", b"%d" % math.ceil(left)),),
-            )
-
-    def _cors(self, head: Head) -> Headers:
-        """Return the headers that let a listed origin's page read the response."""
-        origin = head.get(b"origin")
-        if origin is None or not self._origins.allow(origin):
-            return ()
-        return (
-            (b"Access-Control-Allow-Origin", origin),
-            (b"Access-Control-Expose-Headers", b"Cache-Status, Age, X-Request-ID"),
-            (b"Vary", b"Origin"),
-        )
-
-    def _preflight(self, head: Head) -> Response:
-        """Answer what a browser asks before a request; no key comes with it."""
-        found = self.routes.find(head.path)
-        methods = b", ".join(found[0].methods) if found else b"GET, POST"
-        wanted = head.get(b"access-control-request-headers") or b""
-        allowed = [
-            (b"Access-Control-Allow-Methods", methods),
-            (b"Access-Control-Max-Age", b"600"),
-        ]
-        if _HEADER_NAMES.fullmatch(wanted):
-            allowed.append((b"Access-Control-Allow-Headers", wanted))
-        return Response(204, tuple(allowed), b"")
+    # What is asked.
 
     async def _read_question(self, route: Route, request: Request) -> Question:
         """Read the body and what it asks, where the route has one."""
@@ -271,122 +210,155 @@ class Proxy:
                 del self._questions[next(iter(self._questions))]
         return question
 
-    def _scoped_key(self, question: Question, caller: Key | None) -> bytes | None:
-        """Return the cache key in its scope; None where nothing may be kept or shared."""
-        key, settings = question.key, self.settings
+    def _scoped_key(self, question: Question, key: Key | None) -> bytes | None:
+        """Return the cache key in its scope; None where nothing may be stored or shared."""
+        settings = self.settings
         if settings.cache_only_deterministic and not question.deterministic:
             return None
-        if key is not None and caller is not None and settings.cache_per_key:
-            return hashlib.sha256(key + caller.scope).digest()
-        return key
+        if question.key is not None and settings.cache_per_key and key is not None:
+            return hashlib.sha256(question.key + key.scope).digest()
+        return question.key
 
-    # What is there already.
+    # Where the answer comes from.
 
-    def _look_up(self, key: bytes, wishes: Wishes, record: Record) -> StoredAnswer | None:
-        """Look in the cache; say in the record what came of it."""
-        record.outcome, record.cache_status = "miss", b"OllProx; fwd=miss"
-        if wishes.reload or wishes.private:
-            record.cache_status = b"OllProx; fwd=request"
-            return None
-        answer = self.cache.get(key)
+    def _decide(
+        self, head: Head, question: Question, admission: Admission, request_id: bytes
+    ) -> Decision:
+        """Find the answer, or begin to make it; at once, or two might begin the same.
+
+        Raises:
+            HTTPError: 429, 503 the caller may not begin a generation now; 504 the answer is not
+                in the cache, and nothing else was wanted.
+
+        """
+        directives = CacheDirectives.of(head)
+        cache_key = self._scoped_key(question, admission.key)
+        status = b"fwd=bypass"
+        if cache_key is not None:
+            answer, status = self._look_up(cache_key, directives)
+            if answer is not None:
+                return Decision(Outcome.HIT, status, stored=answer)
+            if (flight := self._find_flight(cache_key, directives)) is not None:
+                return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
+        if directives.only_if_cached:
+            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+        outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
+        flight_key = None if directives.private else cache_key
+        flight = self._begin(head, question, admission, request_id, flight_key)
+        return Decision(outcome, b"OllProx; " + status, flight=flight)
+
+    def _look_up(
+        self, cache_key: bytes, directives: CacheDirectives
+    ) -> tuple[StoredAnswer | None, bytes]:
+        """Return the stored answer if it may be used, and what Cache-Status says of it."""
+        if directives.reload or directives.private:
+            return None, b"fwd=request"
+        answer = self.cache.get(cache_key)
         if answer is None:
-            if self.cache.expire(key):
-                record.cache_status = b"OllProx; fwd=stale"
+            return None, b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
+        age = answer.age(time.time())
+        if age > directives.max_age:
+            return None, b"fwd=request"
+        return answer, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
+
+    def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
+        """Return the flight that a request may join."""
+        if directives.reload or directives.private:
             return None
-        if wishes.max_age < math.inf and answer.age(time.time()) > wishes.max_age:
-            record.cache_status = b"OllProx; fwd=request"
-            return None
-        return answer
+        return self.flights.find(cache_key, directives.max_age)
+
+    def _begin(
+        self,
+        head: Head,
+        question: Question,
+        admission: Admission,
+        request_id: bytes,
+        flight_key: bytes | None,
+    ) -> Flight:
+        """Begin a flight; the caller's key is charged. Raises HTTPError 429, 503."""
+        route, model = admission.route, normalize_model(question.model)
+        permit = None
+        if route.generates and not question.unloads and admission.key is not None:
+            permit = self.permits.admit(admission.key, model, question.size)
+        cacheable = question.key is not None
+        # The body is sent decompressed.
+        headers = FORWARDED if cacheable else _passed_on(head, without=_DECODED)
+        headers += ((b"X-Request-ID", request_id),)
+        return self.flights.begin(
+            flight_key,
+            Ask(
+                head.method,
+                admission.target,
+                headers,
+                question.body,
+                model=model,
+                ticket=permit.ticket if permit is not None else None,
+            ),
+            route.codec.notes if route.codec else progress_notes,
+            partial(self._store, flight_key) if flight_key is not None else None,
+            permit,
+        )
 
     def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
-        age = int(answer.age(time.time()))
-        ttl = max(0, int(self.cache.ttl) - age)
-        record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl
-        record.headers += ((b"Age", b"%d" % age),)
+        record.headers += ((b"Age", b"%d" % answer.age(time.time())),)
         record.usage = answer.usage
         headers = unpack(answer.packed)
         if question.folds:
             return Response(200, as_object(headers), answer.object)
         return Response(200, headers, answer.body)
 
-    # What has to be asked.
-
-    def _join_or_begin(
-        self,
-        key: bytes | None,
-        wishes: Wishes,
-        question: Question,
-        head: Head,
-        route: Route,
-        target: bytes,
-        record: Record,
-    ) -> Flight:
-        """Find a flight to join, or begin one; at once, or two might begin the same."""
-        shared = not (wishes.reload or wishes.private)
-        if key and shared and (flight := self.flights.find(key, wishes.max_age)) is not None:
-            record.outcome, record.cache_status = "collapsed", b"OllProx; fwd=miss; collapsed"
-            return flight
-        if wishes.only_if_cached:
-            record.outcome = "-"
-            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
-        if key is None:
-            record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
-        if wishes.private:
-            key = None
-        headers = (
-            FORWARDED
-            if question.key is not None
-            else _passed_on(head, without=_DECODED)  # the body is sent decompressed
-        )
-        headers += ((b"X-Request-ID", record.request_id),)
-        return self.flights.begin(
-            key,
-            Ask(head.method, target, headers, question.body, model=normalize_model(question.model)),
-            route.codec.notes if route.codec else progress_notes,
-            partial(self._store, key) if key is not None else None,
-            record.label if route.generates else None,
-        )
-
-    async def _upload(
-        self, route: Route, request: Request, target: bytes, record: Record
-    ) -> Response:
+    async def _upload(self, request: Request, admission: Admission, record: Record) -> Response:
         """Pass a request on whose body is streamed through unread, and its progress back."""
-        head = request.head
-        record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
+        head, route = request.head, admission.route
         limit = self.settings.max_body_bytes if route.upload is Upload.LIMITED else None
         if limit is not None and (head.length or 0) > limit:
             raise _too_large(limit)
+        permit = None
+        if route.generates and admission.key is not None:
+            permit = self.permits.admit(admission.key, "", 0)
         change = ModelChange(self.models) if route.manages else None
         body = _limited(request.pieces(), limit, change) if head.has_body else bytes
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
-        ask = Ask(head.method, target, headers, body, head.length)
-        label = record.label if route.generates else None
-        flight = self.flights.begin(None, ask, progress_notes, None, label)
+        ticket = permit.ticket if permit is not None else None
+        ask = Ask(head.method, admission.target, headers, body, head.length, ticket=ticket)
+        record.outcome, record.cache_status = Outcome.BYPASS, b"OllProx; fwd=bypass"
+        flight = self.flights.begin(None, ask, progress_notes, None, permit)
         response = self._replay(flight.join(), route.form, record)
         return await (response if change is None else _settled(response, change))
 
-    def _store(self, key: bytes, flight: Flight) -> bool:
+    def _store(self, cache_key: bytes, flight: Flight) -> bool:
         """Store a complete answer; return whether it was stored."""
-        answer = stored_answer(flight, flight.whole())
+        answer = stored_answer(flight, flight.whole(), self.models.digest(flight.model))
         if answer is None or answer.size > self.settings.cache_max_entry_bytes:
             return False
-        return self.cache.put(key, answer)
+        return self.cache.put(cache_key, answer)
 
     async def _replay(self, reader: Reader, form: Form, record: Record) -> Response:
         """Replay a flight to its reader, and note in the record what came of it."""
-        response = await replay(reader, form)
+        flight = reader.flight
+        try:
+            response = await replay(reader, form)
+        finally:
+            if flight.permit is not None:
+                record.queued = _queued(flight.permit, record)
         waited = isinstance(response.body, bytes)  # else it is not known yet
-        if waited and reader.flight.stored and record.outcome == "miss":
+        if waited and flight.stored and record.outcome is Outcome.MISS:
             record.cache_status += b"; stored"
+        if record.queued is not None:
+            duration = b"queue;dur=%.1f" % (record.queued * 1000)
+            record.headers += ((b"Server-Timing", duration),)
 
         def release() -> None:
-            record.shared = record.outcome == "collapsed" and reader.has_all
+            record.shared = record.outcome is Outcome.COLLAPSED and reader.has_all
+            record.usage = flight.usage
             reader.leave()
 
         response.release = release
         return response
 
 
+NO_ROUTE = Record.route
+_MISS = b"OllProx; fwd=miss"
 # Headers that go no further: they are about this connection, or about who the client is;
 # and codings, in which OllProx could not read an answer.
 _STOPPED = frozenset(
@@ -394,13 +366,30 @@ _STOPPED = frozenset(
     b" x-real-ip x-request-id".split()
 )
 _DECODED = frozenset({b"content-encoding"})
-_CHALLENGES: Headers = (  # two fields: some clients do not understand both in one
-    (b"WWW-Authenticate", b'Basic realm="OllProx"'),
-    (b"WWW-Authenticate", b"Bearer"),
-)
 _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
-_HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
+
+
+def _check_model(key: Key | None, question: Question, admission: Admission) -> None:
+    """Refuse a model that the key may not use. Raises HTTPError 403."""
+    if key is None or key.models is None:
+        return
+    route, model = admission.route, question.model
+    if route.names_model:
+        model = unquote(admission.target.rpartition(route.target or b"")[2].decode())
+    elif route.codec is None:
+        return
+    if question.ambiguous or not key.may_use(normalize_model(model)):
+        raise HTTPError(
+            403, "this API key may not use this model; GET /api/tags lists those that it may use"
+        )
+
+
+def _queued(permit: Permit, record: Record) -> float | None:
+    """Return the seconds that a request was queued; None if nothing bounds its key."""
+    if not permit.ticket.is_bounded:
+        return None
+    return max(0.0, min(permit.ticket.waited(), time.monotonic() - record.started))
 
 
 def _question_at_length(
@@ -478,16 +467,3 @@ def _passed_on(head: Head, *, without: frozenset[bytes] = frozenset()) -> Header
     via = head.get(b"via")
     ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
     return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)
-
-
-def _goes_in_a_circle(head: Head) -> bool:
-    """Whether a request has been here before."""
-    via = head.get(b"via")
-    return via is not None and any(
-        member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
-    )
-
-
-def _wrong_method(route: Route) -> HTTPError:
-    allowed = b", ".join(route.methods)
-    return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))

@@ -66,6 +66,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _count_or_off(text: str) -> int:
+    try:
+        return 0 if text == "0" else _count(text)
+    except ValueError:
+        raise ValueError("must be a number, or 0 to turn it off") from None
+
+
 def _port(text: str) -> int:
     if not re.fullmatch(r"\d{1,5}", text, re.ASCII) or not 1 <= int(text) <= 65535:
         raise ValueError("must be a port from 1 to 65535")
@@ -199,6 +206,9 @@ class Settings:
     api_key_salt: str = _setting("", str, secret=True)
     key_refresh: float = _setting(10.0, _seconds)
     key_defaults: str = _setting("", str)
+    max_generations: int = _setting(0, _count_or_off)
+    queue_max: int = _setting(100, _count)
+    queue_timeout: float = _setting(600.0, _seconds)
     cache_ttl: float = _setting(3600.0, _seconds_or_off)
     cache_max_bytes: int = _setting(256 << 20, _positive_size)
     cache_max_entry_bytes: int = _setting(8 << 20, _positive_size)

@@ -21,6 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from answers.notes import REPORTED, Notes
+from answers.permits import Permit
 from cache import Budget
 from record import NO_USAGE
 from wire.http11 import Ask, Exchange, Headers, HTTPError, Response, Truncated
@@ -86,7 +87,7 @@ class Flight:
         ask: what is asked.
         notes: makes the notes on the answer.
         store: stores a complete answer and returns whether it did; None to store nothing.
-        caller: the label of the key that asked for it; None if it is not a model's answer.
+        permit: lets a model generate it; None if it is not a model's answer.
 
     """
 
@@ -97,11 +98,11 @@ class Flight:
         ask: Ask,
         notes: MakeNotes,
         store: Callable[["Flight"], bool] | None,
-        caller: str | None,
+        permit: Permit | None,
     ) -> None:
         self.key = key
         self.model = ask.model
-        self.caller = caller
+        self.permit = permit
         self.number = next(_numbers)
         self.began = time.monotonic()
         self.source = Source.GENERATED
@@ -275,6 +276,8 @@ class Flight:
             self._store_answer(self._store)
         self.ending = ending
         self._flights.remove(self)
+        if self.permit is not None:
+            self.permit.end(self.usage)
         self._flights.ended(self)
         self._wake_readers(everyone=True)
 
@@ -525,7 +528,7 @@ class Reader:
         if (error := self._error or self.flight.error) is not None:
             # A fresh one: one instance raised by many readers would grow its traceback.
             raise HTTPError(
-                error.status, error.message, body=error.body, kind=error.kind
+                error.status, error.message, error.headers, error.body, error.kind
             ) from error
 
     async def _wait(self) -> None:
@@ -584,10 +587,10 @@ class Flights:
         ask: Ask,
         notes: MakeNotes,
         store: Callable[[Flight], bool] | None = None,
-        caller: str | None = None,
+        permit: Permit | None = None,
     ) -> Flight:
         """Begin a flight; see `Flight`. Its first reader must join before any `await`."""
-        flight = Flight(self, key, ask, notes, store, caller)
+        flight = Flight(self, key, ask, notes, store, permit)
         self._by_key.setdefault(key, []).append(flight)
         return flight
 

@@ -158,6 +158,10 @@ class ModelWatch:
         """Whether Ollama answered when it was last asked; None before that."""
         return self._probe.up
 
+    def digest(self, model: str) -> str:
+        """Return the digest of a model, by its normalized name; empty if it is not known."""
+        return (self._digests or {}).get(model, "")
+
     async def refresh(self) -> bool:
         """Drop the answers of every model whose digest has changed since the last call.
 

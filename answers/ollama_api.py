@@ -82,6 +82,8 @@ class Route:
     page: str = ""
     generates: bool = False  # a model works for it, so that it needs a turn
     manages: bool = False  # it changes models, so that stored answers may become wrong
+    lists: str = ""  # the name of the list of models in the answer
+    names_model: bool = False  # the suffix is the name of a model
 
     @property
     def takes_compressed(self) -> bool:
@@ -180,7 +182,7 @@ def _native_rows(max_object: int) -> dict[bytes, Route]:
         b"/api/embed": embed,
         b"/api/embeddings": old_embed,
     }
-    reads = (b"/", VERSION, TAGS, b"/api/ps", b"/api/status")
+    reads = (b"/", VERSION, b"/api/status")
     recommendations = b"/api/experimental/model-recommendations"
     return {
         **{
@@ -189,6 +191,7 @@ def _native_rows(max_object: int) -> dict[bytes, Route]:
         },
         b"/api/show": Route(_POST, b"/api/show", PassThrough()),
         **{path: Route(_GET, path) for path in (*reads, recommendations)},
+        **{path: Route(_GET, path, lists="models") for path in (TAGS, b"/api/ps")},
     }
 
 
@@ -208,8 +211,10 @@ def _v1_rows() -> dict[bytes, Route]:
         },
         messages: Route(_POST, messages, PassThrough(), form=Form.ANTHROPIC, generates=True),
         count: Route(_POST, count, PassThrough(), form=Form.ANTHROPIC),
-        b"/v1/models": Route(_GET, b"/v1/models", form=Form.OPENAI),
-        b"/v1/models/": Route(_GET, b"/v1/models/", form=Form.OPENAI, suffix=_MODEL),
+        b"/v1/models": Route(_GET, b"/v1/models", form=Form.OPENAI, lists="data"),
+        b"/v1/models/": Route(
+            _GET, b"/v1/models/", form=Form.OPENAI, suffix=_MODEL, names_model=True
+        ),
     }
 
 
@@ -265,5 +270,6 @@ def _page_rows() -> dict[bytes, Route]:
         b"/dashboard": Route(_GET, None, access=Access.OPEN, page="dashboard"),
         b"/metrics": Route(_GET, None, page="metrics"),
         b"/metrics.json": Route(_GET, None, page="view"),
+        b"/whoami": Route(_GET, None, page="whoami"),
         b"/cache": Route((b"DELETE",), None, access=Access.ADMIN, page="drop"),
     }

@@ -56,6 +56,10 @@ class Question:
     relayed: bool
     deterministic: bool
     ambiguous: bool = False
+    unloads: bool = False
+    """It only frees the model's memory, so no model works for it."""
+    size: int = 0
+    """Bytes of the body that `body` returns, about."""
     folds: bool = field(init=False)
     """The client gets upstream's stream as one object."""
 
@@ -106,6 +110,8 @@ class Native:
             relayed=not cacheable,
             deterministic=is_deterministic(value.get("options")),
             ambiguous=ambiguous,
+            unloads=not value.get(self.input_name) and _is_zero(value.get("keep_alive")),
+            size=len(body),
         )
 
     def notes(self, response: Response) -> Notes:
@@ -145,6 +151,7 @@ class PassThrough:
             relayed=True,
             deterministic=not self.samples or is_deterministic(value),
             ambiguous=ambiguous,
+            size=len(body),
         )
 
     def notes(self, response: Response) -> Notes:
@@ -284,6 +291,13 @@ def _has_case_twins(value: object) -> bool:
 def _keeps_state(value: dict[str, Any]) -> bool:
     """Return true if a request to `/v1/responses` uses or leaves a conversation on the server."""
     return value.get("store") is True or value.get("previous_response_id") is not None
+
+
+def _is_zero(keep_alive: object) -> bool:
+    """Return true for a `keep_alive` that unloads the model: 0 as a number or as a duration."""
+    if isinstance(keep_alive, str):
+        return re.fullmatch(r"[+-]?0+(?:\.0*)?(?:ns|us|ms|s|m|h)?", keep_alive) is not None
+    return type(keep_alive) in {int, float} and keep_alive == 0
 
 
 def _too_deep() -> HTTPError:

@@ -84,6 +84,7 @@ class Turns:
         budget: Budget,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.slots = slots
         self.queue_timeout = queue_timeout
         self.clock = clock
         self._queue_max = queue_max
@@ -205,6 +206,11 @@ class Ticket:
     def slot(self) -> object:
         """The slot of its turn, None before."""
         return self.turn.slot
+
+    @property
+    def is_bounded(self) -> bool:
+        """Whether it may have had to wait: slots are limited, or its key's turns are."""
+        return self._turns.slots.total > 0 or self.turn.key.running is not None
 
     @property
     def had_turn(self) -> bool:

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 HTML = (ROOT / "watch" / "dashboard.html").read_text()
 CHROMIUM = shutil.which("chromium")
 URL = "http://dashboard.test/dashboard"
-NOW = 1_790_000_041.5  # seconds; any time will do
+NOW = 1_790_000_081.5  # seconds; any time will do
 
 
 def _sha256(tag: str) -> str:
@@ -40,13 +40,45 @@ def _minutes() -> list[dict[str, int]]:
     dice = random.Random(7)
     minutes = []
     for ago in (ago for ago in range(59, -1, -1) if ago not in {44, 43, 42, 29}):
-        answers = dice.randint(12, 40) if ago else 9
+        answers = dice.randint(12, 40) if ago else 21
         hits = round(answers * min(0.9, 0.35 + 0.006 * (60 - ago) + dice.uniform(-0.12, 0.12)))
-        start = int(NOW // 60 * 60) - 60 * ago
+        joined = min(answers - hits, dice.randint(0, 5))
         minutes.append(
-            {"start": start, "answers": answers, "hits": hits, "tokens": 150 * (answers - hits)}
+            {
+                "start": int(NOW // 60 * 60) - 60 * ago,
+                "hit": hits,
+                "collapsed": joined,
+                "miss": answers - hits - joined,
+                "bypass": dice.randint(0, 2),
+                "refused": 3 if ago == 20 else 0,
+                "tokens": 150 * (answers - hits),
+                "errors": 3 if ago == 41 else 0,
+            }
         )
     return minutes
+
+
+def _requests() -> list[dict[str, Any]]:
+    dice = random.Random(11)
+    rows = []
+    for number in range(40):
+        outcome = dice.choices(("hit", "miss", "collapsed", "refused"), (10, 5, 2, 1))[0]
+        generated = outcome in {"miss", "collapsed"}
+        rows.append(
+            {
+                "time": NOW - 3.7 * number - dice.random(),
+                "label": dice.choice(("Mary", "Mary", "nightly reports", "home assistant")),
+                "route": dice.choice(("/api/chat", "/v1/chat/completions", "/call_model")),
+                "model": dice.choice(("llama3.1:8b", "llama3.1:8b", "qwen3:4b")),
+                "outcome": outcome,
+                "status": 429 if outcome == "refused" else 200,
+                "queued": round(dice.random() * 3, 3) if generated else None,
+                "first_byte": round(0.3 + dice.random() * 2, 4) if generated else 0.0004,
+                "seconds": round(3 + dice.random() * 14, 4) if generated else 0.0006,
+                "tokens": 0 if outcome == "refused" else dice.randint(20, 600),
+            }
+        )
+    return rows
 
 
 def busy() -> dict[str, Any]:
@@ -56,9 +88,11 @@ def busy() -> dict[str, Any]:
         "now": NOW,
         "started": NOW - 9_432.2,
         "rows_by_label": True,
+        "may_drop": True,
+        "label": "Mary",
         "answers": {"hit": 2304, "miss": 1412, "collapsed": 197, "bypass": 31, "refused": 14},
         "saved": {"answers": 2501, "tokens": 812_044, "gpu_seconds": 18_912.4},
-        "generated": {"tokens": 489_321, "lines": 490_764},
+        "generated": {"tokens": 489_321, "prompt_tokens": 1_203_884, "lines": 490_764},
         "cache": {
             "entries": 1342,
             "bytes": 81_234_560,
@@ -68,6 +102,15 @@ def busy() -> dict[str, Any]:
         },
         "keys": 6,
         "connections": 17,
+        "upstreams": [
+            {"host": "127.0.0.1:11434", "up": True, "running": 3, "waiting": 2, "errors": 3}
+            | {"models": ["llama3.1:8b", "qwen3:4b"]}
+        ],
+        "queue_depth": 2,
+        "waiting": [
+            {"position": 1, "model": "llama3.1:8b", "label": "home assistant", "seconds": 2.2},
+            {"position": 2, "model": "qwen3:4b", "label": "nightly reports", "seconds": 31.7},
+        ],
         "running": [
             {"id": 7, "model": "llama3.1:8b", "label": "Mary", "seconds": 21.4}
             | {"lines": 640, "readers": 3},
@@ -77,32 +120,53 @@ def busy() -> dict[str, Any]:
             | {"lines": 0, "readers": 1},
         ],
         "minutes": _minutes(),
+        "latency": [
+            {"outcome": "hit", "requests": 1204, "first_byte": [0.0004, 0.0011]}
+            | {"total": [0.0006, 0.0019]},
+            {"outcome": "miss", "requests": 612, "first_byte": [0.412, 2.87]}
+            | {"total": [8.31, 21.4]},
+            {"outcome": "collapsed", "requests": 97, "first_byte": [0.0021, 1.36]}
+            | {"total": [5.05, 17.9]},
+        ],
         "models": [
-            {"model": "llama3.1:8b", "requests": 2611, "saved": 1788, "tokens": 301_400},
-            {"model": "qwen3:4b", "requests": 904, "saved": 425, "tokens": 187_921},
-            {"model": "nomic-embed-text", "requests": 429, "saved": 288, "tokens": 0},
+            _use(2611, 1788, 702_114, 301_400, model="llama3.1:8b"),
+            _use(904, 425, 391_020, 187_921, model="qwen3:4b"),
+            _use(429, 288, 110_750, 0, model="nomic-embed-text"),
         ],
         "labels": [
-            {"label": "Mary", "requests": 1920, "saved": 1302, "tokens": 240_100},
-            {"label": "nightly reports", "requests": 1211, "saved": 801, "tokens": 161_804},
-            {"label": "home assistant", "requests": 790, "saved": 395, "tokens": 86_300},
-            {"label": "", "requests": 23, "saved": 3, "tokens": 1117},
+            _use(1920, 1302, 590_321, 240_100, label="Mary"),
+            _use(1211, 801, 402_804, 161_804, label="nightly reports"),
+            _use(790, 395, 208_100, 86_300, label="home assistant"),
+            _use(23, 3, 2_659, 1117, label=""),
+        ],
+        "limits": [
+            {"label": "nightly reports", "name": "tokens=200000/day", "used": 161_804}
+            | {"allowed": 200_000, "resets": 30_144.0},
+            {"label": "home assistant", "name": "rate=60/hour", "used": 12, "allowed": 60}
+            | {"resets": 912.0},
         ],
         "errors": [
             {"what": "Ollama could not be reached", "count": 3},
             {"what": "refused with 401", "count": 2},
         ],
+        "requests": _requests(),
     }
+
+
+def _use(requests: int, saved: int, prompt: int, tokens: int, **name: str) -> dict[str, Any]:
+    figures = {"requests": requests, "saved": saved, "prompt_tokens": prompt, "tokens": tokens}
+    return {**name, **figures}
 
 
 @dataclass
 class Stage:
-    """What `metrics.json` answers, and what it was asked."""
+    """What `metrics.json` answers, and what it was asked; `dropped` are the URLs of DELETEs."""
 
     metrics: Any = field(default_factory=busy)
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     asked: list[Request] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
     let_go: asyncio.Event | None = None  # what the next answers wait for
 
     async def serve(self, page: Page) -> None:
@@ -115,12 +179,19 @@ class Stage:
             ),
         )
         await page.route("**/metrics.json", self._answer)
+        await page.route(re.compile("/cache"), self._drop)
 
     async def count(self, page: Page) -> int:
         """Count what was asked until now: an own request comes behind all others."""
         await page.evaluate("fetch('metrics.json').then((answer) => answer.text())")
         self.asked.pop()
         return len(self.asked)
+
+    async def _drop(self, route: Route) -> None:
+        assert route.request.method == "DELETE"
+        assert (await route.request.all_headers())["apikey"] == "any"
+        self.dropped.append(route.request.url)
+        await route.fulfill(json={"dropped": 7})
 
     async def _answer(self, route: Route) -> None:
         self.asked.append(route.request)

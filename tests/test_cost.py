@@ -17,21 +17,15 @@ from typing import Any
 import pytest
 from client import KEY
 from conftest import SOURCES
+from parts import make_proxy, make_upstream
 
-from answers.flight import Flights
-from answers.models import ModelWatch, Probe
-from answers.ollama_api import route_table
-from answers.stored import StoredAnswer
-from cache import Budget, Cache
-from keystore import Key, KeyStore, take_credential
-from proxy import Proxy
+from keystore import take_credential
 from record import Record
-from settings import Settings
 from watch.metrics import Metrics
 from watch.telemetry import AccessLog, LineWriter
-from wire.http11 import Head, KnownHeads, Response, parse_request_head, parse_response_head
+from wire.http11 import KnownHeads, parse_request_head, parse_response_head
 from wire.server import Limits, Server, _Client
-from wire.upstream import Upstream, _Connection, _CountingReader
+from wire.upstream import _Connection, _CountingReader
 
 # Calls of functions in OllProx's own files, tasks, and timers, for one of each.
 KEPT = {
@@ -89,33 +83,21 @@ class Bench:
     """OllProx between two wires."""
 
     def __init__(self) -> None:
-        keys = KeyStore.open(None, b"")
-        keys.admit(KEY.encode(), "tester")
-        self.upstream = Upstream(
-            "nowhere", 1, "nowhere", connect_timeout=5, first_byte_timeout=5, idle_timeout=5
-        )
-        budget = Budget(1 << 24)
-        cache: Cache[StoredAnswer] = Cache(budget, 3600)
-        flights = Flights(1 << 20, budget, self.upstream.exchange)
-        metrics = Metrics("0", cache, flights, keys)
-        flights.ended = metrics.count_flight
-        metrics.know(["llama2:latest"])
+        self.upstream = make_upstream()
+        made = make_proxy(self.upstream)
+        metrics = Metrics("0", made.cache, made.flights, made.keys)
+        made.flights.ended = metrics.count_flight
+        metrics.set_models(["llama2:latest"])
         self.writer = LineWriter(os.open(os.devnull, os.O_WRONLY))
         access_log = AccessLog(self.writer, "INFO")
-
-        async def own(name: str, head: Head, key: Key | None) -> Response:
-            raise NotImplementedError
 
         def done(record: Record) -> None:
             metrics.count(record)
             access_log(record)
 
-        models = ModelWatch(Probe(self.upstream), cache, flights, metrics.know)
-        table = route_table(1 << 20)
-        proxy = Proxy(Settings(), keys, self.upstream, table, cache, flights, models, own)
-        parse = partial(
-            parse_request_head, take_credential=partial(take_credential, keys.salt, False)
-        )
+        proxy = made.proxy
+        take = partial(take_credential, made.keys.salt, False)
+        parse = partial(parse_request_head, take_credential=take)
         self.server = Server(proxy.handle, proxy.render_error, parse, done, Limits())
         self.server.parse_head = KnownHeads(parse, check=False)
         self.upstream._parse = KnownHeads(parse_response_head, check=False)

@@ -16,7 +16,6 @@ from standin import StandIn
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 POLL = 2000  # milliseconds, as the page has it
 PATIENCE = 5000  # milliseconds, as the page has it
-NONE = "\N{EN DASH}"
 expect.set_options(timeout=20_000)  # milliseconds: a busy machine is no fault of the page's
 
 
@@ -84,10 +83,49 @@ async def test_what_ollama_generates_is_seen_while_it_grows(
     await expect(page.locator("#answers")).to_have_text("2")
     await expect(page.locator("#hits")).to_have_text("1")
     await expect(page.locator("#labels tr")).to_contain_text("tester")
-    await expect(page.locator("#ratio .end")).to_have_text(
-        re.compile(f"50%|100%|{NONE}")
-    )  # a new minute may have begun between or after them
+    hits = page.locator("#requests tr", has_text="hit")
+    await expect(hits).to_have_count(1)
+    await expect(hits).to_contain_text("tester")
+    await expect(hits).to_contain_text("llama2")
     assert failures == []
+
+
+async def test_an_ollama_that_goes_away_and_comes_back_is_seen(
+    page: Page, launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH="0.1")
+    await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
+    await enter(page, KEY)
+    badge = page.get_by_role("status").filter(has_text="Ollama")
+    await expect(badge).to_have_text("Ollama is up")
+    await ollama.stop()
+    await expect(badge).to_have_text("Ollama is down")
+    await expect(page.locator("#upstreams td").first).to_have_text("down")
+    await ollama.start(port=ollama.port)
+    await expect(badge).to_have_text("Ollama is up")
+
+
+async def test_an_admin_drops_the_stored_answers_of_a_model(
+    page: Page, launch: Start, ollama: StandIn, tmp_path: Path
+) -> None:
+    keys = tmp_path / "two.txt"
+    keys.write_text(f"{KEY}  # tester\nanother-key  # other\n")
+    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=keys, ADMIN_LABELS="tester")
+    await ollama.until(lambda: bool(ollama.asked("/api/tags")))
+    for prompt in ("a", "b"):
+        await ask(program.port, "POST", "/call_model", question(prompt))
+    await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
+    await enter(page, KEY)
+    await page.locator("#which").select_option("llama2")
+    await page.get_by_role("button", name="Drop them …").click()
+    await page.get_by_role("dialog").get_by_role("button", name="Drop them").click()
+    await expect(page.locator("#dropped")).to_have_text("2 answers dropped.")
+    await expect(page.locator("#cache")).to_contain_text("0 answers")
+    await page.get_by_role("button", name="Forget the key").click()
+    await page.keyboard.type("another-key")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#cache")).to_contain_text("0 answers")
+    await expect(page.locator("#drop")).to_be_hidden()
 
 
 async def test_a_wrong_key_is_said_to_be_wrong(
@@ -105,7 +143,7 @@ async def test_a_wrong_key_is_said_to_be_wrong(
     await page.keyboard.type(key)
     await page.keyboard.press("Enter")
     await expect(page.locator("#answers")).to_have_text("0")
-    await expect(page.get_by_text("Rows by key are for the keys of ADMIN_LABELS.")).to_be_visible()
+    await expect(page.get_by_text("Only this key's label.")).to_be_visible()
 
 
 async def test_figures_are_old_while_ollprox_is_away(
@@ -238,21 +276,142 @@ async def test_nothing_is_asked_while_the_tab_is_hidden(page: Page, stage: Stage
     await expect(page.locator("#hits")).to_have_text("2,305")
 
 
-async def test_minutes_without_answers_have_no_bar(page: Page, stage: Stage) -> None:
+async def test_both_charts_show_the_same_minutes(page: Page, stage: Stage) -> None:
     start = int(stage.metrics["now"] // 60 * 60)
+    none = dict.fromkeys(("hit", "collapsed", "miss", "bypass", "refused", "tokens", "errors"), 0)
     stage.metrics["minutes"] = [
-        {"start": start - 59 * 60, "answers": 4, "hits": 1, "tokens": 0},
-        {"start": start - 60, "answers": 2, "hits": 0, "tokens": 1200},
-        {"start": start, "answers": 0, "hits": 0, "tokens": 0},
+        {**none, "start": start - 59 * 60, "hit": 1, "miss": 3},
+        {**none, "start": start - 60, "collapsed": 2, "tokens": 1200, "errors": 1},
+        {**none, "start": start, "tokens": 600},  # the minute is 41.5 s old
     ]
     await enter(page, "any")
-    await expect(page.locator("#ratio .end")).to_have_text(NONE)
-    await expect(page.locator("#speed .end")).to_have_text("20/s")
-    bars = "rects => rects.map(r => Number(r.getAttribute('height'))).map(h => h && [h])"
-    ratio = await page.locator("#ratio rect").evaluate_all(bars)
-    assert ratio == [[25], *[0] * 57, [1.5], 0]
-    speed = await page.locator("#speed rect").evaluate_all(bars)
-    assert speed == [*[0] * 58, [100], 0]
+    requests, tokens = page.locator("#outcomes-at"), page.locator("#speed-at")
+    now = ["14:14, so far", "hit 0", "joined 0", "miss 0", "bypass 0", "refused 0"]
+    await expect(requests.locator("li")).to_have_text(now)
+    speed = ["14:14, so far", "tokens per second 14.5", "errors of Ollama 0"]
+    await expect(tokens.locator("li")).to_have_text(speed)
+    bars = (
+        "rects => rects.map(r => [r.getAttribute('class'), Math.floor(r.getAttribute('x')),"
+        " Number(r.getAttribute('height'))])"
+    )
+    assert await page.locator("#outcomes rect:not(.mark)").evaluate_all(bars) == [
+        ["hit", 0, 20],  # of the scale's 5
+        ["miss", 0, 60],
+        ["collapsed", 58, 40],
+    ]
+    drawn = await page.locator("#speed rect:not(.mark)").evaluate_all(bars)
+    assert [(name, at) for name, at, _ in drawn] == [("hit", 58), ("error", 58), ("hit", 59)]
+    await page.get_by_role("slider", name="Requests per minute").focus()
+    await page.keyboard.press("ArrowLeft")
+    before = ["14:13", "hit 0", "joined 2", "miss 0", "bypass 0", "refused 0"]
+    await expect(requests.locator("li")).to_have_text(before)
+    await expect(tokens).to_contain_text("14:13tokens per second 20errors of Ollama 1")
+    said = "14:13: hit 0, joined 2, miss 0, bypass 0, refused 0"
+    await expect(page.locator("#outcomes")).to_have_attribute("aria-valuetext", said)
+    await page.keyboard.press("Home")
+    await expect(requests).to_contain_text("13:15hit 1")
+    await page.clock.run_for(POLL)  # new figures leave the minute where it is
+    await expect(requests).to_contain_text("13:15hit 1")
+    box = await page.locator("#speed").bounding_box()
+    assert box is not None
+    await page.mouse.move(box["x"] + box["width"] * 58.5 / 60, box["y"] + 9)
+    await expect(requests).to_contain_text("14:13hit 0")
+    await expect(tokens).to_contain_text("14:13tokens per second 20")
+    await page.mouse.move(1, 1)
+    await expect(requests.locator("li")).to_have_text(now)
+
+
+async def test_requests_are_found_by_outcome_key_model_and_route(page: Page, stage: Stage) -> None:
+    await enter(page, "any")
+    rows = page.locator("#requests tr")
+    await expect(rows).to_have_count(40)
+    every = stage.metrics["requests"]
+    joined = [row for row in every if row["outcome"] == "collapsed"]
+    await page.get_by_label("Outcome", exact=True).select_option("joined")
+    await expect(rows).to_have_count(len(joined))
+    await expect(page.locator("#matching")).to_contain_text(f"{len(joined)} of the latest 40")
+    await page.get_by_label("Key, model or route").fill("MARY")
+    of_mary = [row for row in joined if row["label"] == "Mary"]
+    await expect(rows).to_have_count(len(of_mary))
+    await page.clock.run_for(POLL)
+    await expect(rows).to_have_count(len(of_mary))
+    await page.get_by_label("Key, model or route").fill("no such thing")
+    await expect(rows).to_have_text("None.")
+
+
+async def test_nothing_is_dropped_before_the_question_is_answered(page: Page, stage: Stage) -> None:
+    await enter(page, "any")
+    await page.get_by_role("button", name="Drop them …").press("Enter")
+    dialog = page.get_by_role("dialog", name="Drop all 1,342 stored answers?")
+    await expect(dialog.get_by_role("button", name="Keep them")).to_be_focused()
+    await page.keyboard.press("Enter")
+    await expect(dialog).to_be_hidden()
+    await page.locator("#which").select_option("qwen3:4b")
+    await page.get_by_role("button", name="Drop them …").press("Enter")
+    await page.keyboard.press("Escape")
+    assert stage.dropped == []
+    await page.get_by_role("button", name="Drop them …").press("Enter")
+    await expect(page.get_by_role("dialog", name="of qwen3:4b?")).to_be_visible()
+    await page.get_by_role("dialog").get_by_role("button", name="Drop them").press("Enter")
+    await expect(page.locator("#dropped")).to_have_text("7 answers dropped.")
+    assert [url.partition("/cache")[2] for url in stage.dropped] == ["?model=qwen3%3A4b"]
+
+
+async def test_the_tab_remembers_a_key_only_if_asked(page: Page, stage: Stage) -> None:
+    await enter(page, "any")
+    await expect(page.locator("#hits")).to_be_visible()
+    await page.reload()
+    await expect(page.get_by_label("API key")).to_be_visible()
+    await page.get_by_label("Remember it in this tab").check()
+    await page.get_by_label("API key").fill("any")
+    await page.keyboard.press("Enter")
+    await expect(page.locator("#hits")).to_be_visible()
+    await page.reload()
+    await expect(page.locator("#hits")).to_be_visible()
+    await page.get_by_role("button", name="Forget the key").click()
+    await page.reload()
+    await expect(page.get_by_label("API key")).to_be_visible()
+    assert await page.evaluate("sessionStorage.length + localStorage.length") == 0
+
+
+async def test_a_password_manager_knows_the_field(page: Page, stage: Stage) -> None:
+    field = page.get_by_label("API key")
+    await expect(field).to_have_attribute("autocomplete", "current-password")
+    assert await page.locator("#login [name]").count() == 0  # nothing can reach a URL
+
+
+async def test_the_heading_stays_in_view(page: Page, stage: Stage) -> None:
+    await page.set_viewport_size({"width": 360, "height": 500})
+    await enter(page, "any")
+    await expect(page.locator("#figures")).to_be_focused()
+    await expect(page.get_by_role("heading", name="OllProx")).to_be_in_viewport()
+    assert await page.evaluate("scrollY") == 0
+
+
+@pytest.mark.parametrize(("up", "said"), [((), ""), ((1, 0), "1 of 2 Ollamas are up")])
+async def test_the_badge_counts_what_is_up(
+    page: Page, stage: Stage, up: tuple[int, ...], said: str
+) -> None:
+    one = stage.metrics["upstreams"][0]
+    stage.metrics["upstreams"] = [{**one, "up": bool(each)} for each in up]
+    await enter(page, "any")
+    await expect(page.locator("#hits")).to_be_visible()
+    await expect(page.locator("#badge")).to_have_text(said)
+
+
+async def test_who_waits_is_listed_in_the_order_of_turns(page: Page, stage: Stage) -> None:
+    await enter(page, "any")
+    rows = page.locator("#waiting tr")
+    await expect(rows).to_have_text(
+        [
+            re.compile("^nextllama3.1:8bhome assistant2s$"),
+            re.compile("^2qwen3:4bnightly reports32s$"),
+        ]
+    )
+    stage.metrics |= {"waiting": [], "rows_by_label": False}
+    await page.clock.run_for(POLL)
+    await expect(rows).to_have_text("None with this key's label.")
+    await expect(page.locator("#depth")).to_contain_text("2 requests")
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -264,5 +423,11 @@ async def test_it_fits_a_phone_in_light_and_in_dark(page: Page, stage: Stage, sc
     await enter(page, "any")
     await expect(page.locator("#hits")).to_be_visible()
     assert await page.evaluate("document.documentElement.scrollWidth") <= 360
+    cut = """() => [...document.querySelectorAll("tbody *")].filter((cell) => {
+        const box = cell.getBoundingClientRect();
+        return cell.checkVisibility() && (box.left < 0 || box.right > 360 || !box.width);
+    }).map((cell) => cell.textContent)"""
+    assert await page.evaluate(cut) == []  # no column is out of sight
+    await expect(page.locator("#requests tr").first).to_contain_text("/v1/chat/completions")
     colour = await page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert all((int(part) < 64) == (scheme == "dark") for part in re.findall(r"\d+", colour))

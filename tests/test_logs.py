@@ -11,8 +11,11 @@ from client import KEY, Client, ask, question, raw, request
 from conftest import Program, Start
 from standin import Seen, StandIn
 
+from record import Record
+from watch.telemetry import format_as_json, format_record
+
 FIELDS = ["id", "client", "key", "method", "path", "model", "status", "cache", "bytes"]
-FIELDS += ["first_byte", "total"]
+FIELDS += ["queued", "first_byte", "total"]
 MADE = re.compile(r"[0-9a-f]{8}-[0-9a-f]+")  # an id of OllProx's own
 ID = "X-Request-ID"
 
@@ -238,6 +241,34 @@ async def test_both_formats_have_the_same_fields(
     for program in (as_text, as_json):
         for secret in (KEY, "a-wrong-key", "secret", "a prompt", "\x1b", "\u2028", "\r"):
             assert secret not in program.text()
+
+
+async def test_polls_are_logged_at_debug_and_wrong_keys_at_info(
+    launch: Start, ollama: StandIn, key_file: Path
+) -> None:
+    ollprox = await launch(
+        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LOG_FORMAT="json", LOG_LEVEL="DEBUG"
+    )
+    for path, key in (("/metrics", KEY), ("/metrics.json", KEY), ("/metrics", "a-wrong-key")):
+        await ask(ollprox.port, "GET", path, headers={"APIKEY": key})
+    await ask(ollprox.port, "DELETE", "/cache")
+    await ollprox.stop()
+    found = [(line["path"], line["status"], line["level"]) for line in accesses(ollprox)]
+    assert found == [
+        ("/metrics", 200, "DEBUG"),
+        ("/metrics.json", 200, "DEBUG"),
+        ("/metrics", 401, "INFO"),
+        ("/cache", 403, "INFO"),
+    ]
+
+
+def test_the_seconds_in_the_queue_are_logged() -> None:
+    record = Record("127.0.0.1")
+    assert b" queued=- " in format_record(record, record.started)
+    assert json.loads(format_as_json(record, record.started))["queued"] is None
+    record.queued = 1.25
+    assert b" queued=1.2500 " in format_record(record, record.started)
+    assert json.loads(format_as_json(record, record.started))["queued"] == 1.25
 
 
 async def test_every_line_of_a_json_log_is_an_object(

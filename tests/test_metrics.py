@@ -2,22 +2,28 @@
 
 import asyncio
 import contextlib
+import enum
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from client import KEY, Client, ask, question, raw, request, waiting
 from conftest import Program, Start
+from parts import make_proxy
 from prometheus_client.parser import text_string_to_metric_families
 from standin import Seen, StandIn
+
+from record import Outcome, Record
+from watch.metrics import MAX_RECENT, Limit, Metrics, NoQueue, UpstreamState, Viewer
+from watch.telemetry import MAX_SHOWN
 
 BOSS = "the-key-of-an-admin"
 OTHER = "the-key-of-another"
 GPU = (1997003809 + 4337626101) / 1e9  # seconds of each of the stand-in's answers
-LINES, TOKENS = 6, 5  # of each of them
+LINES, PROMPT, TOKENS = 6, 15, 5  # of each of them: lines, tokens of prompt and answer
 OUTCOMES = ("hit", "miss", "collapsed", "bypass", "refused")
 KINDS = ("unreachable", "timeout", "broken", "protocol", "status", "reported")
 
@@ -544,7 +550,7 @@ async def test_upstream_requests_are_those_that_ollama_got(
 # Who sees what.
 
 
-async def test_rows_by_key_are_for_admins(
+async def test_a_key_sees_its_own_rows_and_an_admin_all(
     launch: Start, ollama: StandIn, settings: dict[str, object]
 ) -> None:
     ollprox = await launch(**settings)
@@ -552,17 +558,19 @@ async def test_rows_by_key_are_for_admins(
     ollama.script.hold_before = 1
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question(), {"APIKEY": BOSS})
-        for key, sees in ((BOSS, True), (KEY, False), (OTHER, False)):  # the last has no label
+        # The last one has no label, and so no rows of its own.
+        for key, sees in ((BOSS, True), (KEY, False), (OTHER, False)):
             headers = {"APIKEY": key}
             text = (await ask(ollprox.port, "GET", "/metrics", headers=headers)).body.decode()
             shown = await ask(ollprox.port, "GET", "/metrics.json", headers=headers)
             view = shown.json()
             assert view["rows_by_label"] is sees
-            assert (view["labels"] is None) is not sees
+            assert view["may_drop"] is sees
+            assert view["labels"] == []  # what is under way has no row yet
             (running,) = view["running"]
             assert running["label"] == ("boss" if sees else None)
             assert running["model"] == "llama2"
-            assert "boss" not in text  # what is under way has no row yet
+            assert "boss" not in text
             assert (b"boss" in shown.body) is sees
         ollama.script.let_go.set()
         await client.rest(answer)
@@ -576,12 +584,17 @@ async def test_rows_by_key_are_for_admins(
         numbers = Numbers(answer.body.decode())
         assert numbers.outcomes() == {"miss": 1, "hit": 2}
         assert numbers("gpu_seconds_saved_total") > 0
-        assert not [name for name, labels in numbers.values if "key" in dict(labels)]
+        own = ["tester"] if key == KEY else []
+        assert list(numbers.by("key_requests_total", "key")) == own
         assert b"boss" not in answer.body
-        assert b"tester" not in answer.body
-        view = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": key})
-        assert b"boss" not in view.body
-        assert b"tester" not in view.body
+        shown = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": key})
+        assert b"boss" not in shown.body
+        view = shown.json()
+        assert [row["label"] for row in view["labels"]] == own
+        assert [row["label"] for row in view["requests"]] == own
+    view = (await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})).json()
+    assert [row["label"] for row in view["requests"]] == ["", "tester", "boss"]
+    assert {row["label"] for row in view["labels"]} == {"", "tester", "boss"}
 
 
 async def test_the_only_key_sees_its_rows_until_there_is_another(
@@ -595,7 +608,10 @@ async def test_the_only_key_sees_its_rows_until_there_is_another(
     with key_file.open("a") as file:
         file.write(f"{OTHER}  # other\n")
     numbers = await until(ollprox.port, lambda n: n("keys") == 2)
-    assert numbers.by("key_requests_total", "key") == {}
+    assert numbers.by("key_requests_total", "key") == {"tester": 1}
+    other = (await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": OTHER})).json()
+    assert not other["rows_by_label"]
+    assert other["labels"] == other["requests"] == []
     reloads = numbers("key_reloads_total")
     key_file.unlink()
     numbers = await until(ollprox.port, lambda n: n("key_reload_failures_total") > 0)
@@ -673,8 +689,9 @@ async def test_what_clients_invent_makes_no_series(
     assert before.values.keys() == after.values.keys()
     assert after("requests_total") == 120 * 10
     assert after.by("model_requests_total", "model") == {"other": 120 * 2}
-    view = await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})
-    assert b"a119" not in view.body
+    view = (await ask(ollprox.port, "GET", "/metrics.json", headers={"APIKEY": BOSS})).json()
+    assert len(view.pop("requests")) == 200  # the only place that shows what clients call things
+    assert "a119" not in json.dumps(view)
 
 
 # Gauges, and the page's view.
@@ -750,20 +767,190 @@ async def test_the_view_says_the_same(
     assert view["saved"]["answers"] == 2
     assert view["saved"]["tokens"] == 2 * TOKENS
     assert view["saved"]["gpu_seconds"] == numbers("gpu_seconds_saved_total")
-    assert view["generated"] == {"tokens": 2 * TOKENS, "lines": 2 * LINES}
+    assert view["generated"]["tokens"] == 2 * TOKENS
+    assert view["generated"]["prompt_tokens"] == 2 * PROMPT
+    assert view["generated"]["lines"] == 2 * LINES
     assert view["cache"]["entries"] == numbers("cache_entries") == 2
     assert view["cache"]["bytes"] == numbers("cache_bytes")
     assert view["keys"] == 3
-    assert sum(minute["answers"] for minute in view["minutes"]) == 5
-    assert sum(minute["hits"] for minute in view["minutes"]) == 2
+    for outcome, count in view["answers"].items():
+        assert sum(minute[outcome] for minute in view["minutes"]) == count
     assert sum(minute["tokens"] for minute in view["minutes"]) == 2 * TOKENS
+    tokens = {"prompt_tokens": 2 * PROMPT, "tokens": 2 * TOKENS}
     assert view["models"] == [
-        {"model": "llama2", "requests": 4, "saved": 2, "tokens": 2 * TOKENS},
-        {"model": "other", "requests": 1, "saved": 0, "tokens": 0},
+        {"model": "llama2", "requests": 4, "saved": 2, **tokens},
+        {"model": "other", "requests": 1, "saved": 0, "prompt_tokens": 0, "tokens": 0},
     ]
-    assert view["labels"] == [{"label": "tester", "requests": 5, "saved": 2, "tokens": 2 * TOKENS}]
+    assert view["labels"] == [{"label": "tester", "requests": 5, "saved": 2, **tokens}]
     assert view["errors"] == [{"what": "refused with 401", "count": 1}]
-    assert view["running"] == []
+    assert view["running"] == view["waiting"] == view["limits"] == []
+    assert [(row["outcome"], row["requests"]) for row in view["latency"]] == [
+        ("hit", 2),
+        ("miss", 3),
+        ("refused", 1),
+    ]
+    newest = view["requests"]
+    assert [row["outcome"] for row in newest] == [
+        "refused",
+        "bypass",
+        "miss",
+        "miss",
+        "hit",
+        "hit",
+        "miss",
+    ]
+    assert [row["model"] for row in newest] == ["-", None, "no", *["llama2"] * 4]
+    assert [row["tokens"] for row in newest] == [0, 0, 0, *[TOKENS] * 4]
+    assert [row["label"] for row in newest] == [None, *["tester"] * 6]
+    for row in newest:
+        assert row["seconds"] >= row["first_byte"] >= 0
+        assert abs(row["time"] - view["now"]) < 60
+    assert view["upstreams"] == [
+        {"host": f"127.0.0.1:{ollama.port}", "up": True, "running": 0, "waiting": 0}
+        | {"errors": 0, "models": []}
+    ]
+
+
+async def test_tokens_count_in_the_minute_in_which_they_come(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """While an answer is generated its lines count; then Ollama's own number does."""
+
+    async def counted() -> int:
+        view = (await ask(ollprox.port, "GET", "/metrics.json")).json()
+        return sum(minute["tokens"] for minute in view["minutes"])
+
+    ollama.script.hold_before = 3
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await read_chunks(client, answer, 3)
+        assert await counted() == 3
+        ollama.script.let_go.set()
+        await client.rest(answer)
+    assert await counted() == TOKENS
+    await ask(ollprox.port, "POST", "/call_model", question())  # a hit
+    assert await counted() == TOKENS
+
+
+# What other parts tell, by plain calls.
+
+
+class Why(enum.Enum):
+    FULL = "queue full"
+    TIMEOUT = "timeout"
+
+
+class Waits(NamedTuple):
+    label: str
+    model: str
+    seconds: float
+    position: int
+
+
+ADMIN = Viewer("boss", sees_all=True, admin=True)
+MARY = Viewer("Mary", sees_all=False, admin=False)
+NOBODY = Viewer("", sees_all=False, admin=False)  # a key without a label
+
+
+def metrics(**parts: Any) -> Metrics:
+    proxy = make_proxy()
+    made = Metrics("0", proxy.cache, proxy.flights, proxy.keys, **parts)
+    made.set_models(["llama2:latest"])
+    return made
+
+
+def record(outcome: Outcome = Outcome.HIT, **values: Any) -> Record:
+    made = Record("127.0.0.1")
+    decided = {"outcome": outcome, "label": "Mary", "model": "llama2", "generates": True}
+    for name, value in {**decided, "status": 200, "first_byte": made.started, **values}.items():
+        setattr(made, name, value)
+    return made
+
+
+def test_the_queue_is_seen_by_admins_whole_and_by_others_in_part() -> None:
+    waiting = [Waits("Bob", "llama2", 3.0, 1), Waits("", "llama2", 2.0, 2)]
+    waiting.append(Waits("Mary", "unknown", 1.5, 3))
+    queue = NoQueue(waiting, {Why.FULL: 4, Why.TIMEOUT: 0})
+    seen = metrics(queue=lambda: queue)
+    whole = seen.view(ADMIN)
+    assert whole["queue_depth"] == 3
+    assert whole["waiting"] == [
+        {"position": 1, "model": "llama2", "label": "Bob", "seconds": 3.0},
+        {"position": 2, "model": "llama2", "label": "", "seconds": 2.0},
+        {"position": 3, "model": "other", "label": "Mary", "seconds": 1.5},
+    ]
+    own = seen.view(MARY)
+    assert own["queue_depth"] == 3
+    assert own["waiting"] == [{"position": 3, "model": "other", "label": "Mary", "seconds": 1.5}]
+    assert seen.view(NOBODY)["waiting"] == []
+    numbers = Numbers(seen.text(NOBODY))
+    assert numbers("queue_depth") == 3
+    refused = {"queue full": 4, "timeout": 0, "draining": 0, "memory": 0}
+    assert numbers.by("queue_refused_total", "reason") == refused
+
+
+def test_waits_in_the_queue_are_measured() -> None:
+    seen = metrics()
+    for queued in (None, 0.0, 2.0, 45.0):
+        seen.count(record(Outcome.MISS, queued=queued))
+    numbers = Numbers(seen.text(ADMIN))
+    assert numbers("queue_seconds_count") == 3
+    assert numbers("queue_seconds_sum") == 47
+    assert numbers("queue_seconds_bucket", le="3.0") == 2
+    rows: Any = seen.view(ADMIN)["requests"]
+    assert [row["queued"] for row in rows] == [45, 2, 0, None]
+
+
+def test_limits_are_shown_to_those_whose_they_are() -> None:
+    limits = [Limit("Mary", "rate=5/hour", 2, 5, 60.0), Limit("", "running=2", 1, 2)]
+    seen = metrics(limits=lambda: limits)
+    mary = {"label": "Mary", "name": "rate=5/hour", "used": 2, "allowed": 5, "resets": 60.0}
+    assert seen.view(MARY)["limits"] == [mary]
+    assert seen.view(NOBODY)["limits"] == []
+    everything: Any = seen.view(ADMIN)["limits"]
+    assert [row["label"] for row in everything] == ["Mary", ""]
+
+
+def test_each_ollama_is_up_or_down() -> None:
+    states = [UpstreamState("a:1", True, 1, 0, 0, ["llama2"]), UpstreamState("b:1", False, 0, 0, 3)]
+    seen = metrics(upstreams=lambda: states)
+    assert Numbers(seen.text(NOBODY)).by("upstream_up", "host") == {"a:1": 1, "b:1": 0}
+    rows: Any = seen.view(NOBODY)["upstreams"]
+    assert [(row["host"], row["up"]) for row in rows] == [("a:1", True), ("b:1", False)]
+
+
+def test_requests_are_listed_newest_first_and_within_bounds() -> None:
+    seen = metrics()
+    for number in range(MAX_RECENT + 10):
+        seen.count(record(status=number, label="Mary" if number % 2 else None))
+    seen.count(record(Outcome.PAGE))
+    rows: Any = seen.view(ADMIN)["requests"]
+    newest = MAX_RECENT + 9
+    assert [row["status"] for row in rows] == list(range(newest, newest - 200, -1))
+    rows = seen.view(MARY)["requests"]
+    assert [row["status"] for row in rows] == list(range(newest, newest - 400, -2))
+    assert seen.view(NOBODY)["requests"] == []
+
+
+def test_a_long_name_is_not_kept() -> None:
+    """Thousands of requests are remembered, and a client chooses the name."""
+    seen = metrics()
+    seen.count(record(Outcome.MISS, model="m" * 10_000))
+    rows: Any = seen.view(ADMIN)["requests"]
+    assert rows[0]["model"] == "m" * MAX_SHOWN
+
+
+def test_percentiles_are_by_nearest_rank() -> None:
+    seen = metrics()
+    for seconds in range(1, 101):
+        done = record(Outcome.MISS)
+        done.started -= 1000
+        done.first_byte = done.started + seconds
+        seen.count(done)
+    seen.count(record(Outcome.BYPASS, generates=False))
+    rows: Any = seen.view(ADMIN)["latency"]
+    assert [(row["outcome"], row["requests"]) for row in rows] == [("miss", 100)]
+    assert rows[0]["first_byte"] == (50, 95)
 
 
 # The page of numbers itself.

@@ -154,7 +154,7 @@ async def test_one_access_line_says_all_and_no_more(ollprox: Program, ollama: St
     assert re.fullmatch(
         r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z access id=[0-9a-f]{8}-[0-9a-f]+"
         r" client=127\.0\.0\.1 key=tester method=POST path=/call_model model=llama2"
-        r" status=200 cache=miss bytes=\d+"
+        r" status=200 cache=miss bytes=\d+ queued=-"
         r" first_byte=\d+\.\d{4} total=\d+\.\d{4}\n",
         line,
     )

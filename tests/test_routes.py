@@ -10,20 +10,13 @@ from pathlib import Path
 import pytest
 from client import KEY, Client, ask, question, request
 from conftest import SOURCES, Program, Start
+from parts import make_head, make_proxy, make_upstream
 from standin import Seen, StandIn
 
-from answers.flight import Flights
-from answers.models import ModelWatch, Probe
 from answers.ollama_api import Access, Form, Route, Upload, route_table
 from answers.questions import PassThrough
-from answers.stored import StoredAnswer
-from cache import Budget, Cache
-from keystore import Key, KeyStore, salted_digest
-from proxy import Proxy
 from record import Record
-from settings import Settings
-from wire.http11 import Head, Response
-from wire.upstream import Upstream
+from wire.http11 import Head
 
 ADMIN = "an-admin-key-for-tests"
 BOSS = {"APIKEY": ADMIN}
@@ -71,44 +64,17 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
 
     standin.script.respond = respond
     port = await standin.start()
-    upstream = Upstream(
-        "127.0.0.1", port, "x", connect_timeout=5, first_byte_timeout=5, idle_timeout=5
-    )
-    store = KeyStore.open(None, b"")
-    store.admit(b"key", "me")
-    cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 60)
-    flights = Flights(1 << 20, cache.budget, upstream.exchange)
-
-    async def own(name: str, head: Head, key: Key | None) -> Response:
-        raise NotImplementedError
-
-    models = ModelWatch(Probe(upstream), cache, flights, lambda names: None)
-    proxy = Proxy(Settings(), store, upstream, table, cache, flights, models, own)
-    digest = salted_digest(store.salt, b"key")
+    made = make_proxy(make_upstream(port), routes=table)
+    head = make_head(path=b"/api/brand-new", length=14)
     outcomes = []
-    for credentials in ((digest,), (digest,)):
-        head = Head(
-            b"POST",
-            b"/api/brand-new",
-            b"",
-            (),
-            credentials,
-            14,
-            False,
-            True,
-            False,
-            False,
-            True,
-            frozenset(),
-        )
-
+    for _ in range(2):
         record = Record("-")
-        response = await proxy.handle(OneBody(head), record)
+        response = await made.proxy.handle(OneBody(head), record)
         assert response.body == b'{"n": "new"}'
         outcomes.append(record.outcome)
     assert outcomes == ["miss", "hit"]
     assert [seen.path for seen in standin.seen] == ["/api/upstream-of-it"]
-    await upstream.close()
+    await made.upstream.close()
     await standin.stop()
 
 

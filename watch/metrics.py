@@ -1,8 +1,8 @@
-"""Count what OllProx does, and say it: as text for Prometheus, as JSON for the page.
+"""Count what OllProx does; report it as text for Prometheus and as JSON for the dashboard.
 
-Every number comes from the record of an exchange, or from a flight at its end. Names of
-models and labels that are counted one by one are known ones only, and bounded, so that no
-client can make the number of series grow.
+Every number comes from the record of a request at its end, from a flight at its end, or
+from a part that is asked when somebody looks. Only known models and labels get series of
+their own, and their number is bounded, so clients cannot add series.
 """
 
 import os
@@ -10,25 +10,110 @@ import resource
 import time
 from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 from answers.flight import Ending, Flight, Flights
 from cache import Cache
-from keystore import Key, KeyStore
-from record import Record, Usage
+from keystore import KeyStore
+from record import Outcome, Record, Usage
 from settings import normalize_model
+from watch.telemetry import MAX_SHOWN
 
 MAX_NAMES = 1000  # models, and labels, that are counted one by one
-MAX_RUNNING = 100  # answers under way that are listed
-OTHER = "other"  # all models, or labels, beyond those
+MAX_LISTED = 100  # answers being generated, and requests waiting, that the page lists
+MAX_RECENT = 2000  # requests whose figures are remembered one by one
+MAX_SHOWN_REQUESTS = 200  # of these, the newest that one key may see
+OTHER = "other"  # all models, or labels, beyond MAX_NAMES
+HOUR = 3600.0  # seconds that the page looks back
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
+ANSWERED: tuple[Outcome, ...] = tuple(outcome for outcome in Outcome if outcome is not Outcome.PAGE)
+
+# What the parts tell, each when it is asked.
+
+
+class Viewer(NamedTuple):
+    """Whose key looks at the figures."""
+
+    label: str
+    sees_all: bool  # the rows of every label, not only of its own
+    admin: bool  # may drop stored answers
+
+
+class UpstreamState(NamedTuple):
+    """One Ollama server."""
+
+    host: str
+    up: bool
+    running: int  # generations
+    waiting: int  # generations
+    errors: int  # since the start
+    models: Sequence[str] = ()  # loaded
+
+
+class Limit(NamedTuple):
+    """How much of one limit a label's keys have used."""
+
+    label: str
+    name: str  # such as `tokens=100000/day`
+    used: float
+    allowed: float
+    resets: float | None = None  # seconds until some of it is free again
+
+
+class WaitingRow(Protocol):
+    """A request that waits for a turn."""
+
+    @property
+    def label(self) -> str:
+        """Whose it is."""
+
+    @property
+    def model(self) -> str:
+        """What it will run on."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it has waited."""
+
+    @property
+    def position(self) -> int:
+        """Its place in the order of turns, from 1."""
+
+
+class QueueState(Protocol):
+    """The fair queue, at one moment."""
+
+    @property
+    def waiting(self) -> Sequence[WaitingRow]:
+        """The requests that wait, in the order of their turns."""
+
+    @property
+    def refusals(self) -> Mapping[Any, int]:
+        """How many requests it refused, by an enum member whose value is the reason."""
+
+
+class NoQueue(NamedTuple):
+    """The queue of an OllProx that has none."""
+
+    waiting: Sequence[WaitingRow] = ()
+    refusals: Mapping[Any, int] = {}
+
+
+# Prometheus's text format.
 
 Labels = Mapping[str, object]
-Value = float | Iterable[tuple[Labels, float]]
-"""One value, or one for each set of labels."""
+
+
+class Row(NamedTuple):
+    """One metric: `gauge`, `counter` or `histogram`, and one value for each set of labels."""
+
+    kind: str
+    name: str
+    help: str
+    value: "float | Iterable[tuple[Labels, float | Histogram]]"
 
 
 class Histogram:
@@ -43,90 +128,85 @@ class Histogram:
         self.counts[bisect_left(BUCKETS, seconds)] += 1
         self.sum += seconds
 
+    def samples(self, name: str, labels: Labels) -> Iterator[str]:
+        """Yield its lines: each bucket counts all that took at most its bound."""
+        total = 0
+        for bound, count in zip((*BUCKETS, "+Inf"), self.counts, strict=True):
+            total += count
+            yield _sample(f"{name}_bucket", {**labels, "le": bound}, total)
+        yield _sample(f"{name}_sum", labels, self.sum)
+        yield _sample(f"{name}_count", labels, total)
 
-class Exposition:
-    """Metrics, one after the other; their meaning is for people."""
 
-    def __init__(self) -> None:
-        self._lines: list[str] = []
+def exposition(rows: Iterable[Row]) -> str:
+    """Write metrics in Prometheus's text format, version 0.0.4."""
+    lines: list[str] = []
+    for kind, name, meaning, value in rows:
+        lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
+        for labels, number in [({}, value)] if isinstance(value, int | float) else value:
+            if isinstance(number, Histogram):
+                lines += number.samples(name, labels)
+            else:
+                lines.append(_sample(name, labels, number))
+    return "\n".join(lines) + "\n"
 
-    def gauge(self, name: str, meaning: str, value: Value) -> None:
-        """Add what goes up and down."""
-        self._begin("gauge", name, meaning)
-        self._add(name, value)
 
-    def counter(self, name: str, meaning: str, value: Value) -> None:
-        """Add what only grows; its name ends in `_total`."""
-        self._begin("counter", name, meaning)
-        self._add(name, value)
-
-    def histogram(self, name: str, meaning: str, by: str, table: Mapping[str, Histogram]) -> None:
-        """Add histograms, by the values of one label."""
-        self._begin("histogram", name, meaning)
-        for value, histogram in table.items():
-            total = 0
-            for bound, count in zip((*BUCKETS, "+Inf"), histogram.counts, strict=True):
-                total += count
-                self._add(f"{name}_bucket", [({by: value, "le": bound}, total)])
-            self._add(f"{name}_sum", [({by: value}, histogram.sum)])
-            self._add(f"{name}_count", [({by: value}, total)])
-
-    def process(self, started: float) -> None:
-        """Add what all Prometheus clients tell of their process, by the names that they use."""
-        times = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = times.ru_utime + times.ru_stime
-        self.counter("process_cpu_seconds_total", "CPU time used.", cpu)
-        self.gauge("process_start_time_seconds", "When it started.", started)
-        try:
-            pages = int(Path("/proc/self/statm").read_text().split()[1])
-            files = len(os.listdir("/proc/self/fd"))
-        except OSError:
-            return  # not Linux
-        memory = pages * os.sysconf("SC_PAGE_SIZE")
-        self.gauge("process_resident_memory_bytes", "Memory in use.", memory)
-        self.gauge("process_open_fds", "Files and sockets open.", files)
-
-    def text(self) -> str:
-        """Return all that was added."""
-        return "\n".join(self._lines) + "\n"
-
-    def _begin(self, kind: str, name: str, meaning: str) -> None:
-        self._lines += [f"# HELP {name} {meaning}", f"# TYPE {name} {kind}"]
-
-    def _add(self, name: str, value: Value) -> None:
-        if isinstance(value, int | float):
-            self._lines.append(f"{name} {value}")
-            return
-        for labels, number in value:
-            said = ",".join(f'{label}="{_escaped(str(v))}"' for label, v in labels.items())
-            self._lines.append(f"{name}{{{said}}} {number}")
+def _sample(name: str, labels: Labels, value: float) -> str:
+    if not labels:
+        return f"{name} {value}"
+    pairs = ",".join(f'{label}="{_escaped(str(v))}"' for label, v in labels.items())
+    return f"{name}{{{pairs}}} {value}"
 
 
 def _escaped(value: str) -> str:
-    value = value.encode("utf-8", "backslashreplace").decode()  # Ollama may say half a surrogate
+    # A model's name may hold half a surrogate pair, which UTF-8 cannot express.
+    value = value.encode("utf-8", "backslashreplace").decode()
     return value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+
+
+def process_rows(started: float) -> Iterator[Row]:
+    """Yield what all Prometheus clients tell about their process, by the usual names."""
+    times = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = times.ru_utime + times.ru_stime
+    yield Row("counter", "process_cpu_seconds_total", "CPU time used, in seconds.", cpu)
+    meaning = "Start time, in seconds since 1970."
+    yield Row("gauge", "process_start_time_seconds", meaning, started)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        files = len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return  # not Linux
+    memory = pages * os.sysconf("SC_PAGE_SIZE")
+    yield Row("gauge", "process_resident_memory_bytes", "Memory in use.", memory)
+    yield Row("gauge", "process_open_fds", "Open files and sockets.", files)
+
+
+# What is counted.
 
 
 @dataclass(slots=True)
 class Use:
-    """What a label or a model has had: requests for answers, and what they were."""
+    """What one label or one model has had: requests for answers, and tokens."""
 
     requests: int = 0
-    saved: int = 0  # of these, from the cache, or joined and whole
-    tokens: int = 0  # generated for it
+    saved: int = 0  # requests that needed no GPU: hits, and joined ones that got the whole answer
+    prompt_tokens: int = 0
+    tokens: int = 0  # generated
 
 
 @dataclass(slots=True)
 class Total:
-    """What many answers have come to; see `Usage`."""
+    """The sum of many answers' usage; see `Usage`."""
 
     lines: int = 0
+    prompt_tokens: int = 0
     tokens: int = 0
     gpu_seconds: float = 0.0
 
     def add(self, usage: Usage, times: int = 1) -> None:
-        """Add one answer's, or that of one answer so many times."""
+        """Add one answer, `times` times."""
         self.lines += usage.lines * times
+        self.prompt_tokens += usage.prompt_tokens * times
         self.tokens += usage.tokens * times
         self.gpu_seconds += usage.gpu_seconds * times
 
@@ -136,16 +216,40 @@ class Minute:
     """One minute of requests for answers."""
 
     start: int  # seconds since 1970
-    answers: int = 0
-    hits: int = 0
-    tokens: int = 0  # of answers that ended in it
+    outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(ANSWERED, 0))
+    tokens: int = 0  # generated in it; below 0 if earlier minutes counted too many
+    errors: int = 0  # answers that Ollama failed to give
+
+
+class Recent(NamedTuple):
+    """One request that has ended. Times are seconds on the monotonic clock."""
+
+    label: str | None
+    route: str
+    model: str
+    generates: bool
+    outcome: Outcome
+    status: int
+    queued: float | None  # seconds
+    started: float
+    first_byte: float | None
+    ended: float
+    tokens: int
 
 
 @dataclass
 class Metrics:
-    """The counts since the start, and where the rest can be read.
+    """The counts since the start.
 
-    `connections` and `upstream_requests` are asked for when they are wanted.
+    Args:
+        version: OllProx's own.
+        cache, flights, keys: the parts that are asked for their figures.
+        connections: how many clients are connected.
+        upstream_requests: how many requests were sent to Ollama.
+        upstreams: the Ollama servers.
+        queue: the fair queue; `Turns.snapshot`.
+        limits: how much of their limits the labels have used.
+
     """
 
     version: str
@@ -154,92 +258,154 @@ class Metrics:
     keys: KeyStore
     connections: Callable[[], int] = lambda: 0
     upstream_requests: Callable[[], int] = lambda: 0
+    upstreams: Callable[[], Sequence[UpstreamState]] = lambda: ()
+    queue: Callable[[], QueueState] = NoQueue
+    limits: Callable[[], Sequence[Limit]] = lambda: ()
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
-        self._requests: dict[tuple[str, int, str], int] = defaultdict(int)
-        self._own: dict[tuple[str, int], int] = defaultdict(int)
-        self._answers = dict.fromkeys(("hit", "miss", "collapsed", "bypass", "refused"), 0)
-        self._first_byte: dict[str, Histogram] = defaultdict(Histogram)
-        self._duration: dict[str, Histogram] = defaultdict(Histogram)
+        self._requests: dict[tuple[str, int, Outcome], int] = defaultdict(int)
+        self._pages: dict[tuple[str, int], int] = defaultdict(int)
+        self._answers: dict[Outcome, int] = dict.fromkeys(ANSWERED, 0)
+        self._first_byte: dict[Outcome, Histogram] = defaultdict(Histogram)
+        self._duration: dict[Outcome, Histogram] = defaultdict(Histogram)
+        self._queued = Histogram()
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
+        self._recent: deque[Recent] = deque(maxlen=MAX_RECENT)
         self._minutes = deque([Minute(0)], maxlen=60)
-        self._minute_over = 0.0  # when the last of them is, on the monotonic clock
-        self._lags = deque([0.0], maxlen=120)  # seconds, each half a second
-        self._errors: dict[str, int] = defaultdict(int)  # of upstream's, by kind
-        self._saved = 0  # answers: from the cache, or joined and whole
-        self._refused_keys = 0
+        self._minute_ends = 0.0  # the last of them, on the monotonic clock
+        self._ended_tokens = 0  # of answers that have ended; see `_count_tokens`
+        self._counted_tokens = 0  # that some minute has
+        self._lags = deque([0.0], maxlen=120)  # seconds, one each half a second
+        self._errors: dict[str, int] = defaultdict(int)  # of upstream, by kind
         self._cancelled = 0
+        self._saved = 0  # answers: hits, and joined ones that were received whole
+        self._wrong_keys = 0
         self._generated = Total()
         self._from_cache = Total()
         self._shared = Total()
-        self._models: frozenset[str] = frozenset()  # that upstream has listed
-        self._names: dict[str, str] = {}  # of these, by what requests call them
+        self._models: frozenset[str] = frozenset()  # that upstream lists
+        self._names: dict[str, str] = {}  # their names, by what requests call them
 
-    # What has happened.
+    # What happens.
 
     def count(self, record: Record) -> None:
-        """Count an exchange at its end."""
-        status = record.status
-        self._refused_keys += record.wrong_key
-        if record.own:
-            self._own[record.route, status] += 1
+        """Count a request at its end."""
+        status, outcome = record.status, record.outcome
+        self._wrong_keys += record.wrong_key
+        if outcome is Outcome.PAGE:
+            self._pages[record.route, status] += 1
             return
-        outcome = record.outcome if record.outcome != "-" else "refused"
         self._requests[record.route, status, outcome] += 1
-        now, started = time.monotonic(), record.started
+        now, started, first_byte = time.monotonic(), record.started, record.first_byte
         self._duration[outcome].observe(now - started)
-        if record.first_byte is not None:
-            self._first_byte[outcome].observe(record.first_byte - started)
-        if not record.asks:
-            return
+        if first_byte is not None:
+            self._first_byte[outcome].observe(first_byte - started)
+        if record.queued is not None:
+            self._queued.observe(record.queued)
+        self._recent.append(
+            Recent(
+                record.label,
+                record.route,
+                record.model[:MAX_SHOWN],
+                record.generates,
+                outcome,
+                status,
+                record.queued,
+                started,
+                first_byte,
+                now,
+                record.usage.tokens,
+            )
+        )
+        if record.generates:
+            self._count_answer(record, now)
+
+    def _count_answer(self, record: Record, now: float) -> None:
+        outcome = record.outcome
         self._answers[outcome] += 1
-        saved = outcome == "hit" or record.shared
+        minute = self._minutes[-1] if now < self._minute_ends else self._minute(now)
+        minute.outcomes[outcome] += 1
+        saved = outcome is Outcome.HIT or record.shared
         self._saved += saved
         if (label := record.label) is not None:
             use = self._by_label.get(label) or self._use(self._by_label, label)
             use.requests += 1
             use.saved += saved
-        if outcome == "refused":
+        if outcome is Outcome.REFUSED:
             return
         model = self._names.get(record.model) or self._known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
-        minute = self._minutes[-1] if now < self._minute_over else self._minute(now)
-        minute.answers += 1
-        if outcome == "hit":
-            minute.hits += 1
+        if outcome is Outcome.HIT:
             self._from_cache.add(record.usage)
 
     def count_flight(self, flight: Flight) -> None:
-        """Count an answer at its end; those who read it then get it whole."""
+        """Count an answer at its end; its readers will receive all of it."""
+        minute = self._minute(time.monotonic())
         if flight.ending is Ending.ABANDONED:
             self._cancelled += 1
         if kind := _error_of(flight):
             self._errors[kind] += 1
+            minute.errors += kind != "incomplete"
         usage = flight.usage
         self._generated.add(usage)
-        self._minute(time.monotonic()).tokens += usage.tokens
-        got = flight.served + len(flight.readers)
-        if flight.ending is Ending.COMPLETE and got > 1:
-            self._shared.add(usage, got - 1)
-        if flight.model and usage.tokens:
-            self._use(self._by_model, self._known(flight.model)).tokens += usage.tokens
-        if flight.caller is not None and usage.tokens:
-            self._use(self._by_label, flight.caller).tokens += usage.tokens
+        if flight.permit is not None:
+            self._ended_tokens += usage.tokens or usage.lines
+        received = flight.served + len(flight.readers)
+        if flight.ending is Ending.COMPLETE and received > 1:
+            self._shared.add(usage, received - 1)
+        if usage.tokens or usage.prompt_tokens:
+            self._add_tokens(flight, usage)
 
-    def note_lag(self, seconds: float) -> None:
-        """Note how late the event loop was."""
-        self._lags.append(seconds)
+    def _add_tokens(self, flight: Flight, usage: Usage) -> None:
+        uses = []
+        if flight.model:
+            uses.append(self._use(self._by_model, self._known(flight.model)))
+        if flight.permit is not None:
+            uses.append(self._use(self._by_label, flight.permit.key.label))
+        for use in uses:
+            use.prompt_tokens += usage.prompt_tokens
+            use.tokens += usage.tokens
 
-    def know(self, models: Iterable[str]) -> None:
-        """Take the names of the models that there are."""
+    def tick(self, lag: float) -> None:
+        """Note the event loop's lag in seconds, and the tokens since the last call."""
+        self._lags.append(lag)
+        self._count_tokens()
+
+    def _count_tokens(self) -> None:
+        """Give the tokens since the last call to this minute.
+
+        While an answer is generated its lines are counted, which are about one token each.
+        At its end Ollama's own count takes their place, if there is one.
+        """
+        running = sum(
+            flight.notes.usage.lines
+            for flight in self.flights
+            if flight.notes is not None and flight.permit is not None
+        )
+        now = self._ended_tokens + running
+        self._minute(time.monotonic()).tokens += now - self._counted_tokens
+        self._counted_tokens = now
+
+    def set_models(self, models: Iterable[str]) -> None:
+        """Take the names of the models that upstream has."""
         self._models, self._names = frozenset(models), {}
 
+    @property
+    def running(self) -> int:
+        """How many answers are being generated, or wait for their turn."""
+        return sum(flight.permit is not None for flight in self.flights)
+
+    @property
+    def upstream_errors(self) -> int:
+        """How many answers upstream has failed to give."""
+        return sum(self._errors.values())
+
     def _known(self, model: str) -> str:
-        """Return a model's name if there is such a model; so a client can invent none."""
+        """Return a model's name if upstream has it, else `other`."""
         name = normalize_model(model)
         if name not in self._models:
             return OTHER
@@ -252,33 +418,33 @@ class Metrics:
         return table[name if name in table or len(table) < MAX_NAMES else OTHER]
 
     def _minute(self, now: float) -> Minute:
-        if now >= self._minute_over:
+        """Return the current minute."""
+        if now >= self._minute_ends:
             into = time.time() % 60
             self._minutes.append(Minute(round(time.time() - into)))
-            self._minute_over = now + 60 - into
+            self._minute_ends = now + 60 - into
         return self._minutes[-1]
 
-    # What is said.
+    # The page's view.
 
-    def may_see_labels(self, key: Key | None) -> bool:
-        """Whether a key may see the figures of all keys."""
-        return key is not None and (key.admin or key.metrics or len(self.keys) == 1)
-
-    def view(self, *, by_label: bool) -> dict[str, object]:
-        """Return what the page shows."""
+    def view(self, viewer: Viewer) -> dict[str, object]:
+        """Return what the page shows to this viewer, for JSON."""
+        self._count_tokens()
         now = time.time()
         return {
             "version": self.version,
             "now": now,
             "started": self.started,
-            "rows_by_label": by_label,
+            "rows_by_label": viewer.sees_all,
+            "may_drop": viewer.admin,
+            "label": viewer.label,
             "answers": self._answers,
             "saved": {
                 "answers": self._saved,
                 "tokens": self._from_cache.tokens + self._shared.tokens,
                 "gpu_seconds": self._from_cache.gpu_seconds + self._shared.gpu_seconds,
             },
-            "generated": {"tokens": self._generated.tokens, "lines": self._generated.lines},
+            "generated": asdict(self._generated),
             "cache": {
                 "entries": len(self.cache),
                 "bytes": self.cache.stored_bytes,
@@ -288,129 +454,272 @@ class Metrics:
             },
             "keys": len(self.keys),
             "connections": self.connections(),
-            "running": self._running(by_label),
-            "minutes": [asdict(m) for m in self._minutes if m.start > now - 3600],
+            "upstreams": [state._asdict() for state in self.upstreams()],
+            "running": self._running(viewer),
+            **self._waiting(viewer),
+            "minutes": [
+                {"start": m.start, **m.outcomes, "tokens": max(0, m.tokens), "errors": m.errors}
+                for m in self._minutes
+                if m.start > now - HOUR
+            ],
+            "latency": self._latency(),
             "models": [{"model": name, **asdict(use)} for name, use in self._by_model.items()],
-            "labels": [{"label": name, **asdict(use)} for name, use in self._by_label.items()]
-            if by_label
-            else None,
+            "labels": [
+                {"label": name, **asdict(use)}
+                for name, use in self._by_label.items()
+                if _may_see(viewer, name)
+            ],
+            "limits": [row._asdict() for row in self.limits() if _may_see(viewer, row.label)],
             "errors": [{"what": what, "count": count} for what, count in self._failures()],
+            "requests": self._requests_of(viewer, now),
         }
 
-    def _running(self, by_label: bool) -> list[dict[str, object]]:
-        running = [flight for flight in self.flights if flight.caller is not None]
+    def _running(self, viewer: Viewer) -> list[dict[str, object]]:
+        """List what is being generated, without the labels that the viewer may not see."""
+        running = [flight for flight in self.flights if flight.permit is not None]
         return [
             {
                 "id": flight.number,
                 "model": self._known(flight.model),
-                "label": flight.caller if by_label else None,
+                "label": _label_for(viewer, flight),
                 "seconds": time.monotonic() - flight.began,
                 "lines": flight.notes.usage.lines if flight.notes is not None else 0,
                 "readers": len(flight.readers),
             }
-            for flight in running[-MAX_RUNNING:]
+            for flight in running[-MAX_LISTED:]
+        ]
+
+    def _waiting(self, viewer: Viewer) -> dict[str, object]:
+        """List the requests in the queue that the viewer may see; their number tells of all."""
+        waiting = self.queue().waiting
+        seen = [row for row in waiting if _may_see(viewer, row.label)][:MAX_LISTED]
+        return {
+            "queue_depth": len(waiting),
+            "waiting": [
+                {
+                    "position": row.position,
+                    "model": self._known(row.model),
+                    "label": row.label,
+                    "seconds": row.seconds,
+                }
+                for row in seen
+            ],
+        }
+
+    def _latency(self) -> list[dict[str, object]]:
+        """Return percentiles by outcome, of the last hour's answers that are remembered."""
+        since = time.monotonic() - HOUR
+        by_outcome: dict[Outcome, list[Recent]] = defaultdict(list)
+        for request in self._recent:
+            if request.generates and request.ended > since and request.first_byte is not None:
+                by_outcome[request.outcome].append(request)
+        return [
+            {
+                "outcome": outcome,
+                "requests": len(found),
+                "first_byte": _percentiles([(r.first_byte or 0) - r.started for r in found]),
+                "total": _percentiles([r.ended - r.started for r in found]),
+            }
+            for outcome in ANSWERED
+            if (found := by_outcome.get(outcome))
+        ]
+
+    def _requests_of(self, viewer: Viewer, now: float) -> list[dict[str, object]]:
+        """List the newest requests that the viewer may see, newest first."""
+        seen = [r for r in reversed(self._recent) if _may_see(viewer, r.label)]
+        epoch = now - time.monotonic()  # of the monotonic clock, in seconds since 1970
+        return [
+            {
+                "time": round(epoch + r.started, 3),
+                "label": r.label,
+                "route": r.route,
+                "model": r.model if r.generates else None,
+                "outcome": r.outcome,
+                "status": r.status,
+                "queued": r.queued,
+                "first_byte": None if r.first_byte is None else round(r.first_byte - r.started, 4),
+                "seconds": round(r.ended - r.started, 4),
+                "tokens": r.tokens,
+            }
+            for r in seen[:MAX_SHOWN_REQUESTS]
         ]
 
     def _failures(self) -> Iterator[tuple[str, int]]:
         for kind, count in self._errors.items():
-            yield _KINDS[kind], count
+            yield _KINDS.get(kind, kind), count
         by_status: dict[int, int] = defaultdict(int)
         for (_, status, outcome), count in self._requests.items():
-            if outcome == "refused":
+            if outcome is Outcome.REFUSED:
                 by_status[status] += count
         for status, count in sorted(by_status.items()):
             yield f"refused with {status}", count
 
-    def text(self, *, by_label: bool) -> str:
-        """Return all metrics as Prometheus reads them."""
-        out, cache, keys = Exposition(), self.cache, self.keys
-        out.gauge("ollprox_build_info", "Which OllProx it is.", [({"version": self.version}, 1)])
-        out.counter(
+    # Prometheus's view.
+
+    def text(self, viewer: Viewer) -> str:
+        """Return all metrics that this viewer may see, in Prometheus's text format."""
+        return exposition(
+            (
+                *self._request_rows(),
+                *self._upstream_rows(),
+                *self._queue_rows(),
+                *self._usage_rows(),
+                *_use_rows("model", self._by_model.items()),
+                *self._label_rows(viewer),
+                *self._part_rows(),
+                *process_rows(self.started),
+            )
+        )
+
+    def _request_rows(self) -> Iterator[Row]:
+        build = [({"version": self.version}, 1)]
+        yield Row("gauge", "ollprox_build_info", "The version, as a label.", build)
+        yield Row(
+            "counter",
             "ollprox_requests_total",
-            "Requests, but for OllProx's own pages, by what came of them.",
+            "Requests by route, status and outcome, without OllProx's own pages.",
             [
                 ({"route": route, "status": status, "cache": outcome}, count)
                 for (route, status, outcome), count in self._requests.items()
             ],
         )
-        out.counter(
+        yield Row(
+            "counter",
             "ollprox_own_requests_total",
             "Requests for OllProx's own pages, such as this one.",
-            [({"route": r, "status": s}, count) for (r, s), count in self._own.items()],
+            [({"route": r, "status": s}, count) for (r, s), count in self._pages.items()],
         )
-        meaning = "Time until the first byte was sent."
-        out.histogram("ollprox_first_byte_seconds", meaning, "cache", self._first_byte)
-        meaning = "Time until a request was over."
-        out.histogram("ollprox_request_duration_seconds", meaning, "cache", self._duration)
-        out.gauge("ollprox_answers_under_way", "Answers under way.", len(self.flights))
+        for name, meaning, table in (
+            ("first_byte", "Seconds until the first byte was sent.", self._first_byte),
+            ("request_duration", "Seconds until the request ended.", self._duration),
+        ):
+            histograms = [({"cache": outcome}, each) for outcome, each in table.items()]
+            yield Row("histogram", f"ollprox_{name}_seconds", meaning, histograms)
+        under_way = len(self.flights)
+        yield Row("gauge", "ollprox_answers_under_way", "Exchanges with Ollama now.", under_way)
         readers = sum(len(flight.readers) for flight in self.flights)
-        out.gauge("ollprox_readers", "Clients that wait for them.", readers)
-        meaning = "Requests sent to Ollama, OllProx's own ones included."
-        out.counter("ollprox_upstream_requests_total", meaning, self.upstream_requests())
-        errors = [({"kind": kind}, self._errors.get(kind, 0)) for kind in _KINDS]
-        meaning = "Answers that Ollama did not give, by kind."
-        out.counter("ollprox_upstream_errors_total", meaning, errors)
-        meaning = "Answers that were stopped because nobody waited any more."
-        out.counter("ollprox_upstream_cancelled_total", meaning, self._cancelled)
-        self._add_totals(out)
-        self._add_uses(out, "model", self._by_model)
-        if by_label:
-            self._add_uses(out, "key", self._by_label)
-        out.gauge("ollprox_cache_entries", "Answers that are kept.", len(cache))
-        out.gauge("ollprox_cache_bytes", "Memory charged for them.", cache.stored_bytes)
-        out.gauge("ollprox_cache_max_bytes", "CACHE_MAX_BYTES.", cache.max_bytes)
-        meaning = "Answers that had to make room for others."
-        out.counter("ollprox_cache_evictions_total", meaning, cache.evictions)
-        out.counter("ollprox_cache_expiries_total", "Answers that expired.", cache.expiries)
-        out.gauge("ollprox_keys", "API keys that are valid.", len(keys))
-        out.counter("ollprox_key_reloads_total", "Readings of the key file.", keys.reloads)
-        meaning = "Readings of the key file that failed."
-        out.counter("ollprox_key_reload_failures_total", meaning, keys.failures)
-        meaning = "Requests with a wrong API key, or with none."
-        out.counter("ollprox_authentication_failures_total", meaning, self._refused_keys)
-        out.gauge("ollprox_connections", "Clients connected.", self.connections())
-        meaning = "How late the event loop was at most, within a minute."
-        out.gauge("ollprox_loop_lag_seconds", meaning, max(self._lags))
-        out.process(self.started)
-        return out.text()
+        yield Row("gauge", "ollprox_readers", "Clients waiting for these exchanges.", readers)
 
-    def _add_totals(self, out: Exposition) -> None:
-        """Add what answers have come to."""
+    def _upstream_rows(self) -> Iterator[Row]:
+        up = [({"host": state.host}, int(state.up)) for state in self.upstreams()]
+        yield Row("gauge", "ollprox_upstream_up", "1 if this Ollama answers, else 0.", up)
+        meaning = "Requests sent to Ollama, including OllProx's own."
+        yield Row("counter", "ollprox_upstream_requests_total", meaning, self.upstream_requests())
+        errors = [
+            ({"kind": kind}, count)
+            for kind, count in {**dict.fromkeys(_KINDS, 0), **self._errors}.items()
+        ]
+        meaning = "Answers that Ollama failed to give, by kind."
+        yield Row("counter", "ollprox_upstream_errors_total", meaning, errors)
+        meaning = "Answers stopped because no client was waiting any more."
+        yield Row("counter", "ollprox_upstream_cancelled_total", meaning, self._cancelled)
+
+    def _queue_rows(self) -> Iterator[Row]:
+        queue = self.queue()
+        yield Row("gauge", "ollprox_queue_depth", "Requests in the queue.", len(queue.waiting))
+        meaning = "Seconds that requests waited for a turn."
+        yield Row("histogram", "ollprox_queue_seconds", meaning, [({}, self._queued)])
+        counts = {why.value: count for why, count in queue.refusals.items()}
+        refused = [({"reason": r}, n) for r, n in (dict.fromkeys(_REASONS, 0) | counts).items()]
+        meaning = "Requests that the queue refused, by reason."
+        yield Row("counter", "ollprox_queue_refused_total", meaning, refused)
+
+    def _usage_rows(self) -> Iterator[Row]:
         generated, cached, shared = self._generated, self._from_cache, self._shared
         sources = {"generated": generated, "cached": cached, "shared": shared}
-        meaning = "generated, served from the cache, and shared by those who joined."
-        lines = [({"source": name}, total.lines) for name, total in sources.items()]
-        out.counter("ollprox_lines_total", f"Lines {meaning}", lines)
-        tokens = [({"source": name}, total.tokens) for name, total in sources.items()]
-        out.counter("ollprox_tokens_total", f"Tokens {meaning}", tokens)
-        meaning = "GPU time of the answers that were generated."
-        out.counter("ollprox_gpu_seconds_total", meaning, generated.gpu_seconds)
-        saved = cached.gpu_seconds + shared.gpu_seconds
-        out.counter("ollprox_gpu_seconds_saved_total", "GPU time not needed again.", saved)
-
-    def _add_uses(self, out: Exposition, what: str, table: dict[str, Use]) -> None:
-        """Add what each model, or each key's label, has had."""
-        for name, meaning in (
-            ("requests", "Requests for answers"),
-            ("saved", "Requests answered from the cache or shared"),
-            ("tokens", "Tokens generated"),
+        for name, what in (
+            ("lines", "Lines of answers"),
+            ("prompt_tokens", "Tokens of prompts"),
+            ("tokens", "Generated tokens"),
         ):
-            rows = [({what: label}, getattr(use, name)) for label, use in table.items()]
-            out.counter(f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", rows)
+            values = [({"source": s}, getattr(total, name)) for s, total in sources.items()]
+            meaning = f"{what}: generated, from the cache, and shared by joined requests."
+            yield Row("counter", f"ollprox_{name}_total", meaning, values)
+        meaning = "GPU time of generated answers, in seconds."
+        yield Row("counter", "ollprox_gpu_seconds_total", meaning, generated.gpu_seconds)
+        saved = cached.gpu_seconds + shared.gpu_seconds
+        meaning = "GPU time saved by hits and joined requests, in seconds."
+        yield Row("counter", "ollprox_gpu_seconds_saved_total", meaning, saved)
+
+    def _label_rows(self, viewer: Viewer) -> Iterator[Row]:
+        uses = [item for item in self._by_label.items() if _may_see(viewer, item[0])]
+        if uses or viewer.sees_all:
+            yield from _use_rows("key", uses)
+
+    def _part_rows(self) -> Iterator[Row]:
+        cache, keys = self.cache, self.keys
+        connections = self.connections()
+        rows: tuple[tuple[str, str, str, float], ...] = (
+            ("gauge", "cache_entries", "Stored answers.", len(cache)),
+            ("gauge", "cache_bytes", "Memory used by stored answers.", cache.stored_bytes),
+            ("gauge", "cache_max_bytes", "The setting CACHE_MAX_BYTES.", cache.max_bytes),
+            ("counter", "cache_evictions_total", "Answers evicted for space.", cache.evictions),
+            ("counter", "cache_expiries_total", "Answers that expired.", cache.expiries),
+            ("gauge", "keys", "Valid API keys.", len(keys)),
+            ("counter", "key_reloads_total", "Times the key file was read.", keys.reloads),
+            ("counter", "key_reload_failures_total", "Failed reads of it.", keys.failures),
+            (
+                "counter",
+                "authentication_failures_total",
+                "Requests with a wrong API key or none.",
+                self._wrong_keys,
+            ),
+            ("gauge", "connections", "Connected clients.", connections),
+            ("gauge", "loop_lag_seconds", "Largest event-loop lag in a minute.", max(self._lags)),
+        )
+        for kind, name, meaning, value in rows:
+            yield Row(kind, f"ollprox_{name}", meaning, value)
 
 
+def _label_for(viewer: Viewer, flight: Flight) -> str | None:
+    """Return whose answer a flight makes, if the viewer may know it."""
+    label = flight.permit.key.label if flight.permit is not None else ""
+    return label if _may_see(viewer, label) else None
+
+
+def _may_see(viewer: Viewer, label: str | None) -> bool:
+    """Tell whether a viewer may see the rows of a label; keys without one have no own rows."""
+    return viewer.sees_all or (label == viewer.label and label != "")
+
+
+def _percentiles(seconds: list[float]) -> tuple[float, float]:
+    """Return the 50th and the 95th percentile, by nearest rank, of at least one value."""
+    seconds.sort()
+    p50, p95 = (seconds[-(-len(seconds) * percent // 100) - 1] for percent in (50, 95))
+    return round(p50, 4), round(p95, 4)
+
+
+def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
+    """Yield what each model, or each label, has had."""
+    uses = list(uses)
+    for name, meaning in (
+        ("requests", "Requests for answers"),
+        ("saved", "Requests answered from the cache or by joining"),
+        ("prompt_tokens", "Tokens of prompts"),
+        ("tokens", "Generated tokens"),
+    ):
+        values = [({what: label}, getattr(use, name)) for label, use in uses]
+        yield Row("counter", f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", values)
+
+
+_REASONS = ("queue full", "timeout", "draining", "memory")  # to refuse a request a turn
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",
     "broken": "Ollama broke off",
-    "protocol": "Ollama sent what is no HTTP",
+    "protocol": "Ollama sent something that is not HTTP",
     "status": "Ollama answered with status 500 or above",
     "reported": "Ollama reported an error in a stream",
+    "incomplete": "Ollama ended an answer without its last line",
 }
 
 
 def _error_of(flight: Flight) -> str:
-    """Return what upstream did wrong; empty for nothing, or if a client was at fault, or we."""
+    """Return the kind of upstream's error; empty if there is none, or it was not upstream's."""
     if flight.error is not None:
         return flight.error.kind
-    return "status" if flight.status >= 500 else ""
+    if flight.ending is Ending.INCOMPLETE:
+        return "incomplete"
+    if flight.status >= 500:
+        return "status"
+    return ""

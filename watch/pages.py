@@ -1,4 +1,4 @@
-"""What OllProx answers by itself: its health, its metrics, the dashboard, and the cache's end."""
+"""OllProx's own pages: health, readiness, metrics, the dashboard, and dropping the cache."""
 
 import base64
 import hashlib
@@ -10,10 +10,12 @@ from urllib.parse import parse_qsl
 from answers.flight import Flights
 from answers.models import Probe
 from answers.notes import JSON
+from answers.permits import Permits
 from answers.stored import StoredAnswer
 from cache import Cache
+from keystore import Key
 from settings import ROOT, normalize_model
-from watch.metrics import Metrics
+from watch.metrics import Metrics, Viewer
 from wire.http11 import Head, Headers, HTTPError, Response
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus's exposition format
@@ -24,27 +26,27 @@ class Pages:
     """The pages, each by its name in the route table.
 
     Args:
-        admins: the labels of ADMIN_LABELS.
         probe: knows whether upstream answers.
-        cache: can be emptied.
-        flights: whose answers shall not be stored then.
-        metrics: what is counted.
+        cache: whose answers `DELETE /cache` drops.
+        flights: whose answers are then not stored.
+        metrics: the counts.
+        permits: the limits of keys, and the queue.
 
     """
 
     def __init__(
         self,
-        admins: tuple[str, ...],
         probe: Probe,
         cache: Cache[StoredAnswer],
         flights: Flights,
         metrics: Metrics,
+        permits: Permits,
     ) -> None:
-        self._admins = admins
         self._probe = probe
         self._cache = cache
         self._flights = flights
         self._metrics = metrics
+        self._permits = permits
         self._dashboard = (ROOT / "watch" / "dashboard.html").read_bytes()
         self._policy = _policy(self._dashboard)
         self._by_name: dict[str, Callable[[Head, Key | None], Awaitable[Response]]] = {
@@ -53,17 +55,24 @@ class Pages:
             "dashboard": self._page,
             "metrics": self._text,
             "view": self._view,
+            "whoami": self._whoami,
             "drop": self._drop,
         }
 
     async def answer(self, name: str, head: Head, key: Key | None) -> Response:
-        """Answer a request for a page, by a key, None on an open route. Raises HTTPError."""
+        """Return a page for a key, None on an open route. Raises HTTPError."""
         return await self._by_name[name](head, key)
+
+    def _viewer(self, key: Key | None) -> Viewer:
+        """Return what a key may see and do. A key that is alone may see everything."""
+        assert key is not None, "a page with figures needs a key"
+        sees_all = key.admin or key.metrics or len(self._metrics.keys) == 1
+        return Viewer(key.label, sees_all, key.admin)
 
     async def _health(self, head: Head, key: Key | None) -> Response:
         return _json({"status": "ok"})
 
-    async def _ready(self, head: Head, label: str) -> Response:
+    async def _ready(self, head: Head, key: Key | None) -> Response:
         if not await self._probe.ready():
             raise HTTPError(503, "Ollama does not answer")
         return _json({"status": "ready"})
@@ -79,15 +88,28 @@ class Pages:
         return Response(200, headers, self._dashboard)
 
     async def _text(self, head: Head, key: Key | None) -> Response:
-        text = self._metrics.text(by_label=self._metrics.may_see_labels(key))
+        text = self._metrics.text(self._viewer(key))
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
     async def _view(self, head: Head, key: Key | None) -> Response:
-        by_label = self._metrics.may_see_labels(key)
-        return _json(self._metrics.view(by_label=by_label), _FRESH)
+        return _json(self._metrics.view(self._viewer(key)), _FRESH)
+
+    async def _whoami(self, head: Head, key: Key | None) -> Response:
+        """Tell a key's holder its label, its rights, and how it stands against its limits."""
+        assert key is not None
+        limits, turns = self._permits
+        running, waiting = turns.of_key(key.digest)
+        standing = limits.standing(key)
+        used: dict[str, int | None] = {"running": running, "waiting": waiting}
+        resets: dict[str, float | None] = {}
+        for name in ("rate", "tokens"):  # None where there is no such limit
+            used[name] = standing[name].used if name in standing else None
+            resets[name] = round(standing[name].resets, 3) if name in standing else None
+        view = {"label": key.label, "rights": _rights(key), "used": used, "resets": resets}
+        return _json(view, _FRESH)
 
     async def _drop(self, head: Head, key: Key | None) -> Response:
-        """Drop all answers, or with `?model=NAME` one model's, those under way included."""
+        """Drop all stored answers, or those of `?model=NAME`; answers under way are not stored."""
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]
         if len(wanted) > 1 or len(names) != len(wanted):
@@ -98,13 +120,23 @@ class Pages:
         return _json({"dropped": dropped})
 
 
+def _rights(key: Key) -> dict[str, object]:
+    """Return the options of a key by name: flags are true, and what stands twice is joined."""
+    found: dict[str, object] = {}
+    for name, value in key.rights():
+        if name in found:
+            value = f"{found[name]} {value}"
+        found[name] = int(value) if value.isdecimal() else value or True
+    return found
+
+
 def _json(value: object, headers: Headers = ()) -> Response:
     body = json.dumps(value, separators=(",", ":")).encode()
     return Response(200, ((b"Content-Type", JSON), *headers), body)
 
 
 def _policy(page: bytes) -> bytes:
-    """Write a Content-Security-Policy that allows a page its own script and style alone."""
+    """Return a Content-Security-Policy that allows only the page's own script and style."""
     script, style = (
         base64.b64encode(hashlib.sha256(found[1]).digest())
         for tag in (b"script", b"style")

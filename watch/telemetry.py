@@ -1,7 +1,7 @@
-"""Log lines: one for each exchange, and the thread that writes them.
+"""Log lines: one for each request, and the thread that writes them.
 
-Lines are gathered and handed to a thread, so that a terminal or a pipe that nobody reads
-cannot hold up the proxy; beyond a bound they are dropped and counted.
+Lines are collected and written by a thread, so a terminal or a pipe that nobody reads
+cannot block the proxy. Beyond a limit, lines are dropped and counted.
 """
 
 import json
@@ -14,31 +14,31 @@ import time
 from contextlib import suppress
 from functools import lru_cache
 
-from record import Record
+from record import Outcome, Record
 
-FLUSH_INTERVAL = 0.1  # seconds that a line may be gathered
-MAX_PENDING = 1 << 20  # bytes of lines that wait for the terminal
-MAX_SHOWN = 100  # characters shown of what a client chose
+FLUSH_INTERVAL = 0.1  # seconds that lines are collected before they are written
+MAX_PENDING = 1 << 20  # bytes of lines that wait to be written
+MAX_SHOWN = 100  # characters logged of a value that a client chose
 
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
 
 
 class LineWriter:
-    """Write lines to a file descriptor from a thread of its own, as text or as JSON."""
+    """Writes lines to a file descriptor in its own thread, as text or as JSON."""
 
     def __init__(self, descriptor: int, *, as_json: bool = False) -> None:
         self.as_json = as_json
         self._descriptor = descriptor
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._taken = 0  # bytes, counted by the loop's thread alone
-        self._written = 0  # bytes, counted by the writing thread alone
+        self._taken = 0  # bytes; only the loop's thread changes it
+        self._written = 0  # bytes; only the writing thread changes it
         self._dropped = 0  # lines
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lines", daemon=True)
         self._thread.start()
 
     def write(self, line: bytes) -> None:
-        """Take one line, with its newline. Never waits."""
+        """Queue one line, which ends with a newline. Never waits."""
         if self._taken - self._written + len(line) > MAX_PENDING:
             self._dropped += 1
             return
@@ -48,8 +48,8 @@ class LineWriter:
         self._taken += len(line)
         self._queue.put(line)
 
-    def say(self, level: str, message: str) -> None:
-        """Take a message: one line, or with a traceback as text several."""
+    def message(self, level: str, message: str) -> None:
+        """Queue a message: one line, or several if it is text with a traceback."""
         self.write(self._line(level, message))
 
     def _line(self, level: str, message: str) -> bytes:
@@ -58,7 +58,7 @@ class LineWriter:
         return f"{stamp()} {level} {message}\n".encode("utf-8", "replace")
 
     def close(self) -> None:
-        """Write what is left, for a second at most."""
+        """Write the remaining lines; give up after a second."""
         self._closing.set()
         self._queue.put(b"")  # wakes the thread
         self._thread.join(timeout=1)
@@ -74,13 +74,13 @@ class LineWriter:
             self._written += len(text)
 
     def _write_all(self, text: bytes) -> None:
-        with suppress(OSError):  # nobody reads; the proxy goes on
+        with suppress(OSError):  # nobody reads the lines; keep serving
             while text:
                 text = text[os.write(self._descriptor, text) :]
 
 
 class LineHandler(logging.Handler):
-    """Log through a `LineWriter`, so that all lines keep their order."""
+    """Logs through a `LineWriter`, which keeps all lines in order."""
 
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
@@ -88,11 +88,11 @@ class LineHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one log record."""
-        self._writer.say(record.levelname, self.format(record))
+        self._writer.message(record.levelname, self.format(record))
 
 
 def setup_logging(level: str, writer: LineWriter) -> None:
-    """Send all of OllProx's log lines to `writer`, from `level` on."""
+    """Send OllProx's log lines of `level` and above to `writer`."""
     handler = LineHandler(writer)
     logger = logging.getLogger("ollprox")
     logger.handlers = [handler]
@@ -102,7 +102,7 @@ def setup_logging(level: str, writer: LineWriter) -> None:
 
 
 class AccessLog:
-    """Write one line for each exchange, at its end."""
+    """Writes one line for each request, at its end."""
 
     def __init__(self, writer: LineWriter, level: str) -> None:
         self._writer = writer
@@ -111,26 +111,29 @@ class AccessLog:
         self._debug = level == "DEBUG"
 
     def __call__(self, record: Record) -> None:
-        """Write the record's line, where its level is wanted."""
+        """Write the record's line, unless LOG_LEVEL is above the line's level."""
         if self._debug if record.quiet else self._info:
             self._writer.write(self._format(record, time.monotonic()))
 
 
 def format_record(record: Record, now: float) -> bytes:
-    """Format an access line. What clients chose is escaped and cut."""
-    first = "-" if record.first_byte is None else f"{record.first_byte - record.started:.4f}"
+    """Return an access line. What clients chose is escaped and cut."""
+    started, first_byte, queued = record.started, record.first_byte, record.queued
+    first = "-" if first_byte is None else f"{first_byte - started:.4f}"
     return (
         f"{stamp()} access id={record.request_id.decode()}"
-        f" client={record.client} key={shown(record.caller)}"
-        f" method={shown(record.method)} path={record.path} model={shown(record.model)}"
-        f" status={record.status} cache={record.outcome} bytes={record.bytes_sent}"
-        f" first_byte={first} total={now - record.started:.4f}\n"
+        f" client={record.client} key={_one_word(record.caller[:MAX_SHOWN])}"
+        f" method={record.method} path={record.path}"
+        f" model={_one_word(record.model[:MAX_SHOWN])}"
+        f" status={record.status} cache={_CACHE.get(record.outcome, '-')}"
+        f" bytes={record.bytes_sent} queued={'-' if queued is None else f'{queued:.4f}'}"
+        f" first_byte={first} total={now - started:.4f}\n"
     ).encode()
 
 
 def format_as_json(record: Record, now: float) -> bytes:
-    """Format the same as a JSON object; times are numbers, what is not there is null."""
-    first = record.first_byte
+    """Return the same as a JSON object; times are numbers, and missing values are null."""
+    first, queued = record.first_byte, record.queued
     return as_json(
         "DEBUG" if record.quiet else "INFO",
         "access",
@@ -141,11 +144,18 @@ def format_as_json(record: Record, now: float) -> bytes:
         path=_or_null(record.path),
         model=_or_null(record.model),
         status=record.status,
-        cache=_or_null(record.outcome),
+        cache=_CACHE.get(record.outcome),
         bytes=record.bytes_sent,
+        queued=None if queued is None else round(queued, 6),
         first_byte=None if first is None else round(first - record.started, 6),
         total=round(now - record.started, 6),
     )
+
+
+# `cache` in access lines: the outcome of requests that could be answered from the cache.
+_CACHE: dict[Outcome, str] = {
+    outcome: outcome.value for outcome in Outcome if outcome not in {Outcome.REFUSED, Outcome.PAGE}
+}
 
 
 def _or_null(text: str) -> str | None:
@@ -153,7 +163,7 @@ def _or_null(text: str) -> str | None:
 
 
 def as_json(level: str, message: str, **fields: object) -> bytes:
-    """Write a log line as JSON; `time`, `level` and `message` are in every one."""
+    """Return a log line as JSON; every line has `time`, `level` and `message`."""
     return (
         json.dumps({"time": stamp(), "level": level, "message": message, **fields}).encode() + b"\n"
     )
@@ -163,7 +173,7 @@ _second = (0, "")
 
 
 def stamp() -> str:
-    """Return the time in UTC, to the millisecond, as in ISO 8601."""
+    """Return the time in UTC, in ISO 8601 with milliseconds."""
     global _second
     now = time.time()
     if _second[0] != int(now):
@@ -172,10 +182,10 @@ def stamp() -> str:
 
 
 def shown(text: str) -> str:
-    """Escape and cut what a client chose, so that it stays one word of one line."""
-    return _shown(text[:MAX_SHOWN])
+    """Return a value that a client chose, escaped and cut so that it stays one word."""
+    return _one_word(text[:MAX_SHOWN])
 
 
 @lru_cache(maxsize=1024)
-def _shown(text: str) -> str:
+def _one_word(text: str) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)

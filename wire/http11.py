@@ -108,6 +108,7 @@ class Head:
     http10: bool
     has_body: bool
     names: frozenset[bytes]
+    basic: bool = False  # a credential is a password of Basic, which browsers attach themselves
 
     def get(self, name: bytes) -> bytes | None:
         """Return the values of a header, joined by commas; None where it is not there."""
@@ -168,6 +169,7 @@ class Ask:
     body: Callable[[], bytes] | AsyncIterator[bytes] = bytes
     length: int | None = None
     model: str = ""
+    ticket: AbstractAsyncContextManager[object] | None = None
     whole_wanted: Callable[[], bool] = _nobody
 
 
@@ -271,6 +273,7 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
         http10=minor == b"0",
         has_body=chunked or bool(length),
         names=frozenset(name for name, _ in headers),
+        basic=any(n == b"authorization" and v[:6].lower() == b"basic " for n, v in pairs),
     )
 
 

@@ -1,0 +1,219 @@
+"""Count what each API key uses against its limits: `rate=60/minute`, `tokens=200000/day`.
+
+Windows slide: `rate=60/minute` means at most 60 in any 60 seconds. Pure: the clock is an
+argument. Counts belong to a key's digest, so they survive a reload of the key file.
+"""
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from keystore import Key, Limit
+from wire.http11 import HTTPError
+
+MAX_EVENTS = 1024  # of one log that are kept apart; beyond, neighbours are counted together
+SWEEP_EVERY = 1024  # new logs between two searches for logs that have run empty
+
+
+@dataclass(slots=True)
+class Event:
+    """Something that counts, when it counted (seconds), and how much."""
+
+    at: float
+    amount: int
+
+
+class SlidingLog:
+    """What a key counted within the longest window of its limits."""
+
+    def __init__(self, key: Key) -> None:
+        self.key = key  # as its last request had it
+        self.horizon = 0.0  # seconds that events are kept
+        self._events: deque[Event] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._events)
+
+    def add(self, now: float, amount: int) -> Event:
+        """Count `amount`; return the event, so that it can be given back."""
+        events = self._events
+        if len(events) >= MAX_EVENTS and now - events[-1].at < self.horizon / MAX_EVENTS:
+            last = events[-1]
+            last.at, last.amount = now, last.amount + amount
+            return last
+        events.append(event := Event(now, amount))
+        return event
+
+    def prune(self, now: float) -> None:
+        """Forget what is older than the horizon."""
+        events = self._events
+        while events and now - events[0].at >= self.horizon:
+            events.popleft()
+
+    def used(self, window: float, now: float) -> int:
+        """Return how much counted in the last `window` seconds."""
+        return sum(event.amount for event in self._events if now - event.at < window)
+
+    def free_in(self, limit: Limit, now: float) -> float:
+        """Return the seconds until one more is within the limit; 0 if it is now."""
+        excess = self.used(limit.seconds, now) - limit.count + 1
+        if excess <= 0:
+            return 0.0
+        for event in self._events:
+            if now - event.at < limit.seconds and (excess := excess - event.amount) <= 0:
+                return event.at + limit.seconds - now
+        return limit.seconds  # a limit of 0: nothing is ever free
+
+    def empty_in(self, limit: Limit, now: float) -> float:
+        """Return the seconds until nothing of it counts any more."""
+        last = max((event.at for event in self._events if event.amount), default=-math.inf)
+        return max(0.0, last + limit.seconds - now)
+
+
+@dataclass(frozen=True, slots=True)
+class Charge:
+    """A generation that was counted; `refund` gives it back if it never began."""
+
+    _event: Event | None
+
+    def refund(self) -> None:
+        """Do not count it after all. To be called at most once."""
+        if self._event is not None:
+            self._event.amount -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How a key stands against the limit that it is closest to.
+
+    `used` of `limit` counts now; in `resets` seconds nothing will, if nothing more is used.
+    """
+
+    key: Key
+    what: str  # the option: `rate` or `tokens`
+    limit: Limit
+    used: int
+    resets: float
+
+
+class Limits:
+    """The counts of all keys that have a limit.
+
+    Args:
+        clock: seconds on a clock that never goes back.
+
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._rates: dict[bytes, SlidingLog] = {}  # by the key's digest
+        self._tokens: dict[bytes, SlidingLog] = {}
+
+    def admit(self, key: Key) -> Charge:
+        """Count a generation that is about to begin.
+
+        Raises:
+            LimitReached: 429; nothing was counted.
+
+        """
+        now = self._clock()
+        for what, table, limits in self._tables(key):
+            log = self._log(table, key, limits, now)
+            for limit in limits:
+                if log is not None and (wait := log.free_in(limit, now)):
+                    raise LimitReached(what, limit, wait)
+        rates = self._log(self._rates, key, key.rate, now)
+        return Charge(rates.add(now, 1) if rates is not None else None)
+
+    def spend(self, key: Key, tokens: int) -> None:
+        """Count the tokens of an answer at its end."""
+        now = self._clock()
+        log = self._log(self._tokens, key, key.tokens, now)
+        if log is not None and tokens:
+            log.add(now, tokens)
+
+    def standing(self, key: Key) -> dict[str, Standing]:
+        """Return how a key stands, by the names of the options that limit it."""
+        now = self._clock()
+        found = {}
+        for what, table, limits in self._tables(key):
+            if limits:
+                log = table.get(key.digest) or SlidingLog(key)
+                found[what] = _closest(what, key, log, limits, now)
+        return found
+
+    def in_use(self) -> Iterator[Standing]:
+        """Return how the keys stand of which something counts."""
+        now = self._clock()
+        for what, table in (("rate", self._rates), ("tokens", self._tokens)):
+            for log in table.values():
+                limits = log.key.rate if what == "rate" else log.key.tokens
+                standing = _closest(what, log.key, log, limits, now)
+                if standing.used:
+                    yield standing
+
+    def _tables(
+        self, key: Key
+    ) -> tuple[tuple[str, dict[bytes, SlidingLog], tuple[Limit, ...]], ...]:
+        return ("rate", self._rates, key.rate), ("tokens", self._tokens, key.tokens)
+
+    def _log(
+        self, table: dict[bytes, SlidingLog], key: Key, limits: tuple[Limit, ...], now: float
+    ) -> SlidingLog | None:
+        """Return a key's log, pruned; None if the key has no such limit."""
+        if not limits:
+            return None
+        log = table.get(key.digest)
+        if log is None:
+            if len(table) % SWEEP_EVERY == SWEEP_EVERY - 1:
+                self._sweep(table, now)
+            log = table[key.digest] = SlidingLog(key)
+        log.key = key
+        log.horizon = max(limit.seconds for limit in limits)
+        log.prune(now)
+        return log
+
+    @staticmethod
+    def _sweep(table: dict[bytes, SlidingLog], now: float) -> None:
+        """Forget the logs in which nothing counts any more."""
+        for log in table.values():
+            log.prune(now)
+        for digest in [digest for digest, log in table.items() if not log]:
+            del table[digest]
+
+
+def _closest(
+    what: str, key: Key, log: SlidingLog, limits: tuple[Limit, ...], now: float
+) -> Standing:
+    used = {limit: log.used(limit.seconds, now) for limit in limits}
+    limit = min(limits, key=lambda limit: (limit.count - used[limit]) / limit.count)
+    return Standing(key, what, limit, used[limit], log.empty_in(limit, now))
+
+
+class LimitReached(HTTPError):
+    """A key has used up a limit.
+
+    Its headers are those that OpenAI's clients read; `Retry-After` is the true time.
+    """
+
+    def __init__(self, what: str, limit: Limit, wait: float) -> None:
+        thing = "requests" if what == "rate" else "tokens"
+        seconds = max(1, math.ceil(wait))
+        reset = b"%ds" % seconds
+        super().__init__(
+            429,
+            f"this API key has used up its {_UNITS[what]} ({what}={limit}):"
+            f" try again in {seconds} s",
+            (
+                (b"Retry-After", b"%d" % seconds),
+                (b"x-ratelimit-limit-%b" % thing.encode(), b"%d" % limit.count),
+                (b"x-ratelimit-remaining-%b" % thing.encode(), b"0"),
+                (b"x-ratelimit-reset-%b" % thing.encode(), reset),
+            ),
+            kind=what,
+        )
+
+
+_UNITS = {"rate": "generations", "tokens": "generated tokens"}

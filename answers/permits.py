@@ -1,0 +1,60 @@
+"""Let a generation begin: within its key's limits, and in its turn.
+
+A permit is got at once or refused, before the flight begins, so that a refusal reaches only the
+caller that would have begun it. The flight gives it back at its end.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from answers.limits import Charge, Limits
+from answers.turns import Ticket, Turns
+from keystore import Key
+from record import Usage
+from wire.http11 import HTTPError
+
+
+@dataclass(frozen=True, slots=True)
+class Permit:
+    """A generation that may begin as soon as its turn comes."""
+
+    key: Key
+    ticket: Ticket
+    _charge: Charge
+    _limits: Limits
+
+    def end(self, usage: Usage) -> None:
+        """Give it back at the answer's end, and count the tokens that were generated."""
+        self.ticket.withdraw()
+        if self.ticket.had_turn:
+            self._limits.spend(self.key, usage.tokens)
+        else:
+            self._charge.refund()
+
+
+class Permits(NamedTuple):
+    """Where permits come from."""
+
+    limits: Limits
+    turns: Turns
+
+    def admit(self, key: Key, model: str, size: int) -> Permit:
+        """Let a generation begin.
+
+        Args:
+            key: of the caller, who is charged.
+            model: its normalized name; empty if the body does not tell.
+            size: bytes of the prompt, which count while it waits.
+
+        Raises:
+            HTTPError: 429 if the key has used up a limit or its label's queue is full, 503 if
+                OllProx is stopping or has no memory; all with Retry-After.
+
+        """
+        charge = self.limits.admit(key)
+        try:
+            ticket = self.turns.admit(key, model, size)
+        except HTTPError:
+            charge.refund()
+            raise
+        return Permit(key, ticket, charge, self.limits)

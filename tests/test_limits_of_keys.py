@@ -1,0 +1,178 @@
+"""Limits of keys: sliding windows, refunds, reloads. Pure; the clock is the test's."""
+
+import math
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from answers.limits import MAX_EVENTS, SWEEP_EVERY, LimitReached, Limits
+from keystore import Key, Limit
+
+MINUTE, HOUR = 60, 3600
+
+
+@dataclass
+class Clock:
+    now: float = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def key(
+    digest: bytes = b"d", *, rate: tuple[Limit, ...] = (), tokens: tuple[Limit, ...] = ()
+) -> Key:
+    return Key(digest, "mary", digest, rate=rate, tokens=tokens)
+
+
+def retry_after(error: LimitReached) -> int:
+    return int(dict(error.headers)[b"Retry-After"])
+
+
+def test_a_key_without_limits_is_never_refused() -> None:
+    limits = Limits(Clock())
+    for _ in range(100):
+        limits.admit(key())
+    assert limits._rates == {}
+
+
+def test_the_window_slides() -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(rate=(Limit(2, MINUTE),))
+    limits.admit(mary)
+    clock.now += 40
+    limits.admit(mary)
+    clock.now += 10
+    with pytest.raises(LimitReached) as refused:
+        limits.admit(mary)
+    assert retry_after(refused.value) == 10  # the first one is 50 s old
+    clock.now += 10
+    limits.admit(mary)
+    with pytest.raises(LimitReached):
+        limits.admit(mary)
+
+
+def test_a_refused_request_does_not_count() -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(rate=(Limit(1, MINUTE),))
+    limits.admit(mary)
+    for _ in range(10):
+        with pytest.raises(LimitReached):
+            limits.admit(mary)
+    clock.now += MINUTE
+    limits.admit(mary)
+
+
+def test_a_request_refused_for_its_tokens_does_not_count_for_its_rate() -> None:
+    limits = Limits(Clock())
+    mary = key(rate=(Limit(2, MINUTE),), tokens=(Limit(10, HOUR),))
+    limits.admit(mary)
+    limits.spend(mary, 10)
+    with pytest.raises(LimitReached, match="tokens=10/hour"):
+        limits.admit(mary)
+    assert limits.standing(mary)["rate"].used == 1
+
+
+def test_what_never_began_is_given_back() -> None:
+    limits, mary = Limits(Clock()), key(rate=(Limit(1, MINUTE),))
+    limits.admit(mary).refund()
+    limits.admit(mary)
+    with pytest.raises(LimitReached):
+        limits.admit(mary)
+
+
+def test_of_several_limits_each_holds() -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(rate=(Limit(1, MINUTE), Limit(2, HOUR)))
+    limits.admit(mary)
+    clock.now += MINUTE
+    limits.admit(mary)
+    clock.now += MINUTE
+    with pytest.raises(LimitReached, match="hour") as refused:
+        limits.admit(mary)
+    assert retry_after(refused.value) == HOUR - 2 * MINUTE
+
+
+def test_tokens_count_at_the_end_of_an_answer() -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(tokens=(Limit(100, HOUR),))
+    limits.admit(mary)
+    limits.spend(mary, 60)
+    clock.now += 600
+    limits.admit(mary)  # 60 of 100: one more may begin, whatever it will need
+    limits.spend(mary, 60)
+    with pytest.raises(LimitReached) as refused:
+        limits.admit(mary)
+    assert retry_after(refused.value) == HOUR - 600
+
+
+def test_counts_survive_a_reload_and_a_changed_limit_holds_at_once() -> None:
+    limits = Limits(Clock())
+    for _ in range(3):
+        limits.admit(key(rate=(Limit(5, MINUTE),)))
+    with pytest.raises(LimitReached):
+        limits.admit(key(rate=(Limit(3, MINUTE),)))
+    limits.admit(key(rate=(Limit(4, MINUTE),)))
+
+
+def test_keys_with_the_same_label_are_counted_apart() -> None:
+    limits = Limits(Clock())
+    limits.admit(key(b"1", rate=(Limit(1, MINUTE),)))
+    limits.admit(key(b"2", rate=(Limit(1, MINUTE),)))
+
+
+def test_standing_says_what_is_used_and_when_it_resets() -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(rate=(Limit(1, MINUTE),))
+    assert limits.standing(mary)["rate"].resets == 0
+    limits.admit(mary)
+    clock.now += 15
+    standing = limits.standing(mary)["rate"]
+    assert (standing.used, standing.resets) == (1, 45)
+
+
+def test_a_log_is_bounded_and_never_lets_more_through() -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(rate=(Limit(5 * MAX_EVENTS, MINUTE),))
+    admitted = 0
+    for _ in range(6 * MAX_EVENTS):
+        clock.now += 1e-6
+        try:
+            limits.admit(mary)
+        except LimitReached:
+            break
+        admitted += 1
+    assert admitted == 5 * MAX_EVENTS
+    assert len(limits._rates[b"d"]._events) <= 2 * MAX_EVENTS
+
+
+def test_logs_that_have_run_empty_are_forgotten() -> None:
+    clock = Clock()
+    limits = Limits(clock)
+    for number in range(3 * SWEEP_EVERY):
+        clock.now += 1
+        limits.admit(key(b"%d" % number, rate=(Limit(1, MINUTE),)))
+    assert len(limits._rates) <= SWEEP_EVERY + MINUTE
+
+
+@given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 5))
+def test_no_window_ever_has_more_than_its_limit(gaps: list[float], most: int) -> None:
+    clock = Clock()
+    limits, mary = Limits(clock), key(rate=(Limit(most, MINUTE),))
+    admitted: list[float] = []
+    for gap in gaps:
+        clock.now += gap
+        try:
+            limits.admit(mary)
+        except LimitReached as error:
+            refused: LimitReached | None = error
+        else:
+            refused = None
+            admitted.append(clock.now)
+        recent = [at for at in admitted if clock.now - at < MINUTE]
+        assert len(recent) <= most
+        if refused is not None:
+            assert len(recent) == most
+            assert retry_after(refused) == max(1, math.ceil(recent[0] + MINUTE - clock.now))
