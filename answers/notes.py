@@ -233,6 +233,16 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _texts(parts: list[dict[str, Any]], name: str) -> list[str]:
+    """Return the texts of a name that are not empty."""
+    return [text for part in parts if (text := part.get(name)) and isinstance(text, str)]
+
+
+def _members(parts: list[dict[str, Any]], name: str) -> list[Any]:
+    """Return the members of all lists of a name."""
+    return [member for part in parts if name in part for member in _list(part[name])]
+
+
 class LineNotes(Notes):
     """Notes on a native stream: NDJSON, whose last line has `"done": true`.
 
@@ -298,48 +308,43 @@ class LineNotes(Notes):
             lines = _READER.decode((b"[%b]" % b",".join(texts)).decode())
         except (ValueError, RecursionError):
             lines = []
+        objects = [line for line in lines if isinstance(line, dict)]
         # Joined by commas, lines that are not JSON can become JSON: count what was read.
-        self._valid = self._valid and len(lines) == len(texts)
-        for line in lines:
-            if not isinstance(line, dict):
-                self._valid = False
-            elif self.error is None:  # after an error nothing counts
-                self._note(line)
+        self._valid = self._valid and len(objects) == len(lines) == len(texts)
+        if objects and self.error is None:  # after an error nothing counts
+            self._note(objects)
         self.finished = self._valid and self.error is None and self._last.get("done") is True
         if self.held > self._max_object:
             self.drop_fold()
 
-    def _note(self, line: dict[str, Any]) -> None:
-        self._last = line
-        if "error" in line:
-            self.error = _reported(line["error"])
+    def _note(self, lines: list[dict[str, Any]]) -> None:
+        """Note lines, all at once: a burst has many."""
+        errors = [index for index, line in enumerate(lines) if "error" in line]
+        if errors:
+            self._last = lines[errors[0]]
+            self.error = _reported(self._last["error"])
+            del lines[errors[0] :]
+        else:
+            self._last = lines[-1]
+        parts = [line.get("message") for line in lines] if self._chat else lines
+        said = [part for part in parts if isinstance(part, dict)]
+        texts = _texts(said, self._text)
+        thinking = _texts(said, "thinking")
+        calls = _members(said, "tool_calls") if self._chat else []
+        logprobs = _members(lines, "logprobs")
+        self._said += len(texts) + len(thinking) + len(calls)
+        if self.too_large:
             return
-        part = line.get("message") if self._chat else line
-        said = isinstance(part, dict) and self._note_part(part)
-        self._said += said
-        logprobs = line.get("logprobs")
-        if logprobs and isinstance(logprobs, list):
+        self._add(self._texts, "".join(texts))
+        self._add(self._thinking, "".join(thinking))
+        if logprobs:
             self._add(self._logprobs, dump(logprobs)[1:-1].decode())
-
-    def _note_part(self, part: dict[str, Any]) -> bool:
-        """Note what a line says; return whether it says anything."""
-        text, thinking = part.get(self._text), part.get("thinking")
-        said = False
-        if text and isinstance(text, str):
-            said = True
-            self._add(self._texts, text)
-        if thinking and isinstance(thinking, str):
-            said = True
-            self._add(self._thinking, thinking)
-        if self._chat and "tool_calls" in part and (calls := _list(part["tool_calls"])):
-            said = True
-            if not self.too_large:
-                self._tool_calls += calls
-                self.held += len(dump(calls))
-        return said
+        if calls:
+            self._tool_calls += calls
+            self.held += len(dump(calls))
 
     def _add(self, texts: list[str], text: str) -> None:
-        if not self.too_large:
+        if text:
             texts.append(text)
             self.held += len(text) if text.isascii() else len(dump(text))
 
