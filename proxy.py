@@ -15,7 +15,7 @@ from functools import partial
 
 import answers.ollama_api as api
 from answers.flight import Flight, Flights, Reader, Wants
-from answers.notes import JSON, progress_notes
+from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Question, Route, RouteTable
 from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
@@ -284,6 +284,9 @@ class Proxy:
         return answer
 
     def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
+        if question.folds and not answer.object:
+            record.outcome = "-"
+            raise too_large_error(self.settings.max_object_bytes)
         age = int(answer.age(time.time()))
         ttl = max(0, int(self.cache.ttl) - age)
         record.outcome, record.cache_status = "hit", b"OllProx; hit; ttl=%d" % ttl

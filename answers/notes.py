@@ -290,7 +290,7 @@ class LineNotes(Notes):
         """Return whether it says something, and is not the loading of a model."""
         says = self._said > 0 or bool(self._last.get("image"))
         loads = self._last.get("done_reason") in _LOADS
-        return self.finished and says and not loads and not self.too_large
+        return self.finished and says and not loads
 
     def is_line(self, rest: bytes) -> bool:
         """Return True for an object or a blank line; a client could not read half a line."""
@@ -369,12 +369,9 @@ class LineNotes(Notes):
         if not self._last:
             raise HTTPError(502, "Ollama ended its answer before the first line. Ask again.")
         folded = b"" if self.too_large else self._object or self._folded()
-        if self.too_large or len(folded) > self._max_object:
-            raise HTTPError(
-                502,
-                f"the answer is larger than {self._max_object} bytes (MAX_OBJECT_BYTES):"
-                ' ask for a stream, with "stream": true',
-            )
+        self.too_large = self.too_large or len(folded) > self._max_object
+        if self.too_large:
+            raise too_large_error(self._max_object)
         self._object = folded  # shared by all who wait for it, and by what is stored
         return folded
 
@@ -476,6 +473,12 @@ class EventNotes(Notes):
 
 _LAST_EVENTS = (b"event: response.completed", b"event: message_stop")
 _ERROR_EVENTS = (b"event: error", b"event: response.failed")
+
+
+def too_large_error(limit: int) -> HTTPError:
+    """Return what is said to those who want an object larger than `limit` bytes."""
+    message = f"the answer is larger than {limit} bytes (MAX_OBJECT_BYTES): ask for a stream"
+    return HTTPError(502, f'{message}, with "stream": true')
 
 
 def _reported(error: object) -> HTTPError:
