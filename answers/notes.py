@@ -20,6 +20,7 @@ SSE = b"text/event-stream"
 REPORTED = "reported"  # the kind of an HTTPError that Ollama itself put into a stream
 MAX_PARSED = 64 << 10  # bytes of an object that is parsed; of a longer one the end is searched
 MAX_USAGE = 512  # bytes of a `usage` object
+MAX_DEPTH = 8  # levels of an object that are searched for text: Ollama's have six
 TAIL = 4096  # bytes at the end of an object in which its numbers are
 
 _LOADS = ("load", "unload")  # `done_reason` of an answer that says nothing
@@ -41,7 +42,7 @@ _CONTENT = re.compile(
 _REASON = re.compile(rb'"finish_reason": ?"(?!")')
 _NO_MODEL = re.compile(rb'"model": ?""')
 _UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false')
-_ERROR_EVENT = re.compile(rb'\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
+_ERROR_EVENT = re.compile(rb'\s*\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
 
 
 class Notes(ABC):
@@ -170,7 +171,9 @@ class WholeNotes(Notes):
             return True
         complete = _is_finished(value)
         loads = value.get("done_reason") in _LOADS
-        self._worth_keeping = complete and "error" not in value and not loads and _says(value)
+        self._worth_keeping = (
+            complete and "error" not in value and not loads and _says_something(value)
+        )
         return complete
 
     @property
@@ -195,7 +198,7 @@ def _is_finished(value: dict[str, Any]) -> bool:
     return all(choice.get("finish_reason") for choice in choices)
 
 
-def _says(value: dict[str, Any]) -> bool:
+def _says_something(value: dict[str, Any]) -> bool:
     """Return whether an object has any text, thinking or tool call, or all of its embeddings."""
     for name in ("embeddings", "embedding"):
         if name in value:
@@ -203,23 +206,23 @@ def _says(value: dict[str, Any]) -> bool:
     data = _list(value.get("data"))
     if data:
         return all(isinstance(item, dict) and bool(item.get("embedding")) for item in data)
-    parts = [value, value.get("message")]
-    for choice in _list(value.get("choices")):
-        if isinstance(choice, dict):
-            parts += [choice, choice.get("message")]
-    return any(isinstance(part, dict) and any(map(part.get, _SAID)) for part in parts)
+    return _has_text(value, MAX_DEPTH)
 
 
+def _has_text(value: object, depth: int) -> bool:
+    """Return whether there is text where an answer has what it says, so many levels deep."""
+    if depth and isinstance(value, list):
+        return any(_has_text(member, depth - 1) for member in value)
+    if depth and isinstance(value, dict):
+        return any(_has_text(value[name], depth - 1) for name in _SAID if name in value)
+    return isinstance(value, str) and value != ""
+
+
+# Where the routes' objects have what they say; a tool call, or the use of a tool, has a name.
 _SAID = (
-    "response",
-    "content",
-    "text",
-    "thinking",
-    "reasoning",
-    "reasoning_content",
-    "tool_calls",
-    "output",
-    "image",
+    *("response", "message", "choices", "output"),
+    *("content", "text", "thinking", "reasoning", "reasoning_content", "image"),
+    *("tool_calls", "function", "name"),
 )
 
 
@@ -432,7 +435,7 @@ class EventNotes(Notes):
     def feed(self, piece: bytes) -> None:
         """Note whole events."""
         for event in piece.split(b"\n\n"):
-            name, found, data = event.partition(b"data: ")
+            name, found, data = event.partition(b"data:")
             if found:
                 self.lines += 1
                 self._note(name, data)
