@@ -18,7 +18,7 @@ from urllib.parse import unquote
 from answers.flight import Flight, Flights, Reader, Wants
 from answers.lists import only_allowed
 from answers.models import ModelChange, ModelWatch
-from answers.notes import JSON, progress_notes
+from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
 from answers.questions import EXAMPLE, Codec, Question, check_values
@@ -300,6 +300,9 @@ class Proxy:
         )
 
     def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
+        if question.folds and not answer.object:
+            record.outcome = Outcome.REFUSED
+            raise too_large_error(self.settings.max_object_bytes)
         record.headers += ((b"Age", b"%d" % answer.age(time.time())),)
         record.usage = answer.usage
         headers = unpack(answer.packed)

@@ -353,10 +353,12 @@ class Flight:
     def _overflows(self, size: int) -> bool:
         """Return whether a piece is too much for the window beside the fold.
 
-        While a reader waits for the fold only its own limit counts for it: it must not take
-        the window from the readers of pieces.
+        The fold counts only if it would be stored too. While a reader waits for it, it has a
+        limit of its own, and must not take the window from the readers of pieces.
         """
-        return self._size + size > self._flights.window or not self.is_whole_wanted()
+        folding = self.notes is not None and self.notes.foldable
+        beside = folding and not self.is_whole_wanted()
+        return beside or self._size + size > self._flights.window
 
     def _drop_first(self) -> None:
         size = len(self._pieces.pop(0)) + PIECE_OVERHEAD

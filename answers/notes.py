@@ -20,6 +20,7 @@ SSE = b"text/event-stream"
 REPORTED = "reported"  # the kind of an HTTPError that Ollama itself put into a stream
 MAX_PARSED = 64 << 10  # bytes of an object that is parsed; of a longer one the end is searched
 MAX_USAGE = 512  # bytes of a `usage` object
+MAX_DEPTH = 8  # levels of an object that are searched for text: Ollama's have six
 TAIL = 4096  # bytes at the end of an object in which its numbers are
 
 _LOADS = ("load", "unload")  # `done_reason` of an answer that says nothing
@@ -41,7 +42,7 @@ _CONTENT = re.compile(
 _REASON = re.compile(rb'"finish_reason": ?"(?!")')
 _NO_MODEL = re.compile(rb'"model": ?""')
 _UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false')
-_ERROR_EVENT = re.compile(rb'\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
+_ERROR_EVENT = re.compile(rb'\s*\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
 
 
 class Notes(ABC):
@@ -170,7 +171,9 @@ class WholeNotes(Notes):
             return True
         complete = _is_finished(value)
         loads = value.get("done_reason") in _LOADS
-        self._worth_keeping = complete and "error" not in value and not loads and _says(value)
+        self._worth_keeping = (
+            complete and "error" not in value and not loads and _says_something(value)
+        )
         return complete
 
     @property
@@ -195,7 +198,7 @@ def _is_finished(value: dict[str, Any]) -> bool:
     return all(choice.get("finish_reason") for choice in choices)
 
 
-def _says(value: dict[str, Any]) -> bool:
+def _says_something(value: dict[str, Any]) -> bool:
     """Return whether an object has any text, thinking or tool call, or all of its embeddings."""
     for name in ("embeddings", "embedding"):
         if name in value:
@@ -203,23 +206,23 @@ def _says(value: dict[str, Any]) -> bool:
     data = _list(value.get("data"))
     if data:
         return all(isinstance(item, dict) and bool(item.get("embedding")) for item in data)
-    parts = [value, value.get("message")]
-    for choice in _list(value.get("choices")):
-        if isinstance(choice, dict):
-            parts += [choice, choice.get("message")]
-    return any(isinstance(part, dict) and any(map(part.get, _SAID)) for part in parts)
+    return _has_text(value, MAX_DEPTH)
 
 
+def _has_text(value: object, depth: int) -> bool:
+    """Return whether there is text where an answer has what it says, so many levels deep."""
+    if depth and isinstance(value, list):
+        return any(_has_text(member, depth - 1) for member in value)
+    if depth and isinstance(value, dict):
+        return any(_has_text(value[name], depth - 1) for name in _SAID if name in value)
+    return isinstance(value, str) and value != ""
+
+
+# Where the routes' objects have what they say; a tool call, or the use of a tool, has a name.
 _SAID = (
-    "response",
-    "content",
-    "text",
-    "thinking",
-    "reasoning",
-    "reasoning_content",
-    "tool_calls",
-    "output",
-    "image",
+    *("response", "message", "choices", "output"),
+    *("content", "text", "thinking", "reasoning", "reasoning_content", "image"),
+    *("tool_calls", "function", "name"),
 )
 
 
@@ -231,6 +234,16 @@ def _is_full(embedding: object) -> bool:
 
 def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
+
+
+def _texts(parts: list[dict[str, Any]], name: str) -> list[str]:
+    """Return the texts of a name that are not empty."""
+    return [text for part in parts if (text := part.get(name)) and isinstance(text, str)]
+
+
+def _members(parts: list[dict[str, Any]], name: str) -> list[Any]:
+    """Return the members of all lists of a name."""
+    return [member for part in parts if name in part for member in _list(part[name])]
 
 
 class LineNotes(Notes):
@@ -280,7 +293,7 @@ class LineNotes(Notes):
         """Return whether it says something, and is not the loading of a model."""
         says = self._said > 0 or bool(self._last.get("image"))
         loads = self._last.get("done_reason") in _LOADS
-        return self.finished and says and not loads and not self.too_large
+        return self.finished and says and not loads
 
     def is_line(self, rest: bytes) -> bool:
         """Return True for an object or a blank line; a client could not read half a line."""
@@ -298,48 +311,43 @@ class LineNotes(Notes):
             lines = _READER.decode((b"[%b]" % b",".join(texts)).decode())
         except (ValueError, RecursionError):
             lines = []
+        objects = [line for line in lines if isinstance(line, dict)]
         # Joined by commas, lines that are not JSON can become JSON: count what was read.
-        self._valid = self._valid and len(lines) == len(texts)
-        for line in lines:
-            if not isinstance(line, dict):
-                self._valid = False
-            elif self.error is None:  # after an error nothing counts
-                self._note(line)
+        self._valid = self._valid and len(objects) == len(lines) == len(texts)
+        if objects and self.error is None:  # after an error nothing counts
+            self._note(objects)
         self.finished = self._valid and self.error is None and self._last.get("done") is True
         if self.held > self._max_object:
             self.drop_fold()
 
-    def _note(self, line: dict[str, Any]) -> None:
-        self._last = line
-        if "error" in line:
-            self.error = _reported(line["error"])
+    def _note(self, lines: list[dict[str, Any]]) -> None:
+        """Note lines, all at once: a burst has many."""
+        errors = [index for index, line in enumerate(lines) if "error" in line]
+        if errors:
+            self._last = lines[errors[0]]
+            self.error = _reported(self._last["error"])
+            del lines[errors[0] :]
+        else:
+            self._last = lines[-1]
+        parts = [line.get("message") for line in lines] if self._chat else lines
+        said = [part for part in parts if isinstance(part, dict)]
+        texts = _texts(said, self._text)
+        thinking = _texts(said, "thinking")
+        calls = _members(said, "tool_calls") if self._chat else []
+        logprobs = _members(lines, "logprobs")
+        self._said += len(texts) + len(thinking) + len(calls)
+        if self.too_large:
             return
-        part = line.get("message") if self._chat else line
-        said = isinstance(part, dict) and self._note_part(part)
-        self._said += said
-        logprobs = line.get("logprobs")
-        if logprobs and isinstance(logprobs, list):
+        self._add(self._texts, "".join(texts))
+        self._add(self._thinking, "".join(thinking))
+        if logprobs:
             self._add(self._logprobs, dump(logprobs)[1:-1].decode())
-
-    def _note_part(self, part: dict[str, Any]) -> bool:
-        """Note what a line says; return whether it says anything."""
-        text, thinking = part.get(self._text), part.get("thinking")
-        said = False
-        if text and isinstance(text, str):
-            said = True
-            self._add(self._texts, text)
-        if thinking and isinstance(thinking, str):
-            said = True
-            self._add(self._thinking, thinking)
-        if self._chat and "tool_calls" in part and (calls := _list(part["tool_calls"])):
-            said = True
-            if not self.too_large:
-                self._tool_calls += calls
-                self.held += len(dump(calls))
-        return said
+        if calls:
+            self._tool_calls += calls
+            self.held += len(dump(calls))
 
     def _add(self, texts: list[str], text: str) -> None:
-        if not self.too_large:
+        if text:
             texts.append(text)
             self.held += len(text) if text.isascii() else len(dump(text))
 
@@ -364,12 +372,9 @@ class LineNotes(Notes):
         if not self._last:
             raise HTTPError(502, "Ollama ended its answer before the first line. Ask again.")
         folded = b"" if self.too_large else self._object or self._folded()
-        if self.too_large or len(folded) > self._max_object:
-            raise HTTPError(
-                502,
-                f"the answer is larger than {self._max_object} bytes (MAX_OBJECT_BYTES):"
-                ' ask for a stream, with "stream": true',
-            )
+        self.too_large = self.too_large or len(folded) > self._max_object
+        if self.too_large:
+            raise too_large_error(self._max_object)
         self._object = folded  # shared by all who wait for it, and by what is stored
         return folded
 
@@ -430,7 +435,7 @@ class EventNotes(Notes):
     def feed(self, piece: bytes) -> None:
         """Note whole events."""
         for event in piece.split(b"\n\n"):
-            name, found, data = event.partition(b"data: ")
+            name, found, data = event.partition(b"data:")
             if found:
                 self.lines += 1
                 self._note(name, data)
@@ -471,6 +476,12 @@ class EventNotes(Notes):
 
 _LAST_EVENTS = (b"event: response.completed", b"event: message_stop")
 _ERROR_EVENTS = (b"event: error", b"event: response.failed")
+
+
+def too_large_error(limit: int) -> HTTPError:
+    """Return what is said to those who want an object larger than `limit` bytes."""
+    message = f"the answer is larger than {limit} bytes (MAX_OBJECT_BYTES): ask for a stream"
+    return HTTPError(502, f'{message}, with "stream": true')
 
 
 def _reported(error: object) -> HTTPError:

@@ -30,7 +30,7 @@ class StoredAnswer(NamedTuple):
     body: bytes
     """The stream as it came, or the one object where there is no stream."""
     object: bytes
-    """The fold of a stream; else `body` itself."""
+    """The fold of a stream, empty if it is too large for one; else `body` itself."""
     model: str
     """Its normalized name."""
     digest: str
@@ -125,7 +125,7 @@ def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer
         digest: the digest of its model; "" if unknown.
 
     Returns:
-        None if the answer is not worth storing, or has no fold where clients may want one.
+        None if the answer is not worth storing, or cannot be folded but for its size.
 
     """
     notes = flight.notes
@@ -134,7 +134,9 @@ def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer
     try:
         folded = notes.fold() if notes.foldable else body
     except HTTPError:
-        return None
+        if not notes.too_large:
+            return None
+        folded = b""
     assert flight.born is not None
     model, digest = sys.intern(flight.model), sys.intern(digest)
     headers = pack(flight.headers)

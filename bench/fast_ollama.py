@@ -23,7 +23,7 @@ LINE = (
 )
 STAMPED = LINE.replace(b"2026-11-23T09:10:20.396168845Z", b"%030d")
 LAST = (
-    b'{"model":"llama2","created_at":"2026-11-23T09:10:24.756379323Z","response":"","done":true,'
+    b'{"model":"llama2","created_at":"2026-11-23T09:10:24.756379323Z","response":".","done":true,'
     b'"done_reason":"stop","context":[105,2364,107],"total_duration":6569678440,'
     b'"load_duration":193028926,"prompt_eval_count":15,"prompt_eval_duration":1997003809,'
     b'"eval_count":12,"eval_duration":4337626101}\n'

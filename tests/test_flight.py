@@ -22,7 +22,7 @@ from answers.flight import (
     Timeouts,
     Wants,
 )
-from answers.notes import LineNotes, Notes, Relayed
+from answers.notes import LineNotes, Notes, Relayed, WholeNotes
 from cache import Budget
 from wire.http11 import Ask, HTTPError, Response, Truncated
 
@@ -516,6 +516,17 @@ async def test_what_cannot_be_folded_is_read_in_pieces_from_its_start() -> None:
         assert reader.wants is Wants.PIECES
         assert await reader.whole() is None
         assert b"".join([piece async for piece in reader.pieces()]) == b"x" * 5
+
+
+async def test_an_object_has_all_of_the_window() -> None:
+    """What is noted of it is not stored beside it."""
+    body = b'{"embedding":[1]}'
+    field = Field(window=cost(body))
+    flight = field.flights.begin(b"k", asking(), lambda response: WholeNotes())
+    with joined(flight) as reader:
+        field.upstream.say(body, None)
+        await reader.head()
+        assert await reader.whole() == body
 
 
 async def test_what_makes_no_notes_is_no_reader() -> None:

@@ -171,7 +171,7 @@ def test_a_fold_that_grows_too_large_is_refused_with_advice() -> None:
     assert not notes.too_large
     notes.feed(b'{"response":"0123456789+","done":true}\n')
     assert notes.too_large
-    assert not notes.keeps()
+    assert notes.keeps()  # for those who take a stream
     with pytest.raises(HTTPError, match=r'"stream": true') as caught:
         notes.fold()
     assert caught.value.status == 502
@@ -390,7 +390,7 @@ def said(**message: object) -> bytes:
         (b"/v1/embeddings", b'{"data":[]}', False),
         (b"/v1/chat/completions", said(content="a"), True),
         (b"/v1/chat/completions", said(reasoning="a"), True),
-        (b"/v1/chat/completions", said(tool_calls=[{"id": "x"}]), True),
+        (b"/v1/chat/completions", said(tool_calls=[{"id": "", "function": {"name": "f"}}]), True),
         (b"/v1/chat/completions", said(), False),
         (b"/v1/chat/completions", said(tool_calls=[]), False),
         (b"/v1/chat/completions", b'{"choices":[{"message":{"content":"a"}}]}', False),
@@ -399,6 +399,12 @@ def said(**message: object) -> bytes:
         (b"/v1/completions", b'{"choices":[]}', False),
         (b"/v1/completions", b"{}", False),
         (b"/v1/completions", b"[]", False),
+        (b"/v1/completions", b'{"text":%b"a"%b}' % (b"[" * 900, b"]" * 900), False),
+        (b"/v1/messages", b'{"content":[{"text":""}],"stop_reason":"end_turn"}', False),
+        (b"/v1/messages", b'{"content":[{"name":"f"}],"stop_reason":"tool_use"}', True),
+        (b"/v1/responses", b'{"text":{"format":{"type":"text"}},"output":[]}', False),
+        (b"/v1/responses", b'{"output":[{"content":[{"text":""}]}]}', False),
+        (b"/v1/responses", b'{"output":[{"content":[{"text":"a"}]}]}', True),
         (b"/v1/completions", b'{"error":"x","choices":[{"text":"a"}]}', False),
     ],
 )
@@ -482,6 +488,7 @@ def test_an_error_among_lines_of_progress_is_seen() -> None:
         b'data: {"error":{"message":"died","type":"api_error"}}\n\n',
         b'event: error\ndata: {"type":"error","error":{"message":"died"}}\n\n',
         b'data: {"type": "error", "error": {"message": "died"}}\n\n',
+        b'data:{"error":{"message":"died"}}\n\n',
     ],
 )
 def test_an_error_event_is_seen_in_each_form(event: bytes) -> None:

@@ -174,7 +174,11 @@ async def test_an_ollama_that_stops_in_the_middle_is_504_for_a_single_object(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, IDLE_TIMEOUT=0.3, MODEL_REFRESH=0
+        OLLAMA_PORT=ollama.port,
+        API_KEY_FILE=key_file,
+        IDLE_TIMEOUT=0.3,
+        FIRST_BYTE_TIMEOUT=0.5,
+        MODEL_REFRESH=0,
     )
     ollama.script.hold_before = 2
     answer = await ask(ollprox.port, "POST", "/call_model", question())
