@@ -20,14 +20,14 @@ from answers.flight import Flight, Flights, Reader
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, NDJSON, SSE, BaseNotes, content_type, progress_notes
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
-from answers.questions import EXAMPLE, Codec, Question, check_values
+from answers.questions import EXAMPLE, Codec, Question, large_question
 from answers.stored import StoredAnswer
 from cache import Cache
 from keystore import MAX_WRONG, KeyStore, WrongKeys
 from record import Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
-from wire.codings import coding_of, decompress
+from wire.codings import coding_of
 from wire.http11 import (
     MAX_FRAMED,
     Ask,
@@ -256,7 +256,7 @@ class Proxy:
         body = await request.read(limit)
         if not coding and len(body) <= MAX_AT_ONCE:
             return self._question(codec, route.target, head.path, body)
-        read = partial(_question_at_length, codec, route.target, body, coding, limit)
+        read = partial(large_question, codec, route.target, body, coding, limit)
         del body  # so that only the pool holds it
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read)
 
@@ -401,7 +401,7 @@ class Proxy:
         label = record.label if route.generates else None
         flight = self.flights.begin(None, self.upstream.exchange, ask, progress_notes, None, label)
         replay = self._replay(flight.join(), _NO_QUESTION, route.form, record)
-        return await (replay if change is None else _settled(replay, change))
+        return await (replay if change is None else change.settled(replay))
 
     def _store(self, key: bytes, question: Question, flight: Flight) -> bool:
         """Keep a complete answer; tell whether it was kept."""
@@ -477,21 +477,6 @@ _HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 
 
-def _question_at_length(
-    codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int
-) -> Question:
-    """Read a large or compressed body, and write it anew, in a thread.
-
-    Each step holds the interpreter's lock, so the number of values is limited first.
-    """
-    plain = decompress(coding, body, limit) if coding else body
-    check_values(plain)
-    question = codec.question(plain, target)
-    written = question.body()
-    question.body = lambda: written
-    return question
-
-
 async def _limited(
     pieces: AsyncIterator[bytes], limit: int | None, change: ModelChange | None
 ) -> AsyncIterator[bytes]:
@@ -504,42 +489,6 @@ async def _limited(
         if change is not None:
             change.note(piece)
         yield piece
-
-
-async def _settled(replay: Awaitable[Response], change: ModelChange) -> Response:
-    """Let a response end only when the answers that its request made wrong are dropped."""
-    try:
-        response = await replay
-    except BaseException:
-        change.close()
-        raise
-    leave = response.release
-
-    def release() -> None:
-        change.close()
-        if leave is not None:
-            leave()
-
-    response.release = release
-    if not isinstance(response.body, bytes):
-        response.body = _settled_pieces(response.body, change)
-        return response
-    try:
-        await change.settle()
-    except BaseException:
-        release()
-        raise
-    return response
-
-
-async def _settled_pieces(
-    pieces: AsyncIterator[bytes], change: ModelChange
-) -> AsyncIterator[bytes]:
-    async for piece in pieces:
-        if b'"success"' in piece:  # for some clients this line is the end
-            await change.settle()
-        yield piece
-    await change.settle()
 
 
 def _too_large(limit: int) -> HTTPError:

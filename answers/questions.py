@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from answers.notes import BaseNotes, EventNotes, LineNotes, WholeNotes, notes_for, progress_notes
 from settings import normalize_model
+from wire.codings import decompress
 from wire.http11 import HTTPError, Response
 
 MAX_VALUES = 1 << 18  # JSON values in a body; parsing so many numbers takes about 10 ms
@@ -154,6 +155,28 @@ class PassThrough:
         if not self.input_name:
             return progress_notes(response)
         return notes_for(response, EventNotes(), WholeNotes())
+
+
+def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int) -> Question:
+    """Read a large or compressed body, for a thread. The body for upstream is written at once.
+
+    Args:
+        codec: that of the route.
+        target: the path upstream.
+        body: as it came.
+        coding: its `Content-Encoding`, empty for none.
+        limit: of the decompressed body, in bytes.
+
+    Raises:
+        HTTPError: 400, or 413 if it is too large or has too many values.
+
+    """
+    plain = decompress(coding, body, limit) if coding else body
+    check_values(plain)
+    question = codec.question(plain, target)
+    written = question.body()
+    question.body = lambda: written
+    return question
 
 
 class _RepeatedName(Exception):
