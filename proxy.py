@@ -252,7 +252,10 @@ class Proxy:
             return _NO_QUESTION
         if head.length is None and not head.chunked:
             raise HTTPError(411, f"the request has no body: send JSON, as in curl -d '{EXAMPLE}'")
-        coding = coding_of(head.get(b"content-encoding"), accepted=route.takes_compressed)
+        coding = b""
+        if b"content-encoding" in head.names:
+            value = head.get(b"content-encoding")
+            coding = coding_of(value, accepted=route.takes_compressed)
         body = await request.read(limit)
         if not coding and len(body) <= MAX_AT_ONCE:
             return self._question(codec, route.target, head.path, body)
