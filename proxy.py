@@ -21,7 +21,7 @@ from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
-from answers.questions import EXAMPLE, Codec, Question, check_values
+from answers.questions import EXAMPLE, Codec, Question, large_question
 from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
@@ -30,7 +30,7 @@ from keystore import Key
 from record import Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
-from wire.codings import coding_of, decompress
+from wire.codings import coding_of
 from wire.http11 import (
     Ask,
     Head,
@@ -190,11 +190,14 @@ class Proxy:
             return _NO_QUESTION
         if head.length is None and not head.chunked:
             raise HTTPError(411, f"the request has no body: send JSON, as in curl -d '{EXAMPLE}'")
-        coding = coding_of(head.get(b"content-encoding"), accepted=route.takes_compressed)
+        coding = b""
+        if b"content-encoding" in head.names:
+            value = head.get(b"content-encoding")
+            coding = coding_of(value, accepted=route.takes_compressed)
         body = await request.read(limit)
         if not coding and len(body) <= MAX_AT_ONCE:
             return self._question(codec, route.target, head.path, body)
-        read = partial(_question_at_length, codec, route.target, body, coding, limit)
+        read = partial(large_question, codec, route.target, body, coding, limit)
         del body  # so that only the pool holds it
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read)
 
@@ -327,7 +330,7 @@ class Proxy:
         record.outcome, record.cache_status = Outcome.BYPASS, b"OllProx; fwd=bypass"
         flight = self.flights.begin(None, ask, progress_notes, None, permit)
         response = self._replay(flight.join(), route.form, record)
-        return await (response if change is None else _settled(response, change))
+        return await (response if change is None else change.settled(response))
 
     def _store(self, cache_key: bytes, flight: Flight) -> bool:
         """Store a complete answer; return whether it was stored."""
@@ -395,21 +398,6 @@ def _queued(permit: Permit, record: Record) -> float | None:
     return max(0.0, min(permit.ticket.waited(), time.monotonic() - record.started))
 
 
-def _question_at_length(
-    codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int
-) -> Question:
-    """Read a large or compressed body, and write it anew, in a thread.
-
-    Each step holds the interpreter's lock, so the number of values is limited first.
-    """
-    plain = decompress(coding, body, limit) if coding else body
-    check_values(plain)
-    question = codec.question(plain, target)
-    written = question.body()
-    question.body = lambda: written
-    return question
-
-
 async def _limited(
     pieces: AsyncIterator[bytes], limit: int | None, change: ModelChange | None
 ) -> AsyncIterator[bytes]:
@@ -422,42 +410,6 @@ async def _limited(
         if change is not None:
             change.note(piece)
         yield piece
-
-
-async def _settled(replay: Awaitable[Response], change: ModelChange) -> Response:
-    """Let a response end only when the answers that its request made wrong are dropped."""
-    try:
-        response = await replay
-    except BaseException:
-        change.close()
-        raise
-    leave = response.release
-
-    def release() -> None:
-        change.close()
-        if leave is not None:
-            leave()
-
-    response.release = release
-    if not isinstance(response.body, bytes):
-        response.body = _settled_pieces(response.body, change)
-        return response
-    try:
-        await change.settle()
-    except BaseException:
-        release()
-        raise
-    return response
-
-
-async def _settled_pieces(
-    pieces: AsyncIterator[bytes], change: ModelChange
-) -> AsyncIterator[bytes]:
-    async for piece in pieces:
-        if b'"success"' in piece:  # for some clients this line is the end
-            await change.settle()
-        yield piece
-    await change.settle()
 
 
 def _too_large(limit: int) -> HTTPError:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
 
 import answers.ollama_api as api
 from answers.flight import Flights
@@ -213,8 +213,7 @@ class ModelWatch:
 class ModelChange:
     """A request that changes models, until the answers that it makes wrong are dropped.
 
-    Its body is shown to `note`. `settle` comes before the client learns of the end, `close`
-    when the client has its response or has left.
+    Its body is shown to `note`; `settled` then holds the end of its response back.
     """
 
     def __init__(self, watch: ModelWatch) -> None:
@@ -227,13 +226,44 @@ class ModelChange:
         if len(self._body) <= MAX_NAMED:
             self._body += piece
 
-    async def settle(self) -> None:
-        """Drop the answers that are wrong now; see `ModelWatch.settle`."""
+    async def settled(self, replay: Awaitable[Response]) -> Response:
+        """Let a response end only when the answers that its request made wrong are dropped."""
+        try:
+            response = await replay
+        except BaseException:
+            self._close()
+            raise
+        leave = response.release
+
+        def release() -> None:
+            self._close()
+            if leave is not None:
+                leave()
+
+        response.release = release
+        if not isinstance(response.body, bytes):
+            response.body = self._pieces(response.body)
+            return response
+        try:
+            await self._settle()
+        except BaseException:
+            release()
+            raise
+        return response
+
+    async def _pieces(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for piece in body:
+            if b'"success"' in piece:  # for some clients this line is the end
+                await self._settle()
+            yield piece
+        await self._settle()
+
+    async def _settle(self) -> None:
         await self._watch.settle(self._names())
         self._settled = True
 
-    def close(self) -> None:
-        """Without `settle` Ollama may be done or not: drop what may be wrong, and look soon."""
+    def _close(self) -> None:
+        """Drop what may be wrong: without an end Ollama may have done it or not."""
         if not self._settled:
             self._watch.interrupt(self._names())
 

@@ -200,7 +200,7 @@ def _v1_rows() -> dict[bytes, Route]:
     codecs: dict[bytes, Codec] = {
         b"/v1/chat/completions": PassThrough("messages"),
         b"/v1/completions": PassThrough("prompt"),
-        b"/v1/embeddings": PassThrough("input", samples=False, without=("keep_alive",)),
+        b"/v1/embeddings": PassThrough("input", samples=False),
         b"/v1/responses": PassThrough(),
     }
     messages, count = b"/v1/messages", b"/v1/messages/count_tokens"

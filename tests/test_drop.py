@@ -59,6 +59,9 @@ async def kept(port: int) -> list[bool]:
         ("?model=LLAMA2", 1, [False, True, True]),
         ("?model=%6clama2%3Alatest", 1, [False, True, True]),
         ("?model=library/llama2", 1, [False, True, True]),
+        ("?model=llama2:local", 1, [False, True, True]),
+        ("?model=+llama2+", 1, [False, True, True]),
+        ("?model=llama2:cloud", 0, [True, True, True]),
         (f"?model={OTHER}", 2, [True, False, False]),
         ("?model=gemma3", 0, [True, True, True]),  # which is gemma3:latest
         ("?model=no-such", 0, [True, True, True]),

@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from answers.flight import Flights
 from answers.models import ModelChange, ModelWatch, Probe
 from answers.stored import StoredAnswer
 from cache import Budget, Cache
+from wire.http11 import HTTPError, Response
 from wire.upstream import Upstream
 
 BOSS = {"APIKEY": "an-admin-key-for-tests"}
@@ -199,20 +200,44 @@ async def test_without_a_list_all_that_may_be_wrong_is_dropped(
     watch = Watched(lambda: None if comes else asyncio.Event())
     change = ModelChange(watch)
     change.note(body)
-    await change.settle()
-    change.close()
+
+    async def replay() -> Response:
+        return Response(200, (), b"")
+
+    response = await change.settled(replay())
+    assert watch.dropped == [dropped]
+    assert response.release
+    response.release()
     assert watch.dropped == [dropped]
     assert watch.due.is_set()
 
 
-async def test_a_change_that_was_never_settled_is_taken_for_done() -> None:
-    watch = Watched(lambda: {"m:latest": "1"})
-    change = ModelChange(watch)
-    change.note(b'{"name":')
-    change.note(b'"m"}')
-    change.close()
-    assert watch.dropped == [{"m:latest"}]
-    assert watch.due.is_set()
+async def test_a_change_without_an_end_is_taken_for_done() -> None:
+    """Upstream may break off, and the client may leave before the response or in its middle."""
+
+    async def breaks() -> Response:
+        raise HTTPError(502, "gone")
+
+    async def streams() -> Response:
+        async def pieces() -> AsyncIterator[bytes]:
+            yield b'{"status":"pulling manifest"}'
+
+        return Response(200, (), pieces())
+
+    for replay in (breaks, streams):
+        watch = Watched(lambda: {"m:latest": "1"})
+        change = ModelChange(watch)
+        change.note(b'{"name":')
+        change.note(b'"m"}')
+        try:
+            response = await change.settled(replay())
+        except HTTPError:
+            response = None
+        if response is not None:
+            assert response.release
+            response.release()
+        assert watch.dropped == [{"m:latest"}]
+        assert watch.due.is_set()
 
 
 # Whether Ollama is there.

@@ -55,7 +55,7 @@ def decompress(coding: bytes, body: bytes, limit: int) -> bytes:
     except _errors:
         raise HTTPError(400, f"the body cannot be decompressed as {name}") from None
     if len(plain) > limit:
-        what = f"the body is larger than {limit} bytes (MAX_BODY_BYTES) once decompressed"
+        what = f"decompressed, the body is larger than {limit} bytes (MAX_BODY_BYTES)"
         raise HTTPError(413, what)
     if not decoder.eof or decoder.unused_data:
         raise HTTPError(400, f"the body must be one whole {name} stream")
