@@ -475,16 +475,20 @@ def parse(
     return parsed
 
 
-def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> Iterator[str]:
-    """Give the keys with these labels all rights of `admin`; report labels that no key has."""
-    missing = set(labels)
-    for digest, key in keys.items() if labels else ():
+def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> list[str]:
+    """Give the keys with these labels the right `admin`; report the labels that no key has."""
+    if not keys or not labels:
+        return []
+    found = set()
+    for digest, key in keys.items():
         if key.label in labels:
-            missing.discard(key.label)
+            found.add(key.label)
             keys[digest] = replace(key, admin=True)
-    for number, label in enumerate(labels, 1):
-        if keys and label in missing:  # which may be a key, so it is not shown
-            yield f"has no key with the label that is number {number} in ADMIN_LABELS"
+    return [  # a label that is missing may be a key, so it is not shown
+        f"has no key with the label that is number {number} in ADMIN_LABELS"
+        for number, label in enumerate(labels, 1)
+        if label not in found
+    ]
 
 
 def read_file(path: Path) -> tuple[bytes, os.stat_result]:
@@ -853,7 +857,7 @@ class Tool:
             return b"".join(line for n, line in enumerate(kept, 1) if n not in removed)
 
         change_file(path, remove)
-        print(f"{len(removed)} lines were removed from {path}")
+        print(f"{len(removed)} line{'s' * (len(removed) > 1)} removed from {path}")
 
     def hash(self) -> None:
         """Turn plain keys on standard input into digest lines."""
@@ -863,6 +867,7 @@ class Tool:
             )
         text = sys.stdin.buffer.read()
         lines = {line.number: line for line in read_lines(text, self._salt, digests=False)}
+        written = []
         for number, raw in enumerate(text.removeprefix(_BOM).splitlines(), 1):
             key, options, label = split_line(raw)
             if number in lines and lines[number].looks_salted:
@@ -871,7 +876,8 @@ class Tool:
                 if lines[number].fault:
                     raise Failure(f"line {number} {lines[number].fault}")
                 raw = _line(salted_digest(self._salt, key).hex().encode(), options, label)
-            sys.stdout.buffer.write(raw + b"\n")
+            written.append(raw + b"\n")
+        sys.stdout.buffer.write(b"".join(written))  # nothing at all if a line has a fault
 
     def salt(self) -> None:
         """Print a fresh salt."""
@@ -975,7 +981,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failure as error:
         return _complain(str(error), error.status)
     except OSError as error:
-        return _complain(f"{error.filename or 'the key file'}: {reason(error)}", Failure.status)
+        return _complain(f"{chosen.file or path}: {reason(error)}", Failure.status)
     return 0
 
 
