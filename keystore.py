@@ -48,7 +48,7 @@ NO_SCHEME = b"\n"  # in place of a digest: an Authorization header without a sch
 _KEY_HEADERS = (b"apikey", b"x-api-key", b"api-key", b"authorization")  # in the order of search
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
 _KEY = re.compile(rb"[\x21-\x7e\x80-\xff]+")
-_LABEL = re.compile(rb"\s+#")
+_LABEL = re.compile(rb"(?<!\s)\s+#")  # from the first white space on: linear in the line
 _ODD = re.compile(rb"[\"'`#=\[\]{}]")
 _KEY_PATH = re.compile(rb"/key/([^/]*)(/.*|)", re.DOTALL)
 _BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+) *", re.IGNORECASE)
@@ -79,7 +79,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key that the key file has, and its rights. Two with the same rights are equal.
+    """An API key and its rights.
 
     `digest` is salted. `scope` tells callers apart where answers are kept for each: the label's
     bytes, or the digest of a key without a label. `models` are patterns of normalized names, None

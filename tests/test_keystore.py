@@ -93,6 +93,14 @@ def test_short_plain_keys_are_warned_about_and_valid() -> None:
     assert ["line 1 has a key shorter than 12" in report for report in result.reports] == [True]
 
 
+def test_a_line_full_of_spaces_takes_no_long_time() -> None:
+    spaces = b" " * 1_000_000
+    assert labels(b"long-key-0123456789" + spaces + b"# Mary") == {
+        salted_digest(SALT, b"long-key-0123456789"): "Mary"
+    }
+    assert labels(b"long-key-0123456789" + spaces + b"x") == {}
+
+
 def test_a_hundred_thousand_lines() -> None:
     text = b"".join(b"key-%016d\r\n" % number for number in range(100_000))
     assert len(labels(text)) == 100_000
