@@ -36,7 +36,7 @@ MAX_REPORTED = 10  # lines reported one by one, after that only their number
 MAX_NAME_CHARS = 600  # of a model; Ollama takes 350 for the host and 80 for each other part
 CLOCK_TICK = 2.0  # seconds; a file changed this recently may change again unseen
 SETTLE_TIME = 1.0  # seconds; a file changed this recently may still be being written
-MAX_UNSETTLED = 10.0  # seconds; a file that keeps changing for longer is believed anyway
+MAX_UNSETTLED = 5.0  # seconds; a file that keeps changing for longer is believed anyway
 
 MAX_WRONG = 10  # wrong keys that one address may try in a window
 WRONG_WINDOW = 60.0  # seconds
@@ -514,6 +514,19 @@ def read_file(path: Path) -> tuple[bytes, os.stat_result]:
     return text, status
 
 
+def read_settled(path: Path) -> tuple[bytes, os.stat_result]:
+    """Read a key file as `read_file` does, once it has not changed for `SETTLE_TIME`."""
+    deadline = time.monotonic() + MAX_UNSETTLED
+    while True:
+        text, status = read_file(path)
+        age = time.time() - status.st_mtime
+        if (
+            abs(age) >= SETTLE_TIME or time.monotonic() > deadline
+        ):  # another host's clock may differ
+            return text, status
+        time.sleep(SETTLE_TIME - age)
+
+
 def _signature(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
@@ -537,7 +550,7 @@ class KeyStore:
     _keys: dict[bytes, Key] = field(default_factory=dict, repr=False)
     _signature: tuple[int, int, int] | None = None
     _again: bool = False  # read it again, even if no change shows
-    _unsettled_since: float | None = None  # on the monotonic clock
+    _unfinished: tuple[bytes, float] | None = None  # a text without a last line end, since when
     _failed: bool = False
     _made: bool = False  # the only key is the one made at start
     _reports: list[str] = field(default_factory=list)
@@ -584,9 +597,9 @@ class KeyStore:
     def poll(self) -> Parsed | OSError | None:
         """Read the file if its mtime, size or inode has changed; None for nothing new.
 
-        A file that was changed just now may still be being written. It is left until it has not
-        changed for `SETTLE_TIME`, or for `refresh` if its last line has no newline: that may be
-        half a key.
+        A file that was changed just now may still be being written, so this waits for it. A last
+        line without a line end may be half a key: such a file is left until it has not changed
+        for `refresh` seconds.
         """
         if self.path is None:
             return None
@@ -594,14 +607,21 @@ class KeyStore:
             same = _signature(os.stat(self.path)) == self._signature
             if same and not self._again and not self._failed:
                 return None
-            text, status = read_file(self.path)
+            text, status = read_settled(self.path)
         except OSError as error:
             self._signature = None
             return error
-        settle = SETTLE_TIME if text[-1:] in b"\r\n" else max(SETTLE_TIME, self.refresh)
-        if self._may_change(status, settle):
+        if text[-1:] not in b"\r\n" and self._may_go_on(text, status):
             return None
         return self._parse(text, status)
+
+    def _may_go_on(self, text: bytes, status: os.stat_result) -> bool:
+        """Whether file or text have changed within `refresh` seconds."""
+        now, mark = time.monotonic(), salted_digest(self.salt, text)
+        if self._unfinished is None or self._unfinished[0] != mark:
+            self._unfinished = mark, now
+        age = max(time.time() - status.st_mtime, now - self._unfinished[1])
+        return age < self.refresh
 
     def reload(self) -> Parsed | OSError:
         """Read and parse the file as it stands, for the start; there are no keys to protect."""
@@ -612,16 +632,6 @@ class KeyStore:
         except OSError as error:
             self._signature = None
             return error
-
-    def _may_change(self, status: os.stat_result, settle: float) -> bool:
-        """Whether to wait for a file that was changed less than `settle` seconds ago."""
-        now = time.monotonic()
-        if not 0 <= time.time() - status.st_mtime < settle:
-            self._unsettled_since = None
-        elif self._unsettled_since is None:
-            self._unsettled_since = now
-        since = self._unsettled_since
-        return since is not None and now - since < settle + MAX_UNSETTLED
 
     def _parse(self, text: bytes, status: os.stat_result) -> Parsed:
         self._signature = _signature(status)

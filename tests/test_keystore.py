@@ -14,9 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from keystore import (
-    MAX_UNSETTLED,
     NO_SCHEME,
-    SETTLE_TIME,
     Key,
     KeyStore,
     Limit,
@@ -301,25 +299,34 @@ def test_an_emptied_file_lets_nobody_in(tmp_path: Path) -> None:
     assert len(keys) == 0
 
 
-def test_a_file_that_is_just_being_written_locks_nobody_out(tmp_path: Path) -> None:
+def test_a_file_that_is_just_being_written_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "keys"
     write(path, LONG + b"\n")
-    keys = store(path, refresh=10)
-    for text in (b"", b"other-0123", b"other-0123456789\n"):
-        path.write_bytes(text)
-        assert keys.poll() is None
-        assert valid(keys, LONG)
-    write(path, b"other-0123456789\n", ago=1.1)
-    poll(keys)
+    keys = store(path, refresh=3600)
+    texts = [(b"other-0123", 0.0), (b"other-0123456789\n", 0.9), (b"other-0123456789\n", 1.1)]
+    waits = []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        write(path, *texts[len(waits) - 1])
+
+    now = time.time()
+    monkeypatch.setattr("keystore.time.time", lambda: now)
+    monkeypatch.setattr("keystore.time.sleep", sleep)
+    write(path, b"", ago=0)
+    assert ["1 read from" in text for text in poll(keys)] == [True]
     assert valid(keys, b"other-0123456789")
     assert not valid(keys, LONG)
+    assert [round(seconds, 1) for seconds in waits] == [1.0, 1.0, 0.1]
 
 
 def test_half_a_line_is_not_a_key_before_the_file_has_rested_for_a_refresh(tmp_path: Path) -> None:
     path = tmp_path / "keys"
     write(path, LONG + b"\n")
     keys = store(path, refresh=10)
-    for ago in (0, 1.1, 9):
+    for ago in (1.1, 5, 9):
         write(path, LONG + b"\nother-0123456789", ago)
         poll(keys)
         assert not valid(keys, b"other-0123456789")
@@ -327,6 +334,22 @@ def test_half_a_line_is_not_a_key_before_the_file_has_rested_for_a_refresh(tmp_p
     write(path, LONG + b"\nother-0123456789", ago=11)
     poll(keys)
     assert valid(keys, b"other-0123456789")
+
+
+def test_half_a_line_that_is_only_touched_counts_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whatever touches the file all the time would keep a revoked key valid."""
+    path = tmp_path / "keys"
+    write(path, LONG + b"\n")
+    keys = store(path, refresh=10)
+    for later, believed in ((0, False), (9, False), (10, True)):
+        now = time.monotonic() + later
+        monkeypatch.setattr("keystore.time.monotonic", lambda now=now: now)
+        write(path, b"other-0123456789", ago=2)
+        poll(keys)
+        assert valid(keys, LONG) is not believed
+        monkeypatch.undo()
 
 
 def test_at_the_start_the_file_is_taken_as_it_stands(tmp_path: Path) -> None:
@@ -341,15 +364,19 @@ def test_at_the_start_the_file_is_taken_as_it_stands(tmp_path: Path) -> None:
 def test_a_file_that_never_rests_is_believed_in_the_end(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Else whatever touches the file all the time would keep a revoked key valid."""
     path = tmp_path / "keys"
     write(path, LONG + b"\n")
     keys = store(path)
-    path.write_bytes(LONG[::-1] + b"\n")
-    assert keys.poll() is None
-    later = time.monotonic() + SETTLE_TIME + MAX_UNSETTLED
-    monkeypatch.setattr("keystore.time.monotonic", lambda: later)
-    path.write_bytes(LONG[::-1] + b"\n")
+    clock = time.monotonic()
+
+    def sleep(seconds: float) -> None:
+        nonlocal clock
+        clock += seconds
+        write(path, LONG[::-1] + b"\n", ago=0)
+
+    monkeypatch.setattr("keystore.time.monotonic", lambda: clock)
+    monkeypatch.setattr("keystore.time.sleep", sleep)
+    sleep(0)
     poll(keys)
     assert not valid(keys, LONG)
 
