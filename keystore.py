@@ -36,7 +36,7 @@ MAX_REPORTED = 10  # lines reported one by one, after that only their number
 MAX_NAME_CHARS = 600  # of a model; Ollama takes 350 for the host and 80 for each other part
 CLOCK_TICK = 2.0  # seconds; a file changed this recently may change again unseen
 SETTLE_TIME = 1.0  # seconds; a file changed this recently may still be being written
-MAX_UNSETTLED = 10.0  # seconds; a file that keeps changing for longer is believed anyway
+MAX_UNSETTLED = 5.0  # seconds; a file that keeps changing for longer is believed anyway
 
 MAX_WRONG = 10  # wrong keys that one address may try in a window
 WRONG_WINDOW = 60.0  # seconds
@@ -48,7 +48,7 @@ NO_SCHEME = b"\n"  # in place of a digest: an Authorization header without a sch
 _KEY_HEADERS = (b"apikey", b"x-api-key", b"api-key", b"authorization")  # in the order of search
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
 _KEY = re.compile(rb"[\x21-\x7e\x80-\xff]+")
-_LABEL = re.compile(rb"\s+#")
+_LABEL = re.compile(rb"(?<!\s)\s+#")  # from the first white space on: linear in the line
 _ODD = re.compile(rb"[\"'`#=\[\]{}]")
 _KEY_PATH = re.compile(rb"/key/([^/]*)(/.*|)", re.DOTALL)
 _BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+) *", re.IGNORECASE)
@@ -79,7 +79,7 @@ class Limit:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """An API key that the key file has, and its rights. Two with the same rights are equal.
+    """An API key and its rights.
 
     `digest` is salted. `scope` tells callers apart where answers are kept for each: the label's
     bytes, or the digest of a key without a label. `models` are patterns of normalized names, None
@@ -475,16 +475,20 @@ def parse(
     return parsed
 
 
-def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> Iterator[str]:
-    """Give the keys with these labels all rights of `admin`; report labels that no key has."""
-    missing = set(labels)
-    for digest, key in keys.items() if labels else ():
+def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> list[str]:
+    """Give the keys with these labels the right `admin`; report the labels that no key has."""
+    if not keys or not labels:
+        return []
+    found = set()
+    for digest, key in keys.items():
         if key.label in labels:
-            missing.discard(key.label)
+            found.add(key.label)
             keys[digest] = replace(key, admin=True)
-    for number, label in enumerate(labels, 1):
-        if keys and label in missing:  # which may be a key, so it is not shown
-            yield f"has no key with the label that is number {number} in ADMIN_LABELS"
+    return [  # a label that is missing may be a key, so it is not shown
+        f"has no key with the label that is number {number} in ADMIN_LABELS"
+        for number, label in enumerate(labels, 1)
+        if label not in found
+    ]
 
 
 def read_file(path: Path) -> tuple[bytes, os.stat_result]:
@@ -510,6 +514,19 @@ def read_file(path: Path) -> tuple[bytes, os.stat_result]:
     return text, status
 
 
+def read_settled(path: Path) -> tuple[bytes, os.stat_result]:
+    """Read a key file as `read_file` does, once it has not changed for `SETTLE_TIME`."""
+    deadline = time.monotonic() + MAX_UNSETTLED
+    while True:
+        text, status = read_file(path)
+        age = time.time() - status.st_mtime
+        if (
+            abs(age) >= SETTLE_TIME or time.monotonic() > deadline
+        ):  # another host's clock may differ
+            return text, status
+        time.sleep(SETTLE_TIME - age)
+
+
 def _signature(status: os.stat_result) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
@@ -533,7 +550,7 @@ class KeyStore:
     _keys: dict[bytes, Key] = field(default_factory=dict, repr=False)
     _signature: tuple[int, int, int] | None = None
     _again: bool = False  # read it again, even if no change shows
-    _unsettled_since: float | None = None  # on the monotonic clock
+    _unfinished: tuple[bytes, float] | None = None  # a text without a last line end, since when
     _failed: bool = False
     _made: bool = False  # the only key is the one made at start
     _reports: list[str] = field(default_factory=list)
@@ -580,9 +597,9 @@ class KeyStore:
     def poll(self) -> Parsed | OSError | None:
         """Read the file if its mtime, size or inode has changed; None for nothing new.
 
-        A file that was changed just now may still be being written. It is left until it has not
-        changed for `SETTLE_TIME`, or for `refresh` if its last line has no newline: that may be
-        half a key.
+        A file that was changed just now may still be being written, so this waits for it. A last
+        line without a line end may be half a key: such a file is left until it has not changed
+        for `refresh` seconds.
         """
         if self.path is None:
             return None
@@ -590,14 +607,21 @@ class KeyStore:
             same = _signature(os.stat(self.path)) == self._signature
             if same and not self._again and not self._failed:
                 return None
-            text, status = read_file(self.path)
+            text, status = read_settled(self.path)
         except OSError as error:
             self._signature = None
             return error
-        settle = SETTLE_TIME if text[-1:] in b"\r\n" else max(SETTLE_TIME, self.refresh)
-        if self._may_change(status, settle):
+        if text[-1:] not in b"\r\n" and self._may_go_on(text, status):
             return None
         return self._parse(text, status)
+
+    def _may_go_on(self, text: bytes, status: os.stat_result) -> bool:
+        """Whether file or text have changed within `refresh` seconds."""
+        now, mark = time.monotonic(), salted_digest(self.salt, text)
+        if self._unfinished is None or self._unfinished[0] != mark:
+            self._unfinished = mark, now
+        age = max(time.time() - status.st_mtime, now - self._unfinished[1])
+        return age < self.refresh
 
     def reload(self) -> Parsed | OSError:
         """Read and parse the file as it stands, for the start; there are no keys to protect."""
@@ -608,16 +632,6 @@ class KeyStore:
         except OSError as error:
             self._signature = None
             return error
-
-    def _may_change(self, status: os.stat_result, settle: float) -> bool:
-        """Whether to wait for a file that was changed less than `settle` seconds ago."""
-        now = time.monotonic()
-        if not 0 <= time.time() - status.st_mtime < settle:
-            self._unsettled_since = None
-        elif self._unsettled_since is None:
-            self._unsettled_since = now
-        since = self._unsettled_since
-        return since is not None and now - since < settle + MAX_UNSETTLED
 
     def _parse(self, text: bytes, status: os.stat_result) -> Parsed:
         self._signature = _signature(status)
@@ -853,7 +867,7 @@ class Tool:
             return b"".join(line for n, line in enumerate(kept, 1) if n not in removed)
 
         change_file(path, remove)
-        print(f"{len(removed)} lines were removed from {path}")
+        print(f"{len(removed)} line{'s' * (len(removed) > 1)} removed from {path}")
 
     def hash(self) -> None:
         """Turn plain keys on standard input into digest lines."""
@@ -863,6 +877,7 @@ class Tool:
             )
         text = sys.stdin.buffer.read()
         lines = {line.number: line for line in read_lines(text, self._salt, digests=False)}
+        written = []
         for number, raw in enumerate(text.removeprefix(_BOM).splitlines(), 1):
             key, options, label = split_line(raw)
             if number in lines and lines[number].looks_salted:
@@ -871,7 +886,8 @@ class Tool:
                 if lines[number].fault:
                     raise Failure(f"line {number} {lines[number].fault}")
                 raw = _line(salted_digest(self._salt, key).hex().encode(), options, label)
-            sys.stdout.buffer.write(raw + b"\n")
+            written.append(raw + b"\n")
+        sys.stdout.buffer.write(b"".join(written))  # nothing at all if a line has a fault
 
     def salt(self) -> None:
         """Print a fresh salt."""
@@ -975,7 +991,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failure as error:
         return _complain(str(error), error.status)
     except OSError as error:
-        return _complain(f"{error.filename or 'the key file'}: {reason(error)}", Failure.status)
+        return _complain(f"{chosen.file or path}: {reason(error)}", Failure.status)
     return 0
 
 

@@ -183,7 +183,7 @@ async def test_key_defaults_are_checked_at_the_start(launch: Start, key_file: Pa
     assert (key.running, key.rate) == (4, (Limit(9, 86400),))
 
 
-async def test_a_reload_of_ten_thousand_keys_with_rights_does_not_stop_the_loop(
+async def test_a_file_of_ten_thousand_keys_with_rights_is_read(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
     lines = [

@@ -233,6 +233,9 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"echo 'secretgardenkey  # Mary' >> keys/keys\.txt": (in_shell, "would listen on"),
     r"echo 'API_KEY_FILE=keys/keys\.txt' >> \.env": (in_shell, r"API keys +1 from \S+/keys\.txt"),
     r"python keystore\.py new --label Mary": (in_shell, r"key file: \S{32,}  # Mary"),
+    r"python keystore\.py add --label Bob .*": (in_shell, r"added to(.|\n)*API keys +2 from"),
+    r"python keystore\.py list": (in_shell, r"\nBob +rate=60/minute running=2\n"),
+    r"python keystore\.py revoke Bob": (in_shell, r"1 line removed(.|\n)*API keys +1 from"),
     # The salt is there, and the keys are plain yet.
     r'echo "API_KEY_SALT=.*" >> \.env': (
         in_shell,
