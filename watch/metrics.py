@@ -379,13 +379,12 @@ class Metrics:
         self._count_tokens()
 
     def _count_tokens(self) -> None:
-        """Give the tokens since the last call to this minute.
+        """Give the tokens since the last call to the current minute.
 
-        While an answer is generated its lines are counted, which are about one token each.
-        At its end Ollama's own count takes their place, if there is one.
+        Until Ollama reports their number, each line is one.
         """
         running = sum(
-            flight.notes.usage.lines
+            (usage := flight.notes.usage).tokens or usage.lines
             for flight in self.flights
             if flight.notes is not None and flight.caller is not None
         )
