@@ -89,7 +89,6 @@ def busy() -> dict[str, Any]:
         "started": NOW - 9_432.2,
         "rows_by_label": True,
         "may_drop": True,
-        "label": "Mary",
         "answers": {"hit": 2304, "miss": 1412, "collapsed": 197, "bypass": 31, "refused": 14},
         "saved": {"answers": 2501, "tokens": 812_044, "gpu_seconds": 18_912.4},
         "generated": {"tokens": 489_321, "prompt_tokens": 1_203_884, "lines": 490_764},
@@ -229,7 +228,7 @@ async def _main() -> None:
         stage.metrics["now"] += 2
         for flight, speed in zip(stage.metrics["running"], (31, 55, 0), strict=True):
             flight["lines"] += 2 * speed
-        await page.wait_for_selector("text=702")
+        await page.wait_for_selector("#running >> text=702")
         (ROOT / "docs").mkdir(exist_ok=True)
         await page.screenshot(path=ROOT / "docs" / "dashboard.png", full_page=True)
 

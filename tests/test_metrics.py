@@ -769,7 +769,6 @@ async def test_the_view_says_the_same(
     assert [(row["outcome"], row["requests"]) for row in view["latency"]] == [
         ("hit", 2),
         ("miss", 3),
-        ("refused", 1),
     ]
     newest = view["requests"]
     assert [row["outcome"] for row in newest] == [
@@ -904,7 +903,7 @@ def test_each_ollama_is_up_or_down() -> None:
 def test_requests_are_listed_newest_first_and_within_bounds() -> None:
     seen = metrics()
     for number in range(MAX_RECENT + 10):
-        seen.count(record(status=number, label="Mary" if number % 2 else None))
+        seen.count(record(status=number, label="Mary" if number % 2 else "Bob"))
     seen.count(record(Outcome.PAGE))
     rows: Any = seen.view(ADMIN)["requests"]
     newest = MAX_RECENT + 9
@@ -912,6 +911,17 @@ def test_requests_are_listed_newest_first_and_within_bounds() -> None:
     rows = seen.view(MARY)["requests"]
     assert [row["status"] for row in rows] == list(range(newest, newest - 400, -2))
     assert seen.view(NOBODY)["requests"] == []
+
+
+def test_requests_without_a_key_push_out_no_others() -> None:
+    seen = metrics()
+    seen.count(record(status=200))
+    for _ in range(MAX_RECENT):
+        seen.count(record(Outcome.REFUSED, status=401, label=None))
+    rows: Any = seen.view(MARY)["requests"]
+    assert [row["status"] for row in rows] == [200]
+    rows = seen.view(ADMIN)["requests"]
+    assert {row["status"] for row in rows} == {401}
 
 
 def test_a_long_name_is_not_kept() -> None:

@@ -273,6 +273,8 @@ class Metrics:
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
         self._recent: deque[Recent] = deque(maxlen=MAX_RECENT)
+        # Requests without a valid key, apart, so that they cannot push out all others.
+        self._without_key: deque[Recent] = deque(maxlen=MAX_SHOWN_REQUESTS)
         self._minutes = deque([Minute(0)], maxlen=60)
         self._minute_ends = 0.0  # the last of them, on the monotonic clock
         self._ended_tokens = 0  # of answers that have ended; see `_count_tokens`
@@ -304,7 +306,8 @@ class Metrics:
             self._first_byte[outcome].observe(first_byte - started)
         if record.queued is not None:
             self._queued.observe(record.queued)
-        self._recent.append(
+        recent = self._recent if record.label is not None else self._without_key
+        recent.append(
             Recent(
                 record.label,
                 record.route,
@@ -376,13 +379,12 @@ class Metrics:
         self._count_tokens()
 
     def _count_tokens(self) -> None:
-        """Give the tokens since the last call to this minute.
+        """Give the tokens since the last call to the current minute.
 
-        While an answer is generated its lines are counted, which are about one token each.
-        At its end Ollama's own count takes their place, if there is one.
+        Until Ollama reports their number, each line is one.
         """
         running = sum(
-            flight.notes.usage.lines
+            (usage := flight.notes.usage).tokens or usage.lines
             for flight in self.flights
             if flight.notes is not None and flight.permit is not None
         )
@@ -437,7 +439,6 @@ class Metrics:
             "started": self.started,
             "rows_by_label": viewer.sees_all,
             "may_drop": viewer.admin,
-            "label": viewer.label,
             "answers": self._answers,
             "saved": {
                 "answers": self._saved,
@@ -526,7 +527,9 @@ class Metrics:
 
     def _requests_of(self, viewer: Viewer, now: float) -> list[dict[str, object]]:
         """List the newest requests that the viewer may see, newest first."""
-        seen = [r for r in reversed(self._recent) if _may_see(viewer, r.label)]
+        seen = [r for r in self._recent if _may_see(viewer, r.label)]
+        if viewer.sees_all:
+            seen = sorted((*seen, *self._without_key), key=lambda r: r.ended)
         epoch = now - time.monotonic()  # of the monotonic clock, in seconds since 1970
         return [
             {
@@ -541,7 +544,7 @@ class Metrics:
                 "seconds": round(r.ended - r.started, 4),
                 "tokens": r.tokens,
             }
-            for r in seen[:MAX_SHOWN_REQUESTS]
+            for r in reversed(seen[-MAX_SHOWN_REQUESTS:])
         ]
 
     def _failures(self) -> Iterator[tuple[str, int]]:
