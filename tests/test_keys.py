@@ -144,14 +144,16 @@ async def test_an_expired_key_is_told_so_and_nobody_else(
 async def test_the_options_admin_and_metrics(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
-    key_file.write_text(f"{KEY} admin\nmetrics-key-0123 metrics # m\nplain-key-012345 # p\n")
+    key_file.write_text(
+        f"{KEY} admin\nmetrics-key-0123 metrics # m\nplain-key-012345 # p\nother-key-012345 # o\n"
+    )
     ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
-    await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "plain-key-012345"})
+    await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "other-key-012345"})
     found = {}
     for key in (KEY, "metrics-key-0123", "plain-key-012345"):
         dropped = await ask(ollprox.port, "DELETE", "/cache", headers={"APIKEY": key})
         figures = await ask(ollprox.port, "GET", "/metrics", headers={"APIKEY": key})
-        found[key] = dropped.status, b'key="p"' in figures.body
+        found[key] = dropped.status, b'key="o"' in figures.body
     assert list(found.values()) == [(200, True), (403, True), (403, False)]
 
 
