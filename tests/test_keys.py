@@ -364,7 +364,8 @@ async def test_what_is_probably_a_mistake_is_warned_about(launch: Start, key_fil
     assert "CACHE_PERKEY is not a setting of OllProx: did you mean CACHE_PER_KEY?" in text
     assert KEY not in text
     assert "Mary" not in text
-    ollprox = await launch("--check", API_KEY_SALT="pepper", ADMIN_LABELS="Mary")
+    without = {"API_KEY_FILE": "", "API_KEY_SALT": "pepper", "ADMIN_LABELS": "Mary"}
+    ollprox = await launch("--check", **without)
     assert await ollprox.process.wait() == 0
     assert "WARNING API_KEY_SALT is set, but API_KEY_FILE is not" in ollprox.text()
     assert "WARNING ADMIN_LABELS is set, but API_KEY_FILE is not" in ollprox.text()
