@@ -144,14 +144,16 @@ async def test_an_expired_key_is_told_so_and_nobody_else(
 async def test_the_options_admin_and_metrics(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
-    key_file.write_text(f"{KEY} admin\nmetrics-key-0123 metrics # m\nplain-key-012345 # p\n")
+    key_file.write_text(
+        f"{KEY} admin\nmetrics-key-0123 metrics # m\nplain-key-012345 # p\nother-key-012345 # o\n"
+    )
     ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
-    await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "plain-key-012345"})
+    await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "other-key-012345"})
     found = {}
     for key in (KEY, "metrics-key-0123", "plain-key-012345"):
         dropped = await ask(ollprox.port, "DELETE", "/cache", headers={"APIKEY": key})
         figures = await ask(ollprox.port, "GET", "/metrics", headers={"APIKEY": key})
-        found[key] = dropped.status, b'key="p"' in figures.body
+        found[key] = dropped.status, b'key="o"' in figures.body
     assert list(found.values()) == [(200, True), (403, True), (403, False)]
 
 
@@ -362,7 +364,8 @@ async def test_what_is_probably_a_mistake_is_warned_about(launch: Start, key_fil
     assert "CACHE_PERKEY is not a setting of OllProx: did you mean CACHE_PER_KEY?" in text
     assert KEY not in text
     assert "Mary" not in text
-    ollprox = await launch("--check", API_KEY_SALT="pepper", ADMIN_LABELS="Mary")
+    without = {"API_KEY_FILE": "", "API_KEY_SALT": "pepper", "ADMIN_LABELS": "Mary"}
+    ollprox = await launch("--check", **without)
     assert await ollprox.process.wait() == 0
     assert "WARNING API_KEY_SALT is set, but API_KEY_FILE is not" in ollprox.text()
     assert "WARNING ADMIN_LABELS is set, but API_KEY_FILE is not" in ollprox.text()
