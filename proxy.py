@@ -132,7 +132,8 @@ class Proxy:
         """Answer a request. The head decides who is let in; then the body is read."""
         head = request.head
         record.method = _METHODS.get(head.method, "other")
-        record.headers = self.gate.cors(head)
+        if b"origin" in head.names:
+            record.headers = self.gate.cors(head)
         if head.method == b"OPTIONS" and record.headers:
             record.outcome = Outcome.PAGE
             return self.gate.preflight(head)
@@ -142,13 +143,16 @@ class Proxy:
         if key is not None:
             record.caller, record.label = key.label or key.digest.hex()[:8], key.label
         if route.page:
+            # The probes of load balancers, and the polls of Prometheus and the dashboard.
+            record.quiet = route.access is not Access.ADMIN
             return await self.page(route.page, head, key)
         record.headers += VIA
         if route.upload is not Upload.NONE:
             return await self._upload(request, admission, record)
         question = await self._read_question(route, request)
         record.model = question.model or "-"
-        _check_model(key, question, admission)
+        if key is not None and key.models is not None:
+            _check_model(key, question, admission)
         decision = self._decide(head, question, admission, record.request_id)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
@@ -178,8 +182,6 @@ class Proxy:
         record.generates = route.generates
         if route.page:
             record.outcome = Outcome.PAGE
-        # The probes of load balancers, and the polls of Prometheus and the dashboard.
-        record.quiet = route.page != "" and route.access is not Access.ADMIN
 
     # What is asked.
 
@@ -376,10 +378,8 @@ _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE",
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 
 
-def _check_model(key: Key | None, question: Question, admission: Admission) -> None:
+def _check_model(key: Key, question: Question, admission: Admission) -> None:
     """Refuse a model that the key may not use. Raises HTTPError 403."""
-    if key is None or key.models is None:
-        return
     route, model = admission.route, question.model
     if route.names_model:
         model = unquote(admission.target.rpartition(route.target or b"")[2].decode())
@@ -392,8 +392,8 @@ def _check_model(key: Key | None, question: Question, admission: Admission) -> N
 
 
 def _queued(permit: Permit, record: Record) -> float | None:
-    """Return the seconds that a request was queued; None if nothing bounds its key."""
-    if not permit.ticket.is_bounded:
+    """Return the seconds that a request was queued; None if it takes no turn."""
+    if permit.ticket is None:
         return None
     return max(0.0, min(permit.ticket.waited(), time.monotonic() - record.started))
 

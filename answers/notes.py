@@ -41,7 +41,7 @@ _CONTENT = re.compile(
 )
 _REASON = re.compile(rb'"finish_reason": ?"(?!")')
 _NO_MODEL = re.compile(rb'"model": ?""')
-_UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false')
+_UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false|"output_tokens": ?0\b')
 _ERROR_EVENT = re.compile(rb'\s*\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
 
 
@@ -172,7 +172,7 @@ class WholeNotes(Notes):
         complete = _is_finished(value)
         loads = value.get("done_reason") in _LOADS
         self._worth_keeping = (
-            complete and "error" not in value and not loads and _says_something(value)
+            complete and not value.get("error") and not loads and _says_something(value)
         )
         return complete
 
@@ -192,6 +192,9 @@ def _is_finished(value: dict[str, Any]) -> bool:
     """Return False for an object that Ollama's repeat guard ended."""
     if value.get("done") is False:
         return False
+    if value.get("object") == "response":  # it always says "completed"
+        usage = value.get("usage")
+        return isinstance(usage, dict) and bool(usage.get("output_tokens"))
     if value.get("type") == "message":  # Anthropic's
         return bool(value.get("stop_reason"))
     choices = [choice for choice in _list(value.get("choices")) if isinstance(choice, dict)]

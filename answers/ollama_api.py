@@ -201,15 +201,16 @@ def _v1_rows() -> dict[bytes, Route]:
         b"/v1/chat/completions": PassThrough("messages"),
         b"/v1/completions": PassThrough("prompt"),
         b"/v1/embeddings": PassThrough("input", samples=False),
-        b"/v1/responses": PassThrough(),
+        b"/v1/responses": PassThrough("input", may_keep_state=True),
     }
     messages, count = b"/v1/messages", b"/v1/messages/count_tokens"
+    anthropic = PassThrough("messages")
     return {
         **{
             path: Route(_POST, path, codec, form=Form.OPENAI, generates=True)
             for path, codec in codecs.items()
         },
-        messages: Route(_POST, messages, PassThrough(), form=Form.ANTHROPIC, generates=True),
+        messages: Route(_POST, messages, anthropic, form=Form.ANTHROPIC, generates=True),
         count: Route(_POST, count, PassThrough(), form=Form.ANTHROPIC),
         b"/v1/models": Route(_GET, b"/v1/models", form=Form.OPENAI, lists="data"),
         b"/v1/models/": Route(

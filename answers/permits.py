@@ -4,7 +4,6 @@ A permit is got at once or refused, before the flight begins, so that a refusal 
 caller that would have begun it. The flight gives it back at its end.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from answers.limits import Charge, Limits
@@ -14,22 +13,27 @@ from record import Usage
 from wire.http11 import HTTPError
 
 
-@dataclass(frozen=True, slots=True)
-class Permit:
-    """A generation that may begin as soon as its turn comes."""
+class Permit(NamedTuple):
+    """A generation that may begin, with a ticket as soon as its turn comes.
+
+    `ticket` is None if nothing bounds how many run, `charge` if its key has no limit.
+    """
 
     key: Key
-    ticket: Ticket
-    _charge: Charge
-    _limits: Limits
+    ticket: Ticket | None
+    charge: Charge | None
+    limits: Limits
 
     def end(self, usage: Usage) -> None:
         """Give it back at the answer's end, and count the tokens that were generated."""
-        self.ticket.withdraw()
-        if self.ticket.had_turn:
-            self._limits.spend(self.key, usage.tokens)
-        else:
-            self._charge.refund()
+        had_turn = self.ticket is None or self.ticket.had_turn
+        if self.ticket is not None:
+            self.ticket.withdraw()
+        if self.charge is not None:
+            if had_turn:
+                self.limits.spend(self.key, usage.tokens)
+            else:
+                self.charge.refund()
 
 
 class Permits(NamedTuple):
@@ -51,10 +55,13 @@ class Permits(NamedTuple):
                 OllProx is stopping or has no memory; all with Retry-After.
 
         """
-        charge = self.limits.admit(key)
+        charge = self.limits.admit(key) if key.rate or key.tokens else None
+        if not self.turns.bounds(key):
+            return Permit(key, None, charge, self.limits)
         try:
             ticket = self.turns.admit(key, model, size)
         except HTTPError:
-            charge.refund()
+            if charge is not None:
+                charge.refund()
             raise
         return Permit(key, ticket, charge, self.limits)

@@ -84,7 +84,7 @@ class Turns:
         budget: Budget,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.slots = slots
+        self._slots = slots
         self.queue_timeout = queue_timeout
         self.clock = clock
         self._queue_max = queue_max
@@ -93,6 +93,10 @@ class Turns:
         self._waiting: dict[Turn, Ticket] = {}
         self._refusals: Counter[Refusal] = Counter()
         self._draining = False
+
+    def bounds(self, key: Key) -> bool:
+        """Return true if a request of the key may have to wait."""
+        return self._slots.total > 0 or key.running is not None
 
     def admit(self, key: Key, model: str, size: int = 0) -> "Ticket":
         """Let a request in: its turn begins at once, or it waits in line.
@@ -206,11 +210,6 @@ class Ticket:
     def slot(self) -> object:
         """The slot of its turn, None before."""
         return self.turn.slot
-
-    @property
-    def is_bounded(self) -> bool:
-        """Whether it may have had to wait: slots are limited, or its key's turns are."""
-        return self._turns.slots.total > 0 or self.turn.key.running is not None
 
     @property
     def had_turn(self) -> bool:

@@ -36,7 +36,7 @@ EXPLAINED = {  # what a single object may get, and whether a stream may be cut
     "stall": ({504}, True),
     "status": ({503}, False),
     "garbage": ({502}, False),
-    "silent end": ({502}, True),
+    "silent end": ({200}, False),  # it comes as Ollama's repeat guard leaves it
 }
 MEMORY = 24 << 20  # bytes that the process may have grown by, for its bounded cache and tables
 HEAD = (

@@ -255,18 +255,36 @@ async def test_v1_is_cached_each_as_it_came(
         assert miss.body.endswith(b"data: [DONE]\n\n")
 
 
-@pytest.mark.parametrize("path", ["/v1/responses", "/v1/messages"])
-@pytest.mark.parametrize("stream", [True, False])
-async def test_what_is_only_relayed_is_not_cached(
-    ollprox: Program, ollama: StandIn, path: str, stream: bool
+RECORDED = Path(__file__).parent / "traces-0.33"
+
+
+@pytest.mark.parametrize("form", ["stream", "nonstream"])
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [("/v1/responses", "openai-responses"), ("/v1/messages", "anthropic-messages")],
+)
+async def test_the_other_apis_are_cached_if_complete(
+    ollprox: Program, ollama: StandIn, path: str, name: str, form: str
+) -> None:
+    """What the repeat guard ended is passed on as it is, and asked for again."""
+    for trace, stored in ((f"{name}-{form}", True), (f"{name}-repeat-guard-{form}", False)):
+        body = (RECORDED / f"{trace}.request").read_bytes().partition(b"\r\n\r\n")[2]
+        ollama.script.raw = (RECORDED / f"{trace}.response").read_bytes()
+        miss = await ask(ollprox.port, "POST", path, body)
+        again = await ask(ollprox.port, "POST", path, body)
+        assert (miss.status, miss.complete, again.body) == (200, True, miss.body)
+        assert miss.cache_status.startswith("OllProx; fwd=miss")
+        assert ("hit" in again.cache_status) is stored
+
+
+@pytest.mark.parametrize("more", [{"store": True}, {"previous_response_id": "resp_1"}])
+async def test_a_response_that_keeps_state_is_only_passed_on(
+    ollprox: Program, ollama: StandIn, more: dict[str, object]
 ) -> None:
     for _ in range(2):
-        answer = await ask(ollprox.port, "POST", path, {**CHAT, "input": "x", "stream": stream})
+        body = {"model": "llama2", "input": "x", **more}
+        answer = await ask(ollprox.port, "POST", "/v1/responses", body)
         assert (answer.status, answer.cache_status) == (200, "OllProx; fwd=bypass")
-        assert answer.headers["content-type"].startswith(
-            "text/event-stream" if stream else "application/json"
-        )
-        assert answer.complete
     assert len(ollama.asked()) == 2
 
 

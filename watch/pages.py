@@ -98,7 +98,9 @@ class Pages:
         """Tell a key's holder its label, its rights, and how it stands against its limits."""
         assert key is not None
         limits, turns = self._permits
-        running, waiting = turns.of_key(key.digest)
+        waiting = turns.of_key(key.digest)[1]
+        permits = [flight.permit for flight in self._flights if flight.permit is not None]
+        running = sum(permit.key.digest == key.digest for permit in permits) - waiting
         standing = limits.standing(key)
         used: dict[str, int | None] = {"running": running, "waiting": waiting}
         resets: dict[str, float | None] = {}
