@@ -17,7 +17,7 @@ from test_limits import certificate
 
 from record import Record
 from wire.http11 import Head, HTTPError, Request, Response, Truncated, parse_request_head
-from wire.server import Limits, Server, _Client, _Handshake
+from wire.server import Limits, Server, _Client
 
 BODY = b"x" * 200_000  # more than all buffers of the kernel
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -52,7 +52,7 @@ class Setting:
         if self.cert is not None:
             context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
             context.load_cert_chain(*self.cert)
-            accept = partial(_Handshake, self.server, context)
+            accept = partial(_Client, self.server, context)
         await asyncio.get_running_loop().connect_accepted_socket(accept, ours)
         await asyncio.to_thread(self._send, request)
         await self.answered.wait()

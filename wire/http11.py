@@ -1,9 +1,11 @@
-"""HTTP/1.1 messages: strict heads, bodies and their framing, for either side.
+"""HTTP/1.1 messages: strict heads and their framing, for clients and upstream.
 
-Every head must match a strict grammar on its raw bytes before h11 parses it, since h11
-lets through more than a proxy may: two lengths that agree, Content-Length beside
-Transfer-Encoding, bare LF, obs-fold. Chunked bodies are decoded here for the same reason
-(h11 takes `3 ` for a chunk size). A head seen before, byte for byte, is not parsed again.
+Every head must match a strict grammar on its raw bytes before h11 parses it, because h11
+accepts more than a proxy may: two lengths that agree, Content-Length beside
+Transfer-Encoding, bare LF, obs-fold. A head that is known, byte for byte, is not parsed again.
+
+Everything here runs before the API key is checked, so the time to parse a head grows
+linearly with its size: no two neighbouring parts of a pattern match the same byte.
 """
 
 import hashlib
@@ -29,6 +31,8 @@ TakeCredential = Callable[[bytes, Pairs], tuple[bytes | None, bytes, Pairs]]
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
 MAX_KNOWN_HEAD = 2048  # bytes of a head that is remembered; few are longer
 MAX_FRAMED = 256  # response heads remembered
+MAX_FIELDS = 100  # header fields in a head, or trailers; as in Apache
+MAX_LENGTH_DIGITS = 18  # digits of a body's length; nobody sends 10**18 bytes
 
 # RFC 9110 section 7.6.1, and Proxy-Connection, which some clients still send.
 HOP_BY_HOP = frozenset(
@@ -40,11 +44,11 @@ TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # RFC 9112 sections 3 and 5: CRLF only, origin-form, no obs-fold, no NUL or other control.
 _REQUEST_LINE = re.compile(rb"(%b) (/[!\"$-~]*) HTTP/1\.([01])" % TOKEN)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
-_LENGTH = re.compile(rb"[0-9]{1,18}")
-# What can be told to be wrong before a head's end has come.
-_HOPELESS = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
+_DIGITS = re.compile(rb"[0-9]+")
+# Bytes that no head contains at that place, whatever follows.
+_NOT_A_HEAD = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
 
 
 class HTTPError(Exception):
@@ -79,11 +83,11 @@ class HTTPError(Exception):
 
 
 class BadHead(HTTPError):
-    """Bytes that are no head as this proxy takes them; the connection ends with it."""
+    """A malformed head or body framing; the connection is closed after the error is sent."""
 
 
 class Truncated(Exception):
-    """A body that has ended before its end; what was sent of it must not look whole."""
+    """A body stopped before its end; the copy that the client gets must not look complete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,16 +219,17 @@ class KnownHeads(Generic[M]):
         return head
 
 
-def hopeless(start: bytes | bytearray, checked: int = 0) -> bool:
-    """Whether an unfinished head, fine for `checked` bytes, cannot become a good one."""
-    return _HOPELESS.search(start, max(0, checked - 1)) is not None
+def cannot_be_head(start: bytes | bytearray, checked: int = 0) -> bool:
+    """Return True if no head begins with `start`, whose first `checked` bytes can begin one."""
+    return _NOT_A_HEAD.search(start, max(0, checked - 1)) is not None
 
 
 def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
-    """Parse a request's head, which ends in an empty line.
+    """Parse a request's head, including the empty line at its end.
 
     Raises:
-        BadHead: it does not match the strict grammar, or h11 refuses it.
+        BadHead: 400 it does not match the strict grammar, or h11 refuses it; 413 the declared
+            length is absurd; 417 an unknown expectation; 431 more than MAX_FIELDS fields.
 
     """
     first, pairs = _split(raw)
@@ -247,7 +252,7 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
     connection_tokens = _tokens(pairs, b"connection")
     expect = next((value.lower() for name, value in pairs if name == b"expect"), None)
     if expect not in {None, b"100-continue"}:
-        raise BadHead(417, "the only expectation that OllProx meets is 100-continue")
+        raise BadHead(417, "the only supported value of Expect is 100-continue")
     path, _, query = target.partition(b"?")
     credential, path, headers = take_credential(path, list(event.headers))
     return Head(
@@ -302,39 +307,46 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 def _split(raw: bytes) -> tuple[bytes, Pairs]:
     """Split a head into its first line and its fields, with names in lower case."""
     first, *lines = raw[:-4].split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise BadHead(431, f"the head has more than {MAX_FIELDS} header fields")
     pairs = []
     for line in lines:
         if (match := FIELD_LINE.fullmatch(line)) is None:
             raise BadHead(400, "a header line is not `Name: value`")
-        pairs.append((match[1].lower(), match[2].rstrip(b"\t ")))
+        pairs.append((match[1].lower(), match[2].strip(b"\t ")))
     return first, pairs
 
 
 def _check_host(pairs: Pairs, minor: bytes) -> None:
     hosts = [value for name, value in pairs if name == b"host"]
     if len(hosts) > 1 or (not hosts and minor == b"1"):
-        raise BadHead(400, "a request has exactly one Host header")
+        raise BadHead(400, "a request needs exactly one Host header")
     if hosts and not _HOST.fullmatch(hosts[0]):
-        raise BadHead(400, "the Host header names no host")
+        raise BadHead(400, "the Host header is not a host name")
 
 
 def _framing(pairs: Pairs, minor: bytes) -> tuple[int | None, bool]:
-    """Tell the body's length and whether it is chunked (RFC 9112 section 6)."""
+    """Return the body's declared length, and whether it is chunked (RFC 9112 section 6)."""
     lengths = [value for name, value in pairs if name == b"content-length"]
     codings = [value.lower() for name, value in pairs if name == b"transfer-encoding"]
     if lengths and codings:
         raise BadHead(400, "Content-Length and Transfer-Encoding exclude each other")
     if codings and (codings != [b"chunked"] or minor == b"0"):
         raise BadHead(400, "the only Transfer-Encoding is chunked, once, in HTTP/1.1")
-    if lengths and (len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0])):
-        raise BadHead(400, "Content-Length is one number of digits alone")
-    return (int(lengths[0]) if lengths else None), bool(codings)
+    if not lengths:
+        return None, bool(codings)
+    if len(lengths) > 1 or not _DIGITS.fullmatch(lengths[0]):
+        raise BadHead(400, "Content-Length must be one number of digits only")
+    digits = lengths[0].lstrip(b"0") or b"0"
+    if len(digits) > MAX_LENGTH_DIGITS:
+        raise BadHead(413, "the declared Content-Length is larger than any body")
+    return int(digits), False
 
 
 def _tokens(pairs: Pairs | Headers, wanted: bytes) -> set[bytes]:
     """Return the members of a list header, in lower case."""
-    values = [value for name, value in pairs if name.lower() == wanted]
-    return {token.strip(b"\t ").lower() for value in values for token in value.split(b",")}
+    values = [value.lower() for name, value in pairs if name.lower() == wanted]
+    return {token.strip(b"\t ") for value in values for token in value.split(b",")}
 
 
 def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> Headers:
