@@ -320,6 +320,17 @@ async def test_a_client_that_ends_its_sending_side_gets_its_answer(
     assert not any(seen.gone for seen in ollama.asked())
 
 
+async def test_nginx_is_asked_to_pass_each_line_on_at_once(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    for path in ("/api/generate", "/v1/completions"):
+        stream = await ask(ollprox.port, "POST", path, question(stream=True))
+        assert stream.headers["x-accel-buffering"] == "no"
+        whole = await ask(ollprox.port, "POST", path, question("whole", stream=False))
+        assert (stream.status, whole.status) == (200, 200)
+        assert "x-accel-buffering" not in whole.headers
+
+
 async def test_a_half_closed_clients_stream_stays_valid_while_it_is_probed(
     ollprox: Program, ollama: StandIn
 ) -> None:

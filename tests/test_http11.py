@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.bodies import LAST_CHUNK, ChunkedDecoder, LengthDecoder, frame_chunk, read_body
 from wire.http11 import (
     MAX_FIELDS,
     BadHead,
@@ -11,6 +11,7 @@ from wire.http11 import (
     KnownHeads,
     Pairs,
     ResponseHead,
+    Truncated,
     cannot_be_head,
     end_to_end,
     frame_request,
@@ -316,6 +317,49 @@ BAD_BODIES = [
 def test_malformed_chunks_are_refused(data: bytes, step: int) -> None:
     with pytest.raises(BadHead):
         decode(data, step)
+
+
+async def pieces(
+    decoder: LengthDecoder | ChunkedDecoder, *arriving: bytes
+) -> tuple[list[bytes], bytes]:
+    """Read a body whose connection ends after `arriving`."""
+    buffer, rest = bytearray(), iter(arriving)
+
+    async def more() -> bool:
+        data = next(rest, b"")
+        buffer.extend(data)
+        return bool(data)
+
+    return [piece async for piece in read_body(decoder, buffer, more)], bytes(buffer)
+
+
+async def test_a_body_is_read_as_it_arrives() -> None:
+    chunks = (b"1\r\na\r\n", b"2\r\nb", b"c\r\n0\r\n\r\nnext")
+    assert await pieces(ChunkedDecoder(), *chunks) == ([b"a", b"b", b"c"], b"next")
+    assert await pieces(LengthDecoder(3), b"a", b"bcnext") == ([b"a", b"bc"], b"next")
+    assert await pieces(LengthDecoder(0), b"next") == ([], b"")
+    assert await pieces(LengthDecoder(None), b"a", b"b") == ([b"a", b"b"], b"")
+
+
+@pytest.mark.parametrize(
+    ("decoder", "arriving"), [(LengthDecoder(3), b"ab"), (ChunkedDecoder(), b"2\r\nab\r\n")]
+)
+async def test_a_body_that_ends_early_is_truncated(
+    decoder: LengthDecoder | ChunkedDecoder, arriving: bytes
+) -> None:
+    with pytest.raises(Truncated):
+        await pieces(decoder, arriving)
+
+
+async def test_a_declared_size_above_the_limit_is_413_before_its_bytes_arrive() -> None:
+    for attack in (b"4\r\n", b"1\r\na\r\n3\r\n", b"2\r\nab\r\n2\r\ncd\r\n0\r\n\r\n"):
+        with pytest.raises(BadHead) as caught:
+            await pieces(ChunkedDecoder(3), attack)
+        assert caught.value.status == 413
+    with pytest.raises(BadHead) as caught:
+        LengthDecoder(4, 3)
+    assert caught.value.status == 413
+    assert (await pieces(ChunkedDecoder(3), b"3\r\nabc\r\n0\r\n\r\n"))[0] == [b"abc"]
 
 
 @given(st.binary(max_size=60), st.integers(1, 9))

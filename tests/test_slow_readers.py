@@ -124,6 +124,53 @@ async def test_who_reads_while_the_server_stops_gets_all(
     await setting.end()
 
 
+async def test_the_kernel_probes_silent_clients() -> None:
+    """Accepted sockets inherit it from the listening one."""
+    setting = Setting(None)
+    server = setting.server
+    port = await server.listen("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET)
+    assert await reader.readexactly(1)
+    (client,) = server.clients
+    sock = client.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    for option, seconds in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5)):
+        assert sock.getsockopt(socket.IPPROTO_TCP, option) == seconds
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+    assert not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    writer.transport.abort()
+    await server.drain(1)
+    await asyncio.sleep(0.001)
+
+
+async def test_a_stream_to_a_client_that_vanished_ends() -> None:
+    """What is never acknowledged would be sent again for a quarter of an hour."""
+    setting = Setting(None)
+    server = setting.server
+    more = asyncio.Event()
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b"line\n"
+        await more.wait()
+
+    async def answer(request: Request, record: Record) -> Response:
+        return Response(200, (), lines())
+
+    server.handler = answer
+    port = await server.listen("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET)
+    await reader.readuntil(b"line\n")
+    (client,) = server.clients
+    sock = client.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+    more.set()
+    writer.transport.abort()
+    await server.drain(1)
+    await asyncio.sleep(0.001)
+
+
 async def test_a_cut_is_seen_at_once(cert: tuple[Path, Path] | None) -> None:
     """Over HTTP/1.0, where the client's end of the connection is the only sign of it."""
     setting = Setting(cert, Limits(write_timeout=3600))
