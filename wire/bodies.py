@@ -118,9 +118,9 @@ class ChunkedDecoder:
                     position = match.end()
                     self._last = size == 0
                     self._left = size + 2 if size else 0
-        del buffer[:position]
         if self._room < 0:
             raise _too_large(self._limit)
+        del buffer[:position]
         if self._last:
             self._take_trailers(buffer)
 
