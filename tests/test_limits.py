@@ -368,37 +368,6 @@ async def test_plain_http_at_the_tls_port_is_told_that_https_is_spoken_here(
     assert reply.startswith(b"HTTP/1.1 200")
 
 
-async def test_a_request_that_comes_with_the_handshakes_end_is_answered(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    """The client's last flight and its request are in one segment; the first flight is cut."""
-    ollprox, cert, _ = await launch_tls(launch, ollama, key_file)
-    context = ssl.create_default_context(cafile=cert)
-    for size in (0, 100_000):  # more than is read ahead
-        incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
-        reader, writer = await asyncio.open_connection("127.0.0.1", ollprox.port)
-        with pytest.raises(ssl.SSLWantReadError):
-            tls.do_handshake()
-        for byte in outgoing.read():
-            writer.write(bytes([byte]))
-            await writer.drain()
-        done = False
-        while not done:
-            incoming.write(await reader.read(65536))
-            with contextlib.suppress(ssl.SSLWantReadError):
-                tls.do_handshake()
-                done = True
-        tls.write(request("POST", "/call_model", question("x" * size)))
-        writer.write(outgoing.read())
-        reply = b""
-        while b"HTTP/1.1 200 OK" not in reply:
-            incoming.write(await reader.read(65536))
-            with contextlib.suppress(ssl.SSLWantReadError):
-                reply += tls.read(65536)
-        writer.transport.abort()
-
-
 async def test_tls_handshakes_that_never_end_do_not_lock_out_a_key(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
