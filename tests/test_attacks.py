@@ -365,6 +365,36 @@ async def test_a_client_that_closes_its_socket_frees_the_gpu(
     await ollprox.says("status=499")
 
 
+async def test_a_client_behind_a_userland_proxy_that_closes_frees_the_gpu(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """Docker's makes a half-close of a close, and needs two writes to see the client's reset."""
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1000):
+            writer.write(data)
+            await writer.drain()
+        writer.write_eof()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection("127.0.0.1", ollprox.port)
+        with contextlib.suppress(ConnectionError):
+            await asyncio.gather(copy(reader, their_writer), copy(their_reader, writer))
+        their_writer.close()
+        writer.close()
+        closed.set()
+
+    closed = asyncio.Event()
+    userland = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = userland.sockets[0].getsockname()[1]
+    async with waiting(port, ollama, question()):
+        pass
+    async with asyncio.timeout(8):
+        await ollama.until(lambda: ollama.asked()[0].gone)
+        await closed.wait()
+    userland.close()
+
+
 async def test_a_client_that_closes_after_its_half_close_frees_the_gpu(
     ollprox: Program, ollama: StandIn
 ) -> None:

@@ -26,7 +26,7 @@ Headers = tuple[tuple[bytes, bytes], ...]
 Pairs = list[tuple[bytes, bytes]]
 
 TakeCredential = Callable[[bytes, Pairs], tuple[bytes | None, bytes, Pairs]]
-"""Takes the credentials out of a head's path and headers: their digest, and what is left."""
+"""Removes credentials from a head: returns their digest, and the path and headers without them."""
 
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
 MAX_KNOWN_HEAD = 2048  # bytes of a head that is remembered; few are longer
@@ -52,17 +52,17 @@ _NOT_A_HEAD = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\
 
 
 class HTTPError(Exception):
-    """A request that is answered with an error.
+    """A request is answered with an error.
 
-    Its message is shown to the client: it says what is wrong and what would be right, and
-    quotes neither keys nor header lines.
+    The message is shown to the client. It says what is wrong and how to fix it, and quotes
+    neither keys nor header lines.
 
     Args:
-        status: the status to answer with.
+        status: the response's status.
         message: for a person.
-        headers: further headers of the answer.
-        body: sent as it is in place of a rendered message.
-        kind: what upstream did, in a word, to be counted by.
+        headers: further headers of the response.
+        body: sent as it is instead of a rendered message.
+        kind: what upstream did, in one word; metrics count by it.
 
     """
 
@@ -94,9 +94,9 @@ class Truncated(Exception):
 class Head:
     """A request's head, without any credential.
 
-    `credential` is the salted digest of the key that was presented, None for none.
-    `length` is the declared length of the body in bytes, None where none is declared;
-    `has_body` says whether bytes of it follow. `names` are those of the headers.
+    `credential` is the salted digest of the key that was sent, None if there was none.
+    `length` is the declared length of the body in bytes, None if none was declared.
+    `has_body` is True if bytes of a body follow. `names` are the names of the headers.
     """
 
     method: bytes
@@ -113,7 +113,7 @@ class Head:
     names: frozenset[bytes]
 
     def get(self, name: bytes) -> bytes | None:
-        """Return the values of a header, joined by commas; None where it is not there."""
+        """Return a header's values, joined by commas; None if the head does not have it."""
         if name not in self.names:
             return None
         values = [value for other, value in self.headers if other == name]
@@ -176,26 +176,26 @@ Exchanges are put around one another: `fair_queue(upstream.exchange)` is one too
 
 
 class Request(Protocol):
-    """A request to the proxy: its head, and its body on demand."""
+    """A request to OllProx: its head, and its body on demand."""
 
     head: Head
 
     async def read(self, limit: int) -> bytes:
-        """Read the whole body, of `limit` bytes at most. Raises HTTPError 413."""
+        """Return the whole body. Raises HTTPError: 413 it is larger than `limit` bytes."""
 
     def pieces(self) -> AsyncIterator[bytes]:
-        """Read the body, of any size, as it comes."""
+        """Yield the body, of any size, as it arrives."""
 
 
 M = TypeVar("M", Head, ResponseHead)
 
 
 class KnownHeads(Generic[M]):
-    """Parse heads, each distinct one once.
+    """Parses heads, each distinct one only once.
 
-    The table's index is the SHA-256 of the whole head: leaving out any part of it would
-    let one request take another's length or key. In Python's development mode, as the tests
-    have it, each head is parsed all the same, and what is known must be equal.
+    Known heads are found by the SHA-256 of all their bytes: without any part of them, one
+    request could get another's length or key. In Python's development mode, which the tests
+    use, known heads are parsed again and compared.
     """
 
     def __init__(self, parse: Callable[[bytes], M], *, check: bool = sys.flags.dev_mode) -> None:
@@ -215,7 +215,7 @@ class KnownHeads(Generic[M]):
                 del self._known[next(iter(self._known))]
             self._known[index] = head
         elif self._check:
-            assert head == self._parse(raw), "a known head is another one"
+            assert head == self._parse(raw), "a known head differs"
         return head
 
 

@@ -508,20 +508,22 @@ class _Client(asyncio.Protocol):
 
     async def _begin(self, *, placed: bool) -> bool:
         """Set up TLS if it is used; return True if requests can be served."""
-        if self._tls is not None and not await self._begin_tls(self._tls):
-            return False
+        if self._tls is not None:
+            if not await self._greets_with_tls():
+                return False
+            await self._shake_hands(self._tls)
+            if not self._is_encrypted():
+                return False
         if not placed:
             self._refuse(_surplus(self._server.limits.max_connections))
         return placed
 
-    async def _begin_tls(self, context: ssl.SSLContext) -> bool:
-        """Set up TLS; return False if the client left, failed, or was refused.
+    async def _greets_with_tls(self) -> bool:
+        """Wait for the first byte; return False if it is not one of TLS.
 
-        A client that speaks plain HTTP gets an error that it can read. asyncio's own TLS servers
-        look at no byte before TLS does, and tell nothing of a connection before its handshake ends.
+        A client that speaks plain HTTP gets an error that it can read.
         """
-        limits, wire = self._server.limits, self.transport
-        self.deadline = self._loop.time() + limits.head_timeout
+        self.deadline = self._loop.time() + self._server.limits.head_timeout
         while not self._buffer:
             if self._eof:
                 return False
@@ -530,6 +532,14 @@ class _Client(asyncio.Protocol):
         if not cannot_be_head(self._buffer[:1]):
             self._refuse(HTTPError(400, "this port speaks HTTPS: use https:// instead of http://"))
             return False
+        return True
+
+    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+        """Put TLS between the connection and us; on failure the connection is over.
+
+        `loop.start_tls` is no help: it has no way to pass on the bytes that have come.
+        """
+        limits, wire = self._server.limits, self.transport
         hello = bytes(self._buffer)
         self._buffer.clear()
         if not self._reading:
@@ -556,7 +566,6 @@ class _Client(asyncio.Protocol):
             if not self._is_encrypted():  # then nobody tells us of the connection's end
                 wire.abort()
                 self.connection_lost(None)
-        return self._is_encrypted()
 
     async def _cycle(self) -> bool:
         """Answer one request; return True if another may follow."""
@@ -587,6 +596,7 @@ class _Client(asyncio.Protocol):
             self.state = State.IDLE
             self._served = True
             self._has_shown_key |= record.label is not None
+            self._record = None  # it may hold a stored answer
             self._server.done(record)
 
     async def _answer(self, request: Request, record: Record) -> bool:
@@ -625,7 +635,7 @@ class _Client(asyncio.Protocol):
         """
         buffer = self._buffer
         checked = 0
-        self.state = State.IDLE
+        begun = False  # a byte of the head has come
         skipped = False  # RFC 9112 section 2.2: one empty line may come before a request
         while True:
             if not skipped and buffer.startswith(b"\r\n"):
@@ -636,8 +646,9 @@ class _Client(asyncio.Protocol):
                 return raw
             if self._eof or (self._server.draining and not buffer):
                 return None
-            if self.state is State.IDLE:
-                self._set_deadline(begun=skipped or bool(buffer))
+            if not begun:
+                begun = skipped or bool(buffer)
+                self._set_deadline(begun=begun)
             checked = len(buffer)
             await self._more()
 
@@ -658,7 +669,8 @@ class _Client(asyncio.Protocol):
     def _set_deadline(self, *, begun: bool) -> None:
         """Bound the wait for a head, or for its first byte."""
         limits = self._server.limits
-        self.state = State.HEAD if begun else State.IDLE
+        if begun:
+            self.state = State.HEAD
         idle = self._served and not begun
         wait = limits.keepalive_timeout if idle else limits.head_timeout
         self.deadline = self._loop.time() + wait
@@ -771,9 +783,10 @@ class _Client(asyncio.Protocol):
             frame_headers(record.headers),
             framing,
         )
-        sent = len(_EVERY_RESPONSE) - len(self._ahead)
+        if self._ahead is not _EVERY_RESPONSE:  # probes have sent some
+            framed = framed[len(_EVERY_RESPONSE) - len(self._ahead) :]
         self._ahead = b""
-        return framed[sent:] if sent else framed
+        return framed
 
     async def _write_slices(self, body: bytes, record: Record) -> None:
         """Write a long body as fast as the client takes it."""
@@ -863,7 +876,7 @@ class _Client(asyncio.Protocol):
 
 
 class _Request:
-    """A client's request; see `http11.Request`."""
+    """A client's request, as in `http11.Request`."""
 
     __slots__ = ("_client", "head")
 
