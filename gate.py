@@ -89,7 +89,7 @@ class Gate:
             raise _wrong_method(route)
         if head.basic or route.access is Access.ADMIN:
             self._refuse_foreign(head, managing=route.access is Access.ADMIN)
-        if key is not None:
+        if key is not None and route.access is not Access.KEY:
             _check_rights(route, key)
         return Admission(route, target, key)
 

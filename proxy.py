@@ -88,6 +88,7 @@ class Decision(NamedTuple):
     outcome: Outcome
     cache_status: bytes
     stored: StoredAnswer | None = None
+    age: float = 0.0  # seconds that the stored answer is old
     flight: Flight | None = None
 
 
@@ -149,14 +150,19 @@ class Proxy:
         record.headers += VIA
         if route.upload is not Upload.NONE:
             return await self._upload(request, admission, record)
+        return await self._answer(request, admission, record)
+
+    async def _answer(self, request: Request, admission: Admission, record: Record) -> Response:
+        """Answer what the body asks: with a stored answer, or from a flight."""
+        route, key = admission.route, admission.key
         question = await self._read_question(route, request)
         record.model = question.model or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
-        decision = self._decide(head, question, admission, record.request_id)
+        decision = self._decide(request.head, question, admission, record.request_id)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
-            return self._hit(decision.stored, question, record)
+            return self._hit(decision.stored, decision.age, question, record)
         assert decision.flight is not None
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
         response = await self._replay(reader, route.form, record)
@@ -240,9 +246,9 @@ class Proxy:
         cache_key = self._scoped_key(question, admission.key)
         status = b"fwd=bypass"
         if cache_key is not None:
-            answer, status = self._look_up(cache_key, directives)
+            answer, age, status = self._look_up(cache_key, directives)
             if answer is not None:
-                return Decision(Outcome.HIT, status, stored=answer)
+                return Decision(Outcome.HIT, status, answer, age)
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         if directives.only_if_cached:
@@ -254,17 +260,17 @@ class Proxy:
 
     def _look_up(
         self, cache_key: bytes, directives: CacheDirectives
-    ) -> tuple[StoredAnswer | None, bytes]:
-        """Return the stored answer if it may be used, and what Cache-Status says of it."""
+    ) -> tuple[StoredAnswer | None, float, bytes]:
+        """Return the stored answer if it may be used, its age, and what Cache-Status says."""
         if directives.reload or directives.private:
-            return None, b"fwd=request"
+            return None, 0.0, b"fwd=request"
         answer = self.cache.get(cache_key)
         if answer is None:
-            return None, b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
+            return None, 0.0, b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
         age = answer.age(time.time())
         if age > directives.max_age:
-            return None, b"fwd=request"
-        return answer, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
+            return None, age, b"fwd=request"
+        return answer, age, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
 
     def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
         """Return the flight that a request may join."""
@@ -304,11 +310,13 @@ class Proxy:
             permit,
         )
 
-    def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
+    def _hit(
+        self, answer: StoredAnswer, age: float, question: Question, record: Record
+    ) -> Response:
         if question.folds and not answer.object:
             record.outcome = Outcome.REFUSED
             raise too_large_error(self.settings.max_object_bytes)
-        record.headers += ((b"Age", b"%d" % answer.age(time.time())),)
+        record.headers += ((b"Age", b"%d" % age),)
         record.usage = answer.usage
         headers = unpack(answer.packed)
         if question.folds:

@@ -205,8 +205,8 @@ async def test_a_refusal_says_what_to_do_and_reads_no_body(
         headers = {"APIKEY": "wrong-key-wrong-key", "Content-Length": "30000000"}
         answer = await client.ask("POST", "/call_model", b"", {**headers, "Expect": "100-continue"})
         assert answer.status == 401
-        assert b'\r\nWWW-Authenticate: Basic realm="OllProx"\r\n' in answer.head
-        assert b"\r\nWWW-Authenticate: Bearer\r\n" in answer.head
+        assert b'\r\nWWW-Authenticate: Bearer realm="OllProx"\r\n' in answer.head
+        assert b"Basic" not in answer.head  # or browsers would attach it to foreign pages
         assert answer.headers["connection"] == "close"
         assert "curl -H 'APIKEY: <your key>'" in answer.json()["error"]
     for path in ("/nope", "/", "/call_model"):

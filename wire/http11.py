@@ -1,9 +1,11 @@
-"""HTTP/1.1 messages: strict heads, bodies and their framing, for either side.
+"""HTTP/1.1 messages: strict heads and their framing, for clients and upstream.
 
-Every head must match a strict grammar on its raw bytes before h11 parses it, since h11
-lets through more than a proxy may: two lengths that agree, Content-Length beside
-Transfer-Encoding, bare LF, obs-fold. Chunked bodies are decoded here for the same reason
-(h11 takes `3 ` for a chunk size). A head seen before, byte for byte, is not parsed again.
+Every head must match a strict grammar on its raw bytes before h11 parses it, because h11
+accepts more than a proxy may: two lengths that agree, Content-Length beside
+Transfer-Encoding, bare LF, obs-fold. A head that is known, byte for byte, is not parsed again.
+
+Everything here runs before the API key is checked, so the time to parse a head grows
+linearly with its size: no two neighbouring parts of a pattern match the same byte.
 """
 
 import hashlib
@@ -24,11 +26,13 @@ Headers = tuple[tuple[bytes, bytes], ...]
 Pairs = list[tuple[bytes, bytes]]
 
 TakeCredential = Callable[[bytes, Pairs], tuple[tuple[bytes, ...], bytes, Pairs]]
-"""Takes the credentials out of a head's path and headers: their digests, and what is left."""
+"""Removes credentials from a head: returns their digests, and the path and headers without them."""
 
 MAX_KNOWN_HEADS = 1024  # heads remembered, for each side
 MAX_KNOWN_HEAD = 2048  # bytes of a head that is remembered; few are longer
 MAX_FRAMED = 256  # response heads remembered
+MAX_FIELDS = 100  # header fields in a head, or trailers; as in Apache
+MAX_LENGTH_DIGITS = 18  # digits of a body's length; nobody sends 10**18 bytes
 
 # RFC 9110 section 7.6.1, and Proxy-Connection, which some clients still send.
 HOP_BY_HOP = frozenset(
@@ -40,25 +44,25 @@ TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # RFC 9112 sections 3 and 5: CRLF only, origin-form, no obs-fold, no NUL or other control.
 _REQUEST_LINE = re.compile(rb"(%b) (/[!\"$-~]*) HTTP/1\.([01])" % TOKEN)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
-_LENGTH = re.compile(rb"[0-9]{1,18}")
-# What can be told to be wrong before a head's end has come.
-_HOPELESS = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
+_DIGITS = re.compile(rb"[0-9]+")
+# Bytes that no head contains at that place, whatever follows.
+_NOT_A_HEAD = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\Z)|\x00")
 
 
 class HTTPError(Exception):
-    """A request that is answered with an error.
+    """A request is answered with an error.
 
-    Its message is shown to the client: it says what is wrong and what would be right, and
-    quotes neither keys nor header lines.
+    The message is shown to the client. It says what is wrong and how to fix it, and quotes
+    neither keys nor header lines.
 
     Args:
-        status: the status to answer with.
+        status: the response's status.
         message: for a person.
-        headers: further headers of the answer.
-        body: sent as it is in place of a rendered message.
-        kind: what upstream did, in a word, to be counted by.
+        headers: further headers of the response.
+        body: sent as it is instead of a rendered message.
+        kind: what upstream did, in one word; metrics count by it.
 
     """
 
@@ -79,21 +83,20 @@ class HTTPError(Exception):
 
 
 class BadHead(HTTPError):
-    """Bytes that are no head as this proxy takes them; the connection ends with it."""
+    """A malformed head or body framing; the connection is closed after the error is sent."""
 
 
 class Truncated(Exception):
-    """A body that has ended before its end; what was sent of it must not look whole."""
+    """A body stopped before its end; the copy that the client gets must not look complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A request's head, without any credential.
 
-    `credentials` are the salted digests of the keys that were presented, in the order in which
-    they are to be tried; `keystore.take_credential` makes them.
-    `length` is the declared length of the body in bytes, None where none is declared;
-    `has_body` says whether bytes of it follow. `names` are those of the headers.
+    `credentials` are the salted digests of the keys that were sent, in the order in which they
+    are tried. `length` is the declared length of the body in bytes, None if none was declared.
+    `has_body` is True if bytes of a body follow. `names` are the names of the headers.
     """
 
     method: bytes
@@ -111,7 +114,7 @@ class Head:
     basic: bool = False  # a credential is a password of Basic, which browsers attach themselves
 
     def get(self, name: bytes) -> bytes | None:
-        """Return the values of a header, joined by commas; None where it is not there."""
+        """Return a header's values, joined by commas; None if the head does not have it."""
         if name not in self.names:
             return None
         values = [value for other, value in self.headers if other == name]
@@ -181,26 +184,26 @@ Exchanges are put around one another: `fair_queue(upstream.exchange)` is one too
 
 
 class Request(Protocol):
-    """A request to the proxy: its head, and its body on demand."""
+    """A request to OllProx: its head, and its body on demand."""
 
     head: Head
 
     async def read(self, limit: int) -> bytes:
-        """Read the whole body, of `limit` bytes at most. Raises HTTPError 413."""
+        """Return the whole body. Raises HTTPError: 413 it is larger than `limit` bytes."""
 
     def pieces(self) -> AsyncIterator[bytes]:
-        """Read the body, of any size, as it comes."""
+        """Yield the body, of any size, as it arrives."""
 
 
 M = TypeVar("M", Head, ResponseHead)
 
 
 class KnownHeads(Generic[M]):
-    """Parse heads, each distinct one once.
+    """Parses heads, each distinct one only once.
 
-    The table's index is the SHA-256 of the whole head: leaving out any part of it would
-    let one request take another's length or key. In Python's development mode, as the tests
-    have it, each head is parsed all the same, and what is known must be equal.
+    Known heads are found by the SHA-256 of all their bytes: without any part of them, one
+    request could get another's length or key. In Python's development mode, which the tests
+    use, known heads are parsed again and compared.
     """
 
     def __init__(self, parse: Callable[[bytes], M], *, check: bool = sys.flags.dev_mode) -> None:
@@ -220,20 +223,21 @@ class KnownHeads(Generic[M]):
                 del self._known[next(iter(self._known))]
             self._known[index] = head
         elif self._check:
-            assert head == self._parse(raw), "a known head is another one"
+            assert head == self._parse(raw), "a known head differs"
         return head
 
 
-def hopeless(start: bytes | bytearray, checked: int = 0) -> bool:
-    """Whether an unfinished head, fine for `checked` bytes, cannot become a good one."""
-    return _HOPELESS.search(start, max(0, checked - 1)) is not None
+def cannot_be_head(start: bytes | bytearray, checked: int = 0) -> bool:
+    """Return True if no head begins with `start`, whose first `checked` bytes can begin one."""
+    return _NOT_A_HEAD.search(start, max(0, checked - 1)) is not None
 
 
 def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
-    """Parse a request's head, which ends in an empty line.
+    """Parse a request's head, including the empty line at its end.
 
     Raises:
-        BadHead: it does not match the strict grammar, or h11 refuses it.
+        BadHead: 400 it does not match the strict grammar, or h11 refuses it; 413 the declared
+            length is absurd; 417 an unknown expectation; 431 more than MAX_FIELDS fields.
 
     """
     first, pairs = _split(raw)
@@ -256,7 +260,7 @@ def parse_request_head(raw: bytes, take_credential: TakeCredential) -> Head:
     connection_tokens = _tokens(pairs, b"connection")
     expect = next((value.lower() for name, value in pairs if name == b"expect"), None)
     if expect not in {None, b"100-continue"}:
-        raise BadHead(417, "the only expectation that OllProx meets is 100-continue")
+        raise BadHead(417, "the only supported value of Expect is 100-continue")
     path, _, query = target.partition(b"?")
     credentials, path, headers = take_credential(path, list(event.headers))
     return Head(
@@ -312,39 +316,46 @@ def parse_response_head(raw: bytes) -> ResponseHead:
 def _split(raw: bytes) -> tuple[bytes, Pairs]:
     """Split a head into its first line and its fields, with names in lower case."""
     first, *lines = raw[:-4].split(b"\r\n")
+    if len(lines) > MAX_FIELDS:
+        raise BadHead(431, f"the head has more than {MAX_FIELDS} header fields")
     pairs = []
     for line in lines:
         if (match := FIELD_LINE.fullmatch(line)) is None:
             raise BadHead(400, "a header line is not `Name: value`")
-        pairs.append((match[1].lower(), match[2].rstrip(b"\t ")))
+        pairs.append((match[1].lower(), match[2].strip(b"\t ")))
     return first, pairs
 
 
 def _check_host(pairs: Pairs, minor: bytes) -> None:
     hosts = [value for name, value in pairs if name == b"host"]
     if len(hosts) > 1 or (not hosts and minor == b"1"):
-        raise BadHead(400, "a request has exactly one Host header")
+        raise BadHead(400, "a request needs exactly one Host header")
     if hosts and not _HOST.fullmatch(hosts[0]):
-        raise BadHead(400, "the Host header names no host")
+        raise BadHead(400, "the Host header is not a host name")
 
 
 def _framing(pairs: Pairs, minor: bytes) -> tuple[int | None, bool]:
-    """Tell the body's length and whether it is chunked (RFC 9112 section 6)."""
+    """Return the body's declared length, and whether it is chunked (RFC 9112 section 6)."""
     lengths = [value for name, value in pairs if name == b"content-length"]
     codings = [value.lower() for name, value in pairs if name == b"transfer-encoding"]
     if lengths and codings:
         raise BadHead(400, "Content-Length and Transfer-Encoding exclude each other")
     if codings and (codings != [b"chunked"] or minor == b"0"):
         raise BadHead(400, "the only Transfer-Encoding is chunked, once, in HTTP/1.1")
-    if lengths and (len(lengths) > 1 or not _LENGTH.fullmatch(lengths[0])):
-        raise BadHead(400, "Content-Length is one number of digits alone")
-    return (int(lengths[0]) if lengths else None), bool(codings)
+    if not lengths:
+        return None, bool(codings)
+    if len(lengths) > 1 or not _DIGITS.fullmatch(lengths[0]):
+        raise BadHead(400, "Content-Length must be one number of digits only")
+    digits = lengths[0].lstrip(b"0") or b"0"
+    if len(digits) > MAX_LENGTH_DIGITS:
+        raise BadHead(413, "the declared Content-Length is larger than any body")
+    return int(digits), False
 
 
 def _tokens(pairs: Pairs | Headers, wanted: bytes) -> set[bytes]:
     """Return the members of a list header, in lower case."""
-    values = [value for name, value in pairs if name.lower() == wanted]
-    return {token.strip(b"\t ").lower() for value in values for token in value.split(b",")}
+    values = [value.lower() for name, value in pairs if name.lower() == wanted]
+    return {token.strip(b"\t ") for value in values for token in value.split(b",")}
 
 
 def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> Headers:

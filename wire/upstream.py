@@ -22,8 +22,8 @@ from wire.http11 import (
     KnownHeads,
     Response,
     ResponseHead,
+    cannot_be_head,
     frame_request,
-    hopeless,
     parse_response_head,
 )
 
@@ -274,7 +274,7 @@ class Upstream:
         while (end := buffer.find(b"\r\n\r\n")) < 0:
             if len(buffer) > MAX_HEAD:
                 break
-            if not b"HTTP/1.".startswith(buffer[:7]) or hopeless(buffer):
+            if not b"HTTP/1.".startswith(buffer[:7]) or cannot_be_head(buffer):
                 raise BadHead(502, "it does not begin as one")
             if not await connection.more():
                 if connection.late:
