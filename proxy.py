@@ -35,9 +35,10 @@ from wire.http11 import (
     Truncated,
     end_to_end,
     pack,
+    stored_headers,
     unpack,
 )
-from wire.upstream import FORWARDED, VIA, Upstream, loop_error
+from wire.upstream import VIA, Upstream, add_via, forwarded, loop_error, sent_by_us
 
 log = logging.getLogger("ollprox")
 
@@ -152,7 +153,7 @@ class Proxy:
 
     def _admit(self, head: Head, record: Record) -> tuple[Route, bytes]:
         """Check key, path and method by the head alone; return the route and its target."""
-        if b"via" in head.names and _goes_in_a_circle(head):
+        if b"via" in head.names and sent_by_us(head.get(b"via") or b""):
             raise loop_error()
         found = self.routes.find(head.path)
         if found is None:
@@ -360,7 +361,8 @@ class Proxy:
             record.outcome, record.cache_status = "bypass", b"OllProx; fwd=bypass"
         if wishes.private:
             key = None
-        headers = FORWARDED if question.key is not None else _passed_on(head)
+        own = question.key is None
+        headers = _passed_on(head) if own else forwarded(head.get(b"via"))
         headers += ((b"X-Request-ID", record.request_id),)
         return self.flights.begin(
             key,
@@ -396,6 +398,8 @@ class Proxy:
         body = flight.whole()
         if flight.status != 200 or not isinstance(notes, BaseNotes) or not notes.keeps(body):
             return False
+        if flight.grounded:  # since its response came: it was meant for one client
+            return False
         folded = body if question.relayed else b""
         try:
             if notes.folding:
@@ -404,7 +408,7 @@ class Proxy:
             return False
         if flight.born is None:
             return False
-        headers, model = pack(flight.headers), sys.intern(flight.model)
+        headers, model = pack(stored_headers(flight.headers)), sys.intern(flight.model)
         answer = StoredAnswer(headers, body, folded, model, flight.born, *flight.usage)
         if answer.size > self.settings.cache_max_entry_bytes:
             return False
@@ -477,17 +481,8 @@ def _question_at_length(route: Route, codec: api.Codec, body: bytes) -> Question
 def _passed_on(head: Head) -> Headers:
     """Return what upstream gets of a client's headers, where its answer is the client's alone."""
     kept = end_to_end(head.headers, without=_STOPPED)
-    via = head.get(b"via")
-    ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
-    return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)
-
-
-def _goes_in_a_circle(head: Head) -> bool:
-    """Whether a request has been here before."""
-    via = head.get(b"via")
-    return via is not None and any(
-        member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
-    )
+    passed = (pair for pair in kept if not pair[0].startswith(b"x-forwarded-"))
+    return (*passed, *add_via(head.get(b"via")))
 
 
 def _wrong_method(route: Route) -> HTTPError:

@@ -220,6 +220,7 @@ class Flight:
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born = self._flights.clock()
+                self.grounded |= not response.storable  # it is meant for one client
                 self.notes = notes = self._make_notes(response)
                 if not self._is_folded():
                     notes.forget()  # until somebody waits for the fold

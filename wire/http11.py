@@ -35,12 +35,23 @@ HOP_BY_HOP = frozenset(
     b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade".split()
 )
 
-_OURS = frozenset({b"x-request-id"})  # which each response gets anew
+# The headers of upstream's responses that clients get. Everything else stops here: headers that
+# are about OllProx's own address (Location, Alt-Svc, Set-Cookie, Access-Control-*, ...), about
+# credentials, or about one connection. Error and rate-limit headers are those that the openai
+# and anthropic clients read.
+_PASSED_ON = frozenset(
+    b"cache-control content-encoding content-language content-type date openai-processing-ms"
+    b" retry-after retry-after-ms x-should-retry".split()
+)
+_PASSED_ON_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
+# Of those, what is still true when the response is sent again later.
+_STORED = frozenset(b"cache-control content-encoding content-language content-type date".split())
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # RFC 9112 sections 3 and 5: CRLF only, origin-form, no obs-fold, no NUL or other control.
 _REQUEST_LINE = re.compile(rb"(%b) (/[!\"$-~]*) HTTP/1\.([01])" % TOKEN)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
-FIELD_LINE = re.compile(rb"(%b):[\t ]*([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
+# No pattern may have two ways to match the same spaces: it would backtrack, in quadratic time.
+FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 _LENGTH = re.compile(rb"[0-9]{1,18}")
 # What can be told to be wrong before a head's end has come.
@@ -118,9 +129,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """A response's head; of its headers the end-to-end ones, in their order and case.
+    """A response's head; `headers` are those that clients get, in their order and case.
 
-    `length` is None where chunks or the connection's close delimit the body.
+    `length` is in bytes, None if chunks or the connection's close delimit the body. `storable`
+    is False if the response is meant for one client. `location` is where a redirect leads.
     """
 
     status: int
@@ -128,6 +140,8 @@ class ResponseHead:
     length: int | None
     chunked: bool
     keep_alive: bool
+    storable: bool = True
+    location: bytes = b""
 
 
 @dataclass(slots=True)
@@ -136,7 +150,8 @@ class Response:
 
     `headers` are end-to-end headers without Content-Length. `length` is the length of a
     body that comes as a stream, in bytes, where it is known. `release` is called once the
-    response was sent, or could not be.
+    response was sent, or could not be. `storable` is False if upstream's response is meant
+    for one client: it has a cookie, or says `private` or `no-store`.
     """
 
     status: int
@@ -144,6 +159,7 @@ class Response:
     body: bytes | AsyncIterator[bytes]
     length: int | None = None
     release: Callable[[], None] | None = None
+    storable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,11 +308,41 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     tokens = _tokens(pairs, b"connection")
     return ResponseHead(
         status=event.status_code,
-        headers=end_to_end(tuple(event.headers.raw_items()), without=_OURS),
+        headers=_passed_on(tuple(event.headers.raw_items()), tokens),
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
+        storable=_is_storable(pairs),
+        location=next((value for name, value in pairs if name == b"location"), b""),
     )
+
+
+def _passed_on(headers: Headers, hop_by_hop: set[bytes]) -> Headers:
+    """Return the headers that clients get, without those that `Connection` names."""
+    kept = []
+    for name, value in headers:
+        lower = name.lower()
+        if lower in hop_by_hop:
+            continue
+        if lower in _PASSED_ON or lower.startswith(_PASSED_ON_PREFIXES):
+            kept.append((name, value))
+    return tuple(kept)
+
+
+def _is_storable(pairs: Pairs) -> bool:
+    """Tell whether a response may be given to other clients (RFC 9111 section 3).
+
+    `no-cache` does not count: Ollama says it on its event streams, to browsers.
+    """
+    directives = {token.partition(b"=")[0].strip() for token in _tokens(pairs, b"cache-control")}
+    personal = directives & {b"private", b"no-store"}
+    return not personal and all(name != b"set-cookie" for name, _ in pairs)
+
+
+@lru_cache(maxsize=MAX_FRAMED)
+def stored_headers(headers: Headers) -> Headers:
+    """Return the headers that a stored answer keeps: those that are still true later."""
+    return tuple(pair for pair in headers if pair[0].lower() in _STORED)
 
 
 def _split(raw: bytes) -> tuple[bytes, Pairs]:
@@ -306,7 +352,7 @@ def _split(raw: bytes) -> tuple[bytes, Pairs]:
     for line in lines:
         if (match := FIELD_LINE.fullmatch(line)) is None:
             raise BadHead(400, "a header line is not `Name: value`")
-        pairs.append((match[1].lower(), match[2].rstrip(b"\t ")))
+        pairs.append((match[1].lower(), match[2].strip(b"\t ")))
     return first, pairs
 
 
