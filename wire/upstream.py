@@ -19,7 +19,6 @@ import re
 import secrets
 import socket
 import ssl
-import sys
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
@@ -27,6 +26,7 @@ from types import TracebackType
 from typing import Any
 
 from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.dial import SILENCE, dial, silence, watch
 from wire.http11 import (
     Ask,
     BadHead,
@@ -45,10 +45,6 @@ MAX_IDLE_TIME = 60.0  # seconds; Ollama itself keeps them for ever
 MAX_HEAD = 64 << 10  # bytes of a response's head; Ollama's have about 120
 READ_SIZE = 64 << 10  # bytes
 MAX_INTERIM = 8  # 1xx heads before the response
-NEXT_ADDRESS = 0.25  # seconds until a host's next address is tried too (RFC 8305 section 5)
-SILENCE = 20  # seconds without an acknowledgement after which a host has vanished
-PROBE_AFTER = 10  # seconds of silence until keep-alive probes begin
-PROBE_INTERVAL = 5  # seconds between two of them
 
 # The process's name in Via (RFC 9110 section 7.6.3). It is an id, so that one OllProx in front
 # of another is no loop.
@@ -58,11 +54,6 @@ _ASKED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"))
 FORWARDED: Headers = (*_ASKED, *VIA)
 
 _BODILESS = frozenset({b"GET", b"HEAD"})  # methods that need not say that no body follows
-_KEEPALIVE = (  # not every system has all of them
-    ("TCP_KEEPIDLE", PROBE_AFTER),
-    ("TCP_KEEPINTVL", PROBE_INTERVAL),
-    ("TCP_KEEPCNT", 2),
-)
 _ORIGIN = re.compile(
     rb"(https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?)(?:[/?#].*)?"
 )
@@ -89,8 +80,12 @@ class End(enum.Enum):
 
     ORDERLY = "upstream closed the connection"
     BROKEN = "the connection was reset, or TLS ended without close_notify"
-    VANISHED = "upstream's host acknowledges nothing any more"
+    UNANSWERED = "upstream's host has not acknowledged what was sent"
+    VANISHED = "upstream's host had the request, and does not answer the kernel's probes"
     LATE = "one of our timeouts has passed"
+
+
+_GONE = (End.UNANSWERED, End.VANISHED)
 
 
 class State(enum.Enum):
@@ -118,8 +113,12 @@ class _Stream(asyncio.StreamReader):
         self.finish(End.BROKEN)
 
     def set_exception(self, exc: BaseException) -> None:
-        """End after a fault of the connection; the kernel's own timeout means a vanished host."""
-        self.finish(End.VANISHED if isinstance(exc, TimeoutError) else End.BROKEN)
+        """End after a fault of the connection.
+
+        A vanished host shows as ETIMEDOUT, or as EHOSTUNREACH if it was on our own network.
+        """
+        broken = isinstance(exc, ConnectionError | ssl.SSLError)
+        self.finish(End.BROKEN if broken else End.VANISHED)
 
     def feed_data(self, data: Any) -> None:
         self.fed += len(data)
@@ -202,37 +201,23 @@ class _Connection:
             self.state = State.REUSABLE
 
     def is_unanswered(self, now: float) -> bool:
-        """Tell whether bytes that were sent have stayed unacknowledged for too long.
-
-        A peer that reads nothing still acknowledges the probes of its window, so it does not
-        count. Always False where the system does not say (all but Linux).
-        """
-        if sys.platform != "linux" or self._socket is None or self.writer.is_closing():
+        """Tell whether bytes that were sent have stayed unacknowledged for too long."""
+        if self._socket is None or self.writer.is_closing() or now - self.sent < self.patience:
             return False
-        if now - self.sent < self.patience:
-            return False
-        info = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)  # struct tcp_info
-        probes, unacked = info[3], int.from_bytes(info[24:28], sys.byteorder)
-        silence = int.from_bytes(info[56:60], sys.byteorder) / 1000  # since the last ACK
-        return bool(unacked or probes > 1) and silence >= self.patience
+        return silence(self._socket) >= self.patience
 
     def watch_host(self, *, uploads: bool) -> None:
-        """Let the kernel find out that upstream's host has vanished.
+        """Let the kernel find out that upstream's host has vanished; see `dial.watch`."""
+        if self._socket is not None and not self.writer.is_closing():
+            watch(self._socket, uploads=uploads)
 
-        TCP_USER_TIMEOUT would also end an upload whose receiver reads nothing for a while, such
-        as an Ollama whose disk is slow. During an upload `is_unanswered` alone has to do.
-        """
-        if self._socket is None or self.writer.is_closing():
-            return
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        milliseconds = 0 if uploads else SILENCE * 1000
-        for name, value in (*_KEEPALIVE, ("TCP_USER_TIMEOUT", milliseconds)):
-            if (option := getattr(socket, name, None)) is not None:
-                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
+    def drop(self) -> None:
+        """Cut the connection."""
+        self.writer.transport.abort()
 
     async def abort(self) -> None:
         """Cut the connection, so that Ollama stops generating."""
-        self.writer.transport.abort()
+        self.drop()
         with suppress(OSError):  # whoever aborts also takes the stream's exception
             await self.writer.wait_closed()
 
@@ -300,13 +285,13 @@ class Upstream:
         """
         for connection in [c for c in self._idle if not c.is_usable()]:
             self._idle.remove(connection)
-            connection.writer.transport.abort()
+            connection.drop()
         now = time.monotonic()
         for connection in self._waiting:
             if connection.deadline < now:
                 connection.stream.finish(End.LATE)
             elif connection.is_unanswered(now):
-                connection.stream.finish(End.VANISHED)
+                connection.stream.finish(End.UNANSWERED)
                 self._drop_idle()  # they lead to the same host
 
     async def close(self) -> None:
@@ -319,8 +304,11 @@ class Upstream:
         if (kept := self._take()) is not None:
             # Less than the whole, as nobody looks more than once a second.
             kept.patience = min(0.8 * self._connect_timeout, SILENCE)
-            with suppress(_Stale):
+            try:
                 return kept, await self._try(kept, message)
+            except _Stale as stale:
+                if stale.end is End.VANISHED:  # it has had the request, and worked on it
+                    raise self._closed(stale.end) from None
         fresh = await self._connect()
         try:
             return fresh, await self._try(fresh, message)
@@ -539,7 +527,7 @@ class Upstream:
 
     def _truncated(self, connection: _Connection) -> HTTPError:
         """Return the error for a body that did not come to its end."""
-        if connection.stream.end is End.VANISHED:
+        if connection.stream.end in _GONE:
             return self.failure("vanished in the middle of its answer")
         return self.failure("closed the connection in the middle of its answer")
 
@@ -547,15 +535,13 @@ class Upstream:
         loop = asyncio.get_running_loop()
         stream = _Stream(limit=READ_SIZE)
         protocol = _Protocol(stream)
+        name = self._host if self._tls is not None else None
         try:
             with self._failures:
                 async with asyncio.timeout(self._connect_timeout):
+                    plain = await dial(self._host, self._port)
                     transport, _ = await loop.create_connection(
-                        lambda: protocol,
-                        self._host,
-                        self._port,
-                        ssl=self._tls,
-                        happy_eyeballs_delay=NEXT_ADDRESS,
+                        lambda: protocol, sock=plain, ssl=self._tls, server_hostname=name
                     )
         except TimeoutError:
             what = f"could not be reached within {self._connect_timeout:g} s"
@@ -571,7 +557,7 @@ class Upstream:
             connection = self._idle.pop()
             if connection.is_usable():
                 return connection
-            connection.writer.transport.abort()
+            connection.drop()
         return None
 
     def keep(self, connection: _Connection) -> None:
@@ -579,12 +565,11 @@ class Upstream:
         self._waiting.discard(connection)
         self._idle.append(connection)
         if len(self._idle) > MAX_IDLE:
-            oldest = self._idle.pop(0)
-            oldest.writer.transport.abort()
+            self._idle.pop(0).drop()
 
     def _drop_idle(self) -> None:
         while self._idle:
-            self._idle.pop().writer.transport.abort()
+            self._idle.pop().drop()
 
     async def abort(self, connection: _Connection) -> None:
         """Cut a connection, so that Ollama stops generating."""
@@ -592,7 +577,7 @@ class Upstream:
         await connection.abort()
 
     def _closed(self, end: End | None) -> HTTPError:
-        if end is End.VANISHED:
+        if end in _GONE:
             return self.failure("vanished: its host does not answer", kind="unreachable")
         return self.failure("closed the connection without an answer")
 
