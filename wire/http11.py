@@ -162,6 +162,10 @@ class Response:
     storable: bool = True
 
 
+def _nobody() -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Ask:
     """A request to upstream, with all that whoever carries it out needs to know.
@@ -169,7 +173,8 @@ class Ask:
     `headers` are end-to-end headers without Host and length. `body` is encoded only when it is
     sent, so that a request that waits holds its prompt once; an upload is an iterator instead,
     is sent once, and in chunks unless `length` is known. `model` is the normalized name, empty
-    if no model is needed.
+    if no model is needed. `whole_wanted` returns True while somebody waits for the answer as a
+    whole: then a silence in its middle is for the asker to judge.
     """
 
     method: bytes
@@ -178,6 +183,7 @@ class Ask:
     body: Callable[[], bytes] | AsyncIterator[bytes] = bytes
     length: int | None = None
     model: str = ""
+    whole_wanted: Callable[[], bool] = _nobody
 
 
 Exchange = Callable[[Ask], AbstractAsyncContextManager[Response]]

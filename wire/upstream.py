@@ -20,7 +20,7 @@ import secrets
 import socket
 import ssl
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
 from types import TracebackType
 from typing import Any
@@ -73,6 +73,13 @@ def add_via(via: bytes | None) -> Headers:
 def forwarded(via: bytes | None) -> Headers:
     """Return the headers of a question: none of a client's, but for its Via, which shows loops."""
     return (*_ASKED, *add_via(via)) if via else FORWARDED
+
+
+class NoAnswer(HTTPError):
+    """Upstream sent no byte of a response, so another server may be asked instead.
+
+    Its kind is `unreachable` if no connection came about, or `broken` if it was closed.
+    """
 
 
 class End(enum.Enum):
@@ -170,6 +177,7 @@ class _Connection:
         self.deadline = math.inf  # for the next bytes, on the monotonic clock
         self.sent = 0.0  # when bytes were last sent, on the monotonic clock
         self.patience: float = SILENCE  # seconds that they may stay unacknowledged
+        self.whole_wanted: Callable[[], bool] | None = None  # see `Ask`; while a body is read
         self._taken = 0  # bytes read off the stream
         self._socket: socket.socket | None = writer.get_extra_info("socket")
 
@@ -288,6 +296,9 @@ class Upstream:
             connection.drop()
         now = time.monotonic()
         for connection in self._waiting:
+            if connection.whole_wanted is not None and connection.whole_wanted():
+                # Not late; and whoever waits for the next line only then has all of the time.
+                connection.deadline = max(connection.deadline, now + self._idle_timeout)
             if connection.deadline < now:
                 connection.stream.finish(End.LATE)
             elif connection.is_unanswered(now):
@@ -545,7 +556,7 @@ class Upstream:
                     )
         except TimeoutError:
             what = f"could not be reached within {self._connect_timeout:g} s"
-            raise self.failure(what, kind="unreachable") from None
+            raise self.no_answer(what, kind="unreachable") from None
         writer = asyncio.StreamWriter(transport, protocol, stream, loop)
         connection = _Connection(stream, writer)
         connection.watch_host(uploads=False)
@@ -576,18 +587,23 @@ class Upstream:
         self._waiting.discard(connection)
         await connection.abort()
 
-    def _closed(self, end: End | None) -> HTTPError:
+    def _closed(self, end: End | None) -> NoAnswer:
         if end in _GONE:
-            return self.failure("vanished: its host does not answer", kind="unreachable")
-        return self.failure("closed the connection without an answer")
+            return self.no_answer("vanished: its host does not answer", kind="unreachable")
+        return self.no_answer("closed the connection without an answer")
 
     def failure(self, what: str, status: int = 502, *, kind: str = "broken") -> HTTPError:
         """Return an error that says what upstream did, and what to look at."""
-        return HTTPError(
-            status,
+        return HTTPError(status, self._text(what), kind="timeout" if status == 504 else kind)
+
+    def no_answer(self, what: str, *, kind: str = "broken") -> NoAnswer:
+        """Return an error for a request of whose response no byte has come."""
+        return NoAnswer(502, self._text(what), kind=kind)
+
+    def _text(self, what: str) -> str:
+        return (
             f"Ollama at {self.address} {what}. Check that Ollama runs there and is not"
-            " overloaded, and the OLLAMA_HOST and OLLAMA_PORT settings.",
-            kind="timeout" if status == 504 else kind,
+            " overloaded, and the OLLAMA_HOST and OLLAMA_PORT settings."
         )
 
 
@@ -610,7 +626,7 @@ class _Failures:
             return  # a timeout of ours; the system's has a number
         if isinstance(error, OSError | UnicodeError):  # UnicodeError: a name that means nothing
             what = f"cannot be reached ({_reason(error)})"
-            raise self._upstream.failure(what, kind="unreachable") from error
+            raise self._upstream.no_answer(what, kind="unreachable") from error
 
 
 class _Exchange:
@@ -637,6 +653,7 @@ class _Exchange:
             message = frame_request(ask.method, ask.target, self._headers, length, chunked=chunked)
             connection, head = await upstream.upload(message, ask.body, chunked=chunked)
         connection.deadline = math.inf
+        connection.whole_wanted = ask.whole_wanted
         bodiless = ask.method == b"HEAD" or head.status in {204, 304}
         self._connection, self._head = connection, head
         self._pieces = upstream.body(connection, head, bodiless=bodiless)
@@ -646,6 +663,7 @@ class _Exchange:
 
     async def __aexit__(self, *_: object) -> None:
         connection = self._connection
+        connection.whole_wanted = None
         connection.idle_since = time.monotonic()
         all_sent = not connection.writer.transport.get_write_buffer_size()
         ended = connection.state is State.REUSABLE and all_sent
