@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from standin import Script, StandIn
 
 from answers.ollama_api import normalised
@@ -195,6 +195,7 @@ class Fake:
         self.does = "answer"
         self.asked: list[Ask] = []
         self.on_ask: Callable[[Ask], object] = lambda ask: None
+        self.on_act: Callable[[Ask, str], object] = lambda ask, does: None
         self.hold: Callable[[], Awaitable[object]] | None = None
 
     @asynccontextmanager
@@ -203,6 +204,7 @@ class Fake:
         self.on_ask(ask)
         if self.hold is not None:
             await self.hold()
+        self.on_act(ask, self.does)
         if self.does == "refuse":
             raise FAILS[self.does]
         if ask.target == b"/api/tags":
@@ -545,36 +547,55 @@ def _body(trace: str) -> bytes:
 
 NAMES = ["m:latest", "n:latest"]
 RETRIED = {"refuse", "close", "503"}
+ACTS = ["answer", *sorted(RETRIED), "500", "late", "break"]
+LISTS = st.dictionaries(st.sampled_from(NAMES), st.sampled_from("12"))
+
+
+class Held:
+    """A request that takes its time."""
+
+    def __init__(self, task: "asyncio.Task[tuple[int, bytes]]", gate: asyncio.Event) -> None:
+        self.task = task
+        self.gate = gate
 
 
 class Servers(RuleBasedStateMachine):
-    """Servers die, recover and change their models; each request must be right."""
+    """Servers die, recover, are slow and change their models; each request must be right."""
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = asyncio.new_event_loop()
-        self.sent: list[tuple[Fake, str]] = []
+        self.fakes = Fakes()
+        self.held: dict[bytes, Held] = {}
+        self.sent: dict[bytes, list[Fake]] = {}  # by the request's prompt
+        self.acts: dict[bytes, list[str]] = {}
+        self.number = 0
 
-    @initialize(
-        lists=st.lists(
-            st.dictionaries(st.sampled_from(NAMES), st.sampled_from("12")), min_size=2, max_size=4
-        )
-    )
+    @initialize(lists=st.lists(LISTS, min_size=2, max_size=4))
     def begin(self, lists: list[dict[str, str]]) -> None:
         self.fakes = Fakes(*lists)
         for fake in self.fakes.fakes.values():
             fake.on_ask = lambda ask, fake=fake: self.note(fake, ask)  # type: ignore[misc]
+            fake.on_act = self.note_act
         self.tick()
 
     def teardown(self) -> None:
+        for prompt in list(self.held):
+            self.leave(prompt)
         self.loop.close()
 
     def note(self, fake: Fake, ask: Ask) -> None:
         if ask.model:
-            self.sent.append((fake, fake.does))
+            assert not isinstance(ask.body, AsyncIterator)
+            self.sent.setdefault(ask.body(), []).append(fake)
             wanted = self.fakes.pool.roster.digest(ask.model)
             if wanted is not None:
                 assert fake.digests.get(ask.model) == wanted, "a server with another digest"
+
+    def note_act(self, ask: Ask, does: str) -> None:
+        if ask.model:
+            assert not isinstance(ask.body, AsyncIterator)
+            self.acts.setdefault(ask.body(), []).append(does)
 
     def run(self, does: Awaitable[object]) -> object:
         async def bounded() -> object:
@@ -592,18 +613,12 @@ class Servers(RuleBasedStateMachine):
         self.fakes.now += seconds
         self.tick()
 
-    @rule(
-        index=st.integers(0, 3),
-        does=st.sampled_from(["answer", "refuse", "close", "503", "500", "late", "break"]),
-    )
+    @rule(index=st.integers(0, 3), does=st.sampled_from(ACTS))
     def behave(self, index: int, does: str) -> None:
         fakes = list(self.fakes.fakes.values())
         fakes[index % len(fakes)].does = does
 
-    @rule(
-        index=st.integers(0, 3),
-        digests=st.dictionaries(st.sampled_from(NAMES), st.sampled_from("12")),
-    )
+    @rule(index=st.integers(0, 3), digests=LISTS)
     def manage(self, index: int, digests: dict[str, str]) -> None:
         """Models are managed through OllProx, on a server that can be reached."""
         fakes = list(self.fakes.fakes.values())
@@ -613,31 +628,68 @@ class Servers(RuleBasedStateMachine):
             self.fakes.pool.poll_soon()
             self.tick()
 
-    @rule(model=st.sampled_from(NAMES), prompt=st.binary(max_size=2))
-    def ask(self, model: str, prompt: bytes) -> None:
-        self.sent.clear()
-        failed = None
-        status = 0
+    @rule(model=st.sampled_from(NAMES))
+    def ask(self, model: str) -> None:
+        prompt = self.prompt()
+        self.check(prompt, model, self.loop.create_task(self.fakes.ask(model, prompt)))
+
+    @rule(model=st.sampled_from(NAMES))
+    def ask_slowly(self, model: str) -> None:
+        """Begin a request whose first server takes its time."""
+        prompt, gate = self.prompt(), asyncio.Event()
+        for fake in self.fakes.fakes.values():
+            fake.hold = gate.wait
+        task = self.loop.create_task(self.fakes.ask(model, prompt))
+        self.run(asyncio.sleep(0))
+        self.run(asyncio.sleep(0))
+        for fake in self.fakes.fakes.values():
+            fake.hold = None
+        self.held[prompt] = Held(task, gate)
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9))
+    def finish(self, index: int) -> None:
+        prompt = list(self.held)[index % len(self.held)]
+        held = self.held.pop(prompt)
+        held.gate.set()
+        self.check(prompt, "", held.task)
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 9))
+    def cancel(self, index: int) -> None:
+        self.leave(list(self.held)[index % len(self.held)])
+
+    def leave(self, prompt: bytes) -> None:
+        held = self.held.pop(prompt)
+        held.task.cancel()
+        self.run(asyncio.wait([held.task]))
+
+    def prompt(self) -> bytes:
+        self.number += 1
+        return b"%d" % self.number
+
+    def check(self, prompt: bytes, model: str, task: "asyncio.Task[tuple[int, bytes]]") -> None:
+        failed, status = None, 0
         try:
-            status, _ = self.run(self.fakes.ask(model, prompt))  # type: ignore[misc]
+            status, _ = self.run(task)  # type: ignore[misc]
         except HTTPError as error:
             failed = error
-        assert self.sent
-        *before, (_, does) = self.sent
-        assert all(did in RETRIED for _, did in before), "sent twice after a byte was seen"
-        assert len({fake for fake, _ in self.sent}) == len(self.sent)
+        sent, (*before, last) = self.sent[prompt], self.acts[prompt]
+        assert all(did in RETRIED for did in before), "sent twice after a byte was seen"
+        assert len(set(sent)) == len(sent) == len(before) + 1
         if isinstance(failed, NoAnswer) or status == 503:
             able = {member.name for member in self.fakes.pool.roster.able(model)}
-            assert able <= {fake.name for fake, _ in self.sent}, "an eligible server was not asked"
+            assert not model or able <= {fake.name for fake in sent}, "one was not asked"
         else:
-            assert (failed is None) is (does in {"answer", "500"})
+            assert (failed is None) is (last in {"answer", "500"})
 
     @invariant()
-    def nothing_runs(self) -> None:
-        for member in getattr(self, "fakes", Fakes()).pool.roster.members:
-            assert member.running == 0
-            assert not member.is_probed
-            assert member.pause <= MAX_PROBE
+    def what_runs_is_counted(self) -> None:
+        members = self.fakes.pool.roster.members
+        assert sum(member.running for member in members) == len(self.held)
+        assert all(member.pause <= MAX_PROBE for member in members)
+        if not self.held:
+            assert not any(member.is_probed for member in members)
 
 
 TestServers = Servers.TestCase

@@ -363,6 +363,33 @@ async def test_a_head_that_comes_byte_by_byte_is_searched_once(
         await connection.abort()
 
 
+# Credentials.
+
+
+async def test_credentials_go_to_their_own_server_alone(ollama: StandIn) -> None:
+    behind_a_gateway = Upstream(
+        "127.0.0.1",
+        ollama.port,
+        "gateway",
+        connect_timeout=5,
+        first_byte_timeout=5,
+        idle_timeout=5,
+        authorization=b"Basic c2VjcmV0",
+    )
+    plain = make(ollama.port)
+    for upstream, wanted in ((behind_a_gateway, ["Basic c2VjcmV0"]), (plain, ["Bearer client"])):
+        headers = ((b"authorization", b"Bearer client"), *VIA)  # as if one had slipped through
+        async with upstream.exchange(Ask(b"GET", b"/api/ps", headers)) as response:
+            assert response.status == 200
+        sent = [v for n, v in ollama.asked("/api/ps")[-1].headers if n.lower() == "authorization"]
+        assert sent == wanted
+        await upstream.close()
+    ollama.script.raw = b"HTTP/1.1 401 X\r\nContent-Length: 0\r\n\r\n"
+    with pytest.raises(HTTPError) as caught:
+        await behind_a_gateway.exchange(Ask(b"GET", b"/api/ps", VIA)).__aenter__()
+    assert "c2VjcmV0" not in caught.value.message
+
+
 # Small things.
 
 

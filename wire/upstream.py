@@ -264,9 +264,8 @@ class Upstream:
         self._first_byte_timeout = first_byte_timeout
         self._idle_timeout = idle_timeout
         self._tls = tls
-        self._headers: Headers = ((b"Host", address.encode()),)
-        if authorization:
-            self._headers += ((b"Authorization", authorization),)
+        self._host_header = (b"Host", address.encode())
+        self._authorization = authorization
         self.requests = 0  # that were sent, each attempt counted
         self._idle: list[_Connection] = []
         self._waiting: set[_Connection] = set()  # that carry a request
@@ -284,7 +283,13 @@ class Upstream:
                 wanted; 504 too slow. The body raises these as well.
 
         """
-        return _Exchange(self, ask, (*self._headers, *ask.headers))
+        headers = (self._host_header, *ask.headers)
+        return _Exchange(self, ask, self._authorized(headers) if self._authorization else headers)
+
+    def _authorized(self, headers: Headers) -> Headers:
+        """Return the headers with upstream's credentials instead of anybody else's."""
+        others = (pair for pair in headers if pair[0].lower() != b"authorization")
+        return (*others, (b"Authorization", self._authorization))
 
     def sweep(self) -> None:
         """Drop connections that upstream has closed, and end waits that last too long.
