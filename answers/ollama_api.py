@@ -23,6 +23,7 @@ from answers.notes import (
     progress_notes,
 )
 from wire.http11 import Headers, HTTPError, Response
+from wire.pool import Api
 
 # Go reads JSON names in any case, so these in another case could mean what we do not see.
 _KNOWN_NAMES = frozenset(
@@ -450,3 +451,14 @@ def version(body: bytes) -> str:
     except (ValueError, KeyError, TypeError, RecursionError):
         return "unknown"
     return said[:40] if isinstance(said, str) else "unknown"
+
+
+POOL_API = Api(
+    normalize=normalised,
+    tags=TAGS,
+    loaded=b"/api/ps",
+    models=b"/v1/models",
+    pull=b"/api/pull",
+    delete=b"/api/delete",
+    blobs=b"/api/blobs/",
+)

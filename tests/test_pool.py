@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from standin import Script, StandIn
 
-from answers.ollama_api import normalised
+from answers.ollama_api import POOL_API, normalised
 from wire.http11 import Ask, HTTPError, Response
 from wire.pool import POLL_TIMEOUT, Pool
 from wire.roster import MAX_PROBE, Health, Member, Roster, Slot
@@ -242,7 +242,7 @@ class Fakes:
         self.fakes = {name: Fake(name, found) for name, found in zip("abcd", lists, strict=False)}
         self.pool = Pool(
             {Member(name): fake.exchange for name, fake in self.fakes.items()},
-            normalised,
+            POOL_API,
             model_refresh=refresh,
             changed=self.change,
             clock=lambda: self.now,
@@ -414,6 +414,14 @@ async def test_what_leaves_something_behind_goes_to_the_first_server() -> None:
             assert b"".join([p async for p in response.body]) == name.encode()  # type: ignore[union-attr]
 
 
+async def test_one_model_is_shown_by_a_server_that_has_it() -> None:
+    fakes = Fakes({"m": "1"}, {"ns/other:latest": "2"})
+    await fakes.pool.tick()
+    assert await fakes.get(b"/v1/models/m") == b"a"
+    assert await fakes.get(b"/v1/models/ns%2Fother") == b"b"
+    assert await fakes.get(b"/v1/models/nobodys") == b"a"
+
+
 # Real servers.
 
 
@@ -435,7 +443,7 @@ async def servers(*scripts: Script) -> AsyncIterator[tuple[Pool, list[StandIn]]]
         )
     pool = Pool(
         {Member(f"gpu{n}"): up.exchange for n, up in enumerate(upstreams, 1)},
-        normalised,
+        POOL_API,
         model_refresh=30,
     )
     try:

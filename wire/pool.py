@@ -10,11 +10,12 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
+from urllib.parse import unquote
 
 from wire.http11 import Ask, Exchange, Headers, HTTPError, Response
 from wire.roster import Health, Member, Roster, Slot
@@ -27,13 +28,24 @@ LOADED_INTERVAL = 5.0  # seconds between two polls of the models that are loaded
 MAX_LIST = 16 << 20  # bytes of a list
 MAX_COMMAND = 1 << 20  # bytes of a request that goes to all servers
 
-TAGS, PS, MODELS = b"/api/tags", b"/api/ps", b"/v1/models"
-PULL, DELETE = (b"POST", b"/api/pull"), (b"DELETE", b"/api/delete")
 _READS = frozenset({b"GET", b"HEAD"})
 _JSON: Headers = ((b"Content-Type", b"application/json; charset=utf-8"),)
 _LINES: Headers = ((b"Content-Type", b"application/x-ndjson"),)
 
 Listed = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """What the pool needs to know of Ollama's API: some paths, and how a name is normalized."""
+
+    normalize: Callable[[object], str]
+    tags: bytes  # lists a server's models
+    loaded: bytes  # lists those that are loaded
+    models: bytes  # lists them in OpenAI's form; with `/NAME` behind it, one of them
+    pull: bytes
+    delete: bytes
+    blobs: bytes  # with a digest behind it
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +76,7 @@ class Pool:
 
     Args:
         servers: the members and their exchanges, in the order of the settings.
-        normalize: writes a model's name as Ollama lists it.
+        api: what is known of Ollama's API.
         model_refresh: seconds between two polls of a server's models; 0 for none.
         changed: called when what the models' names stand for may have changed, or a server's
             health; it must not wait.
@@ -76,7 +88,7 @@ class Pool:
     def __init__(
         self,
         servers: Mapping[Member, Exchange],
-        normalize: Callable[[object], str],
+        api: Api,
         *,
         model_refresh: float,
         changed: Callable[[], None] = lambda: None,
@@ -86,7 +98,7 @@ class Pool:
         self.roster = Roster(tuple(servers))
         self.changed = changed
         self._servers = {m: _Server(m, exchange, [], []) for m, exchange in servers.items()}
-        self._normalize = normalize
+        self._api = api
         self._model_refresh = model_refresh
         self._slot_of = slot_of
         self._clock = clock
@@ -127,19 +139,22 @@ class Pool:
     async def _answer(self, ask: Ask, stack: AsyncExitStack) -> Response:
         if ask.method in _READS and (known := self.union(ask.target)) is not None:
             return _response(200, known, stack, head=ask.method == b"HEAD")
-        if (ask.method, ask.target) in {PULL, DELETE}:
-            ask = replace(ask, body=await _read(ask), length=None)
-            return await (self._pull if ask.method == b"POST" else self._delete)(ask, stack)
+        everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
+        if (manage := everywhere.get(ask.target)) is not None:
+            return await manage(replace(ask, body=await _read(ask), length=None), stack)
         if ask.model:
             return await self._generate(ask, stack)
         return await stack.enter_async_context(self._on(self._first(ask), ask))
 
     def _first(self, ask: Ask) -> Member:
         """Return the server for a request that needs no model."""
-        members = self.roster.members
-        if ask.method in _READS and not ask.target.startswith(b"/api/blobs/"):
-            return next((m for m in members if m.health is Health.UP), members[0])
-        return members[0]  # what manages models leaves something behind there
+        members: Sequence[Member] = self.roster.members
+        if ask.method not in _READS or ask.target.startswith(self._api.blobs):
+            return members[0]  # what manages models leaves something behind there
+        if ask.target.startswith(self._api.models + b"/"):
+            name = unquote(ask.target[len(self._api.models) + 1 :].decode("latin-1"))
+            members = self.roster.able(self._api.normalize(name))
+        return next((m for m in members if m.health is Health.UP), members[0])
 
     async def _generate(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Ask one server after another, until one answers or none is left."""
@@ -309,18 +324,18 @@ class Pool:
             await self._poll_tags(server)
         if now >= server.ps_at and member.health is not Health.UNREACHABLE:
             server.ps_at = now + LOADED_INTERVAL
-            if (listed := await self._list(member, PS)) is not None:
+            if (listed := await self._list(member, self._api.loaded)) is not None:
                 server.ps = listed
-                member.loaded = frozenset(self._normalize(m.get("name")) for m in listed)
+                member.loaded = frozenset(self._api.normalize(m.get("name")) for m in listed)
 
     async def _poll_tags(self, server: _Server) -> None:
         member = server.member
-        if (listed := await self._list(member, TAGS)) is None:
+        if (listed := await self._list(member, self._api.tags)) is None:
             if member.health is Health.UNREACHABLE and self._clock() >= member.probe_at:
                 self.roster.note_unreachable(member, self._clock())  # it answered, with no list
             return
         if self._model_refresh:
-            found = {self._normalize(m.get("name")): m.get("digest") for m in listed}
+            found = {self._api.normalize(m.get("name")): m.get("digest") for m in listed}
             server.tags = listed
             member.digests = {n: d for n, d in found.items() if n and isinstance(d, str) and d}
         with self._watching(member):
@@ -363,22 +378,22 @@ class Pool:
         """Return the list of all servers' models; None if it is no list, or not known.
 
         Args:
-            target: `/api/tags`, `/v1/models` or `/api/ps`.
+            target: the path of the request, which may be any.
 
         """
-        if target == PS:
+        if target == self._api.loaded:
             up = [s for s in self._servers.values() if s.member.health is Health.UP]
             return _dump({"models": [model for server in up for model in server.ps]})
-        if target not in {TAGS, MODELS} or self.digests() is None:
+        if target not in {self._api.tags, self._api.models} or self.digests() is None:
             return None
         named = {
-            self._normalize(model.get("name")): model
+            self._api.normalize(model.get("name")): model
             for server in reversed(self._servers.values())  # the first listed comes last, and wins
             for model in server.tags
-            if model.get("digest") == self._digests.get(self._normalize(model.get("name")))
+            if model.get("digest") == self._digests.get(self._api.normalize(model.get("name")))
         }
         models = sorted(named.values(), key=lambda m: str(m.get("modified_at")), reverse=True)
-        if target == TAGS:
+        if target == self._api.tags:
             return _dump({"models": models})
         return _dump({"object": "list", "data": [_openai(model) for model in models]})
 
@@ -408,7 +423,7 @@ class _Watch:
 
 
 def _openai(model: Listed) -> Listed:
-    """Return a model as `/v1/models` lists it."""
+    """Return a model in OpenAI's form, as Ollama writes it."""
     name = str(model.get("name"))
     try:
         created = int(datetime.fromisoformat(str(model.get("modified_at"))).timestamp())
