@@ -190,7 +190,8 @@ class Fake:
     """A server, and what it does with the next requests."""
 
     def __init__(self, name: str, digests: dict[str, str]) -> None:
-        self.name = name
+        self.name = self.address = name
+        self.requests = 0
         self.digests = digests
         self.does = "answer"
         self.asked: list[Ask] = []
@@ -218,6 +219,12 @@ class Fake:
         else:
             yield Response(200, (), self.said(self.name.encode()))
 
+    def sweep(self) -> None:
+        pass
+
+    async def close(self) -> None:
+        pass
+
     def list(self) -> Response:
         models = [{"name": name, "digest": digest} for name, digest in self.digests.items()]
         return Response(200, (), self.said(json.dumps({"models": models}).encode()))
@@ -241,7 +248,7 @@ class Fakes:
         self.changes = 0
         self.fakes = {name: Fake(name, found) for name, found in zip("abcd", lists, strict=False)}
         self.pool = Pool(
-            {Member(name): fake.exchange for name, fake in self.fakes.items()},
+            {Member(name): fake for name, fake in self.fakes.items()},
             POOL_API,
             model_refresh=refresh,
             changed=self.change,
@@ -414,6 +421,28 @@ async def test_what_leaves_something_behind_goes_to_the_first_server() -> None:
             assert b"".join([p async for p in response.body]) == name.encode()  # type: ignore[union-attr]
 
 
+async def test_a_read_is_asked_of_the_next_server_if_one_does_not_answer() -> None:
+    fakes = Fakes(SAME, SAME)
+    fakes.fakes["a"].does = "refuse"
+    assert await fakes.get(b"/api/version") == b"b"
+    assert fakes.member("a").health is Health.UNREACHABLE
+    fakes.fakes["b"].does = "refuse"
+    with pytest.raises(NoAnswer):
+        await fakes.get(b"/api/version")
+    assert fakes.pool.address == "a, b"
+
+
+async def test_a_list_is_read_again_once_a_model_was_managed() -> None:
+    fakes = Fakes({"m": "1"}, {"m": "1"})
+    await fakes.pool.tick()
+    fakes.fakes["b"].digests = {"m": "1", "new": "2"}
+    assert b"new" not in await fakes.get(b"/api/tags")
+    async with fakes.pool.exchange(Ask(b"POST", b"/api/copy", ())):
+        pass
+    assert b"new" in await fakes.get(b"/api/tags")
+    assert fakes.pool.digests() == {"m:latest": "1", "new:latest": "2"}
+
+
 async def test_one_model_is_shown_by_a_server_that_has_it() -> None:
     fakes = Fakes({"m": "1"}, {"ns/other:latest": "2"})
     await fakes.pool.tick()
@@ -442,15 +471,14 @@ async def servers(*scripts: Script) -> AsyncIterator[tuple[Pool, list[StandIn]]]
             )
         )
     pool = Pool(
-        {Member(f"gpu{n}"): up.exchange for n, up in enumerate(upstreams, 1)},
+        {Member(f"gpu{n}"): upstream for n, upstream in enumerate(upstreams, 1)},
         POOL_API,
         model_refresh=30,
     )
     try:
         yield pool, standins
     finally:
-        for upstream in upstreams:
-            await upstream.close()
+        await pool.close()
         for standin in standins:
             standin.script.let_go.set()
             await standin.stop()

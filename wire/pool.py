@@ -10,11 +10,17 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    suppress,
+)
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import unquote
 
 from wire.http11 import Ask, Exchange, Headers, HTTPError, Response
@@ -59,23 +65,49 @@ class Status:
     errors: int
 
 
+class One(Protocol):
+    """One Ollama server, as `Upstream` is."""
+
+    @property
+    def address(self) -> str:
+        """Its host and port."""
+
+    @property
+    def requests(self) -> int:
+        """How many requests were sent to it."""
+
+    def exchange(self, ask: Ask) -> AbstractAsyncContextManager[Response]:
+        """Carry out a request; see `Exchange`."""
+
+    def sweep(self) -> None:
+        """End waits that last too long."""
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+
+
 @dataclass(slots=True)
 class _Server:
     """A member of the roster, and what is needed to talk to it."""
 
     member: Member
-    exchange: Exchange
+    upstream: One
     tags: list[Listed]  # as it listed them last
     ps: list[Listed]
     tags_at: float = 0.0  # when they are to be polled next
     ps_at: float = 0.0
+
+    @property
+    def is_stale(self) -> bool:
+        """True if its models may have changed; a server that is out must hold nobody up."""
+        return not self.tags_at and self.member.health is not Health.UNREACHABLE
 
 
 class Pool:
     """Several Ollama servers.
 
     Args:
-        servers: the members and their exchanges, in the order of the settings.
+        servers: the members and their servers, in the order of the settings.
         api: what is known of Ollama's API.
         model_refresh: seconds between two polls of a server's models; 0 for none.
         changed: called when what the models' names stand for may have changed, or a server's
@@ -87,7 +119,7 @@ class Pool:
 
     def __init__(
         self,
-        servers: Mapping[Member, Exchange],
+        servers: Mapping[Member, One],
         api: Api,
         *,
         model_refresh: float,
@@ -97,13 +129,35 @@ class Pool:
     ) -> None:
         self.roster = Roster(tuple(servers))
         self.changed = changed
-        self._servers = {m: _Server(m, exchange, [], []) for m, exchange in servers.items()}
+        self._servers = {m: _Server(m, one, [], []) for m, one in servers.items()}
         self._api = api
         self._model_refresh = model_refresh
         self._slot_of = slot_of
         self._clock = clock
         self._digests: dict[str, str] = {}
         self._conflicts: set[tuple[str, str]] = set()
+
+    # What it has in common with a single `Upstream`.
+
+    @property
+    def address(self) -> str:
+        """The addresses of all servers."""
+        return ", ".join(server.upstream.address for server in self._servers.values())
+
+    @property
+    def requests(self) -> int:
+        """How many requests were sent to all servers."""
+        return sum(server.upstream.requests for server in self._servers.values())
+
+    def sweep(self) -> None:
+        """End waits that last too long. Call it once a second."""
+        for server in self._servers.values():
+            server.upstream.sweep()
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+        for server in self._servers.values():
+            await server.upstream.close()
 
     # The slots of the fair queue.
 
@@ -137,24 +191,38 @@ class Pool:
         return None
 
     async def _answer(self, ask: Ask, stack: AsyncExitStack) -> Response:
-        if ask.method in _READS and (known := self.union(ask.target)) is not None:
-            return _response(200, known, stack, head=ask.method == b"HEAD")
+        if ask.model:
+            return await self._generate(ask, stack)
+        if ask.method in _READS:
+            if (known := await self._known(ask.target)) is not None:
+                return _response(200, known, stack, head=ask.method == b"HEAD")
+            if not ask.target.startswith(self._api.blobs):
+                return await self._read_from_any(ask, stack)
+        stack.callback(self.poll_soon)  # models may have changed
         everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
         if (manage := everywhere.get(ask.target)) is not None:
             return await manage(replace(ask, body=await _read(ask), length=None), stack)
-        if ask.model:
-            return await self._generate(ask, stack)
-        return await stack.enter_async_context(self._on(self._first(ask), ask))
+        # The first server, since it leaves something behind there that is needed again.
+        return await stack.enter_async_context(self._on(self.roster.members[0], ask))
 
-    def _first(self, ask: Ask) -> Member:
-        """Return the server for a request that needs no model."""
+    async def _known(self, target: bytes) -> bytes | None:
+        """Return a list of models, read again if models were managed; None if it is no list."""
+        stale = [server for server in self._servers.values() if server.is_stale]
+        if stale and target == self._api.tags:
+            await self._poll_all(stale)
+        return self.union(target)
+
+    async def _read_from_any(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Ask the first server that is up, and the next ones if it does not answer."""
         members: Sequence[Member] = self.roster.members
-        if ask.method not in _READS or ask.target.startswith(self._api.blobs):
-            return members[0]  # what manages models leaves something behind there
         if ask.target.startswith(self._api.models + b"/"):
             name = unquote(ask.target[len(self._api.models) + 1 :].decode("latin-1"))
             members = self.roster.able(self._api.normalize(name))
-        return next((m for m in members if m.health is Health.UP), members[0])
+        *others, last = sorted(members, key=lambda m: m.health is not Health.UP)
+        for member in others:
+            with suppress(NoAnswer):
+                return await stack.enter_async_context(self._on(member, ask))
+        return await stack.enter_async_context(self._on(last, ask))
 
     async def _generate(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Ask one server after another, until one answers or none is left."""
@@ -195,8 +263,8 @@ class Pool:
         """Carry out a request on one server, and note what it tells of the server's health."""
         async with AsyncExitStack() as stack:
             try:
-                exchange = self._servers[member].exchange
-                response = await stack.enter_async_context(exchange(ask))
+                one = self._servers[member].upstream
+                response = await stack.enter_async_context(one.exchange(ask))
             except HTTPError as error:
                 self._note(member, error, ask)
                 raise
@@ -291,10 +359,14 @@ class Pool:
 
         It takes `POLL_TIMEOUT` at most for each list.
         """
+        self.roster.trust_again(self._clock())
+        await self._poll_all(self._servers.values())
+
+    async def _poll_all(self, servers: Iterable[_Server]) -> None:
+        """Poll those of the servers that are due, and take over what they list."""
         now = self._clock()
-        self.roster.trust_again(now)
         async with asyncio.TaskGroup() as group:
-            for server in self._servers.values():
+            for server in servers:
                 group.create_task(self._poll(server, now))
         digests, conflicts = self.roster.digests(), self.roster.conflicts()
         for name, model in sorted(conflicts - self._conflicts):
