@@ -45,7 +45,7 @@ Listed = dict[str, Any]
 class Api:
     """What the pool needs to know of Ollama's API: some paths, and how a name is normalized."""
 
-    normalize: Callable[[object], str]
+    normalize: Callable[[str], str]
     tags: bytes  # lists a server's models
     loaded: bytes  # lists those that are loaded
     models: bytes  # lists them in OpenAI's form; with `/NAME` behind it, one of them
@@ -398,7 +398,7 @@ class Pool:
             server.ps_at = now + LOADED_INTERVAL
             if (listed := await self._list(member, self._api.loaded)) is not None:
                 server.ps = listed
-                member.loaded = frozenset(self._api.normalize(m.get("name")) for m in listed)
+                member.loaded = frozenset(self._name(m) for m in listed)
 
     async def _poll_tags(self, server: _Server) -> None:
         member = server.member
@@ -407,11 +407,16 @@ class Pool:
                 self.roster.note_unreachable(member, self._clock())  # it answered, with no list
             return
         if self._model_refresh:
-            found = {self._api.normalize(m.get("name")): m.get("digest") for m in listed}
+            found = {self._name(m): m.get("digest") for m in listed}
             server.tags = listed
             member.digests = {n: d for n, d in found.items() if n and isinstance(d, str) and d}
         with self._watching(member):
             self.roster.note_reached(member)  # not before its models are known
+
+    def _name(self, listed: Listed) -> str:
+        """Return a listed model's normalized name; empty if it has none."""
+        name = listed.get("name")
+        return self._api.normalize(name) if isinstance(name, str) else ""
 
     async def _list(self, member: Member, target: bytes) -> list[Listed] | None:
         """Read a list of models; None if there is none to be had."""
@@ -459,10 +464,10 @@ class Pool:
         if target not in {self._api.tags, self._api.models} or self.digests() is None:
             return None
         named = {
-            self._api.normalize(model.get("name")): model
+            self._name(model): model
             for server in reversed(self._servers.values())  # the first listed comes last, and wins
             for model in server.tags
-            if model.get("digest") == self._digests.get(self._api.normalize(model.get("name")))
+            if model.get("digest") == self._digests.get(self._name(model))
         }
         models = sorted(named.values(), key=lambda m: str(m.get("modified_at")), reverse=True)
         if target == self._api.tags:
