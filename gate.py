@@ -14,7 +14,7 @@ from answers.ollama_api import Access, Form, Route, RouteTable
 from keystore import MAX_WRONG, NO_SCHEME, Key, KeyStore, WrongKeys
 from settings import Origins, Settings
 from wire.http11 import Head, Headers, HTTPError, Response
-from wire.upstream import loop_error
+from wire.upstream import loop_error, sent_by_us
 
 log = logging.getLogger("ollprox")
 
@@ -75,7 +75,7 @@ class Gate:
                 too many wrong keys, 508 a loop.
 
         """
-        if b"via" in head.names and _goes_in_a_circle(head):
+        if b"via" in head.names and sent_by_us(head.get(b"via") or b""):
             raise loop_error()
         found = self._routes.find(head.path)
         if found is None:
@@ -204,11 +204,3 @@ def _is_same_origin(head: Head, origin: bytes) -> bool:
 def _wrong_method(route: Route) -> HTTPError:
     allowed = b", ".join(route.methods)
     return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
-
-
-def _goes_in_a_circle(head: Head) -> bool:
-    """Return true if our own Via is present."""
-    via = head.get(b"via")
-    return via is not None and any(
-        member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
-    )

@@ -41,7 +41,7 @@ from wire.http11 import (
     end_to_end,
     unpack,
 )
-from wire.upstream import FORWARDED, VIA
+from wire.upstream import VIA, add_via, forwarded
 
 MAX_QUESTIONS = 512  # small bodies whose question is remembered
 MAX_KNOWN_BODY = 2048  # bytes of such a body
@@ -293,7 +293,8 @@ class Proxy:
             permit = self.permits.admit(admission.key, model, question.size)
         cacheable = question.key is not None
         # The body is sent decompressed.
-        headers = FORWARDED if cacheable else _passed_on(head, without=_DECODED)
+        via = head.get(b"via")
+        headers = forwarded(via) if cacheable else _passed_on(head, without=_DECODED)
         headers += ((b"X-Request-ID", request_id),)
         return self.flights.begin(
             flight_key,
@@ -427,6 +428,5 @@ def _too_large(limit: int) -> HTTPError:
 def _passed_on(head: Head, *, without: frozenset[bytes] = frozenset()) -> Headers:
     """Return what upstream gets of a client's headers, where its answer is the client's alone."""
     kept = end_to_end(head.headers, without=_STOPPED | without)
-    via = head.get(b"via")
-    ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
-    return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)
+    passed = (pair for pair in kept if not pair[0].startswith(b"x-forwarded-"))
+    return (*passed, *add_via(head.get(b"via")))

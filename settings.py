@@ -5,14 +5,15 @@ wins over `.env`, and an empty value means the default. A bad value raises a
 `SettingsError` whose one line names the variable and the fix.
 """
 
+import base64
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote_to_bytes, urlsplit
 
 ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
@@ -420,3 +421,152 @@ def _split_source(name: str) -> tuple[str, str]:
     if colon and tag.endswith("-cloud") and "/" not in tag:
         return f"{base}:{tag.removesuffix('-cloud')}", "cloud"
     return name, ""
+
+
+# Several Ollama servers: OLLAMA_HOST is a list, and each may need credentials.
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One Ollama server of OLLAMA_HOST.
+
+    `name` identifies it to people: the host, or `HOST:PORT` if two servers share a host.
+    `authorization` is the value of the `Authorization` header that it gets, empty for none; no
+    other server gets it, and nothing shows it.
+    """
+
+    host: str
+    port: int
+    tls: bool = False
+    weight: float = 1.0
+    name: str = ""
+    authorization: str = field(default="", repr=False)
+
+    @property
+    def address(self) -> str:
+        """Host and port, as in a URL or a `Host` header."""
+        return address(self.host, self.port)
+
+    @property
+    def url(self) -> str:
+        """The URL, without credentials."""
+        return f"{'https' if self.tls else 'http'}://{self.address}"
+
+
+_WEIGHT = re.compile(r"(.*[^*])\*([0-9]+(?:\.[0-9]+)?)", re.DOTALL)
+_HOST_NAME = re.compile(r"[\w.:%-]*", re.ASCII)
+_TOKEN = re.compile(r"[!-~]+")
+_ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def parse_hosts(text: str, default_port: int | None, api_key: str = "") -> tuple[Host, ...]:
+    """Parse OLLAMA_HOST: servers separated by commas, each with `*WEIGHT` behind it if wanted.
+
+    Each is written as for Ollama itself: a host, `HOST:PORT` or a URL. A URL may have
+    credentials, percent-encoded, as in `https://user:password@host`.
+
+    Args:
+        text: the variable's value.
+        default_port: OLLAMA_PORT, for servers without a port of their own; None if not set.
+        api_key: UPSTREAM_API_KEY; see `_give_keys`.
+
+    Raises:
+        SettingsError: a variable has a bad value. The text shows no credentials.
+
+    """
+    hosts = [_parse_host(part.strip(), default_port) for part in text.split(",")]
+    seen = set()
+    for host in hosts:
+        if host.address in seen:
+            raise SettingsError(f"OLLAMA_HOST has {host.address} twice: list each server once")
+        seen.add(host.address)
+    names = [host.host for host in hosts]
+    named = [
+        replace(host, name=host.host if names.count(host.host) == 1 else host.address)
+        for host in hosts
+    ]
+    return tuple(_give_keys(named, api_key) if api_key else named)
+
+
+def _parse_host(text: str, default_port: int | None) -> Host:
+    """Parse one entry of OLLAMA_HOST."""
+    shown = "one with credentials" if "@" in text else repr(text[:60])
+    wrong = SettingsError(
+        "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as http://127.0.0.1:11434"
+        f" with no path, or a list of them separated by commas, not {shown}"
+    )
+    weight = 1.0
+    if (match := _WEIGHT.fullmatch(text)) is not None:
+        text, weight = match[1], float(match[2])
+        if not 0 < weight < math.inf:
+            raise SettingsError("OLLAMA_HOST has a server with weight 0: weights are above 0")
+    if text.count(":") > 1 and "[" not in text and "//" not in text:
+        text = f"[{text}]"  # a bare IPv6 address
+    try:
+        url = urlsplit(text if "//" in text else f"http://{text}")
+        name, port = url.hostname or "", url.port
+    except ValueError:
+        raise wrong from None
+    if url.scheme not in {"http", "https"} or url.path not in {"", "/"} or port == 0:
+        raise wrong
+    if url.query or url.fragment or not _is_host(name) or (not text and not name):
+        raise wrong
+    tls = url.scheme == "https"
+    port = port or default_port or (443 if tls else Settings().ollama_port)
+    host = _ANY_ADDRESS.get(name, name)
+    return Host(host, port, tls, weight, host, _basic(url.username, url.password))
+
+
+def _is_host(name: str) -> bool:
+    """Tell whether a name can be a host's."""
+    if not _HOST_NAME.fullmatch(name) or ".." in name or name.startswith("."):
+        return False
+    return max(map(len, name.split("."))) <= 63
+
+
+def _basic(user: str | None, password: str | None) -> str:
+    """Return the `Authorization` of a URL's user and password (RFC 7617); empty for none."""
+    if user is None and password is None:
+        return ""
+    pair = unquote_to_bytes(user or "") + b":" + unquote_to_bytes(password or "")
+    return f"Basic {base64.b64encode(pair).decode()}"
+
+
+def _give_keys(hosts: list[Host], text: str) -> list[Host]:
+    """Give UPSTREAM_API_KEY to the servers that it is for, as a bearer token.
+
+    It is one key, for all https servers without credentials of their own, or a list of
+    `NAME=KEY` separated by commas. It is a list only if its first part begins with a server's
+    name and `=`.
+    """
+    names = {host.name for host in hosts}
+    parts = [part.strip() for part in text.split(",")]
+    keys = {host.name: text for host in hosts if host.tls and not host.authorization}
+    if parts[0].rpartition("=")[1] and parts[0].partition("=")[0] in names:
+        keys = dict(_named_key(part, names) for part in parts)
+    elif not keys:
+        raise SettingsError(
+            "UPSTREAM_API_KEY is sent to https servers alone, and OLLAMA_HOST has none without"
+            " credentials: write NAME=KEY to send it to the server of that name"
+        )
+    if not all(_TOKEN.fullmatch(key) for key in keys.values()):
+        raise SettingsError("UPSTREAM_API_KEY has a key that is empty or has white space in it")
+    if any(host.authorization for host in hosts if host.name in keys):
+        raise SettingsError(
+            "UPSTREAM_API_KEY names a server that has credentials in OLLAMA_HOST: keep one of them"
+        )
+    return [
+        replace(host, authorization=f"Bearer {keys[host.name]}") if host.name in keys else host
+        for host in hosts
+    ]
+
+
+def _named_key(part: str, names: set[str]) -> tuple[str, str]:
+    """Parse `NAME=KEY`."""
+    name, _, key = part.partition("=")
+    if name not in names:
+        raise SettingsError(
+            "UPSTREAM_API_KEY must be one key, or NAME=KEY for servers of OLLAMA_HOST, whose names"
+            f" are {', '.join(sorted(names))}"
+        )
+    return name, key

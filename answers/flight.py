@@ -237,6 +237,8 @@ class Flight:
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born = self._flights.clock()
+                if not response.storable:  # it is meant for this client alone
+                    self._flights.ground_one(self)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -609,14 +611,14 @@ class Flights:
         for flight in list(self._by_key.get(stored.key, [])):
             if flight is stored:
                 break
-            self._ground(flight)
+            self.ground_one(flight)
 
     def ground(self, changed: Callable[[str], bool]) -> None:
         """Ground all flights whose model has changed."""
         for flight in [flight for flight in self if changed(flight.model)]:
-            self._ground(flight)
+            self.ground_one(flight)
 
-    def _ground(self, flight: Flight) -> None:
+    def ground_one(self, flight: Flight) -> None:
         """Let nobody join a flight any more, and store nothing of it."""
         self.remove(flight)
         flight.key = None

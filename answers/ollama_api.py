@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from answers.notes import SSE, dump
 from answers.questions import Codec, Native, PassThrough
 from settings import normalize_model
+from wire.pool import Api
 
 MAX_HINTED = 64  # bytes of an unknown path for which a similar one is looked for
 
@@ -274,3 +275,14 @@ def _page_rows() -> dict[bytes, Route]:
         b"/whoami": Route(_GET, None, page="whoami"),
         b"/cache": Route((b"DELETE",), None, access=Access.ADMIN, page="drop"),
     }
+
+
+POOL_API = Api(
+    normalize=normalize_model,
+    tags=TAGS,
+    loaded=b"/api/ps",
+    models=b"/v1/models",
+    pull=b"/api/pull",
+    delete=b"/api/delete",
+    blobs=b"/api/blobs/",
+)

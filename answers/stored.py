@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from answers.flight import Flight
 from record import Usage
-from wire.http11 import FIELD_LINE, HTTPError, pack
+from wire.http11 import FIELD_LINE, HTTPError, pack, stored_headers
 
 MAGIC = b"OLLPROX\x01"  # the last byte is the version of the form
 
@@ -139,5 +139,5 @@ def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer
         folded = b""
     assert flight.born is not None
     model, digest = sys.intern(flight.model), sys.intern(digest)
-    headers = pack(flight.headers)
+    headers = pack(stored_headers(flight.headers))
     return StoredAnswer(headers, body, folded, model, digest, flight.born, *flight.usage)

@@ -25,7 +25,7 @@ from watch.metrics import Metrics
 from watch.telemetry import AccessLog, LineWriter
 from wire.http11 import KnownHeads, parse_request_head, parse_response_head
 from wire.server import Limits, Server, _Client
-from wire.upstream import _Connection, _CountingReader
+from wire.upstream import _Connection, _Stream
 
 # Calls of functions in OllProx's own files, tasks, and timers, for one of each.
 KEPT = {
@@ -105,7 +105,7 @@ class Bench:
         self.wire = Wire()
         self.client.connection_made(self.wire)
         self.asked = Wire()
-        self.reader = _CountingReader()
+        self.reader = _Stream()
         self.reader.set_transport(self.asked)
 
     def keep_a_connection(self) -> None:

@@ -1,3 +1,5 @@
+import time
+
 import h11
 import pytest
 from hypothesis import given
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 
 from wire.bodies import LAST_CHUNK, ChunkedDecoder, LengthDecoder, frame_chunk, read_body
 from wire.http11 import (
+    FIELD_LINE,
     MAX_FIELDS,
     BadHead,
     Head,
@@ -18,6 +21,7 @@ from wire.http11 import (
     frame_start,
     parse_request_head,
     parse_response_head,
+    stored_headers,
 )
 
 
@@ -203,11 +207,55 @@ def test_in_development_mode_a_known_head_is_held_against_a_fresh_one() -> None:
 
 def test_a_response_head_is_parsed_with_order_and_case() -> None:
     head = parse_response_head(
-        b"HTTP/1.1 200 OK\r\nContent-Type: x\r\nX-b: 1\r\nX-B: 2\r\nContent-Length: 5\r\n"
-        b"X-Request-ID: theirs\r\n\r\n"
+        b"HTTP/1.1 200 OK\r\nContent-Type: x\r\nX-RateLimit-b: 1\r\nx-ratelimit-B:\t2 \r\n"
+        b"Content-Length: 5\r\nX-Request-ID: theirs\r\n\r\n"
     )
     assert (head.status, head.length, head.chunked, head.keep_alive) == (200, 5, False, True)
-    assert [name for name, _ in head.headers] == [b"Content-Type", b"X-b", b"X-B"]
+    assert head.headers == (
+        (b"Content-Type", b"x"),
+        (b"X-RateLimit-b", b"1"),
+        (b"x-ratelimit-B", b"2"),
+    )
+
+
+def test_a_response_header_that_connection_names_stops_here() -> None:
+    head = parse_response_head(
+        b"HTTP/1.1 200 OK\r\nConnection: Retry-After\r\nRetry-After: 1\r\n\r\n"
+    )
+    assert head.headers == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "storable"),
+    [
+        (b"", True),
+        (b"Cache-Control: no-cache\r\n", True),
+        (b"Cache-Control: max-age=0, must-revalidate\r\n", True),
+        (b"Cache-Control: public\r\nCache-Control: Private\r\n", False),
+        (b'cache-control: private="set-cookie, x"\r\n', False),
+        (b"Cache-Control: max-age=1,no-store\r\n", False),
+        (b"Set-Cookie: a=b\r\n", False),
+        (b"X: set-cookie, private\r\n", True),
+    ],
+)
+def test_a_response_meant_for_one_client_is_seen(fields: bytes, storable: bool) -> None:
+    assert parse_response_head(b"HTTP/1.1 200 OK\r\n%b\r\n" % fields).storable is storable
+
+
+def test_a_stored_answer_keeps_no_header_that_was_true_once() -> None:
+    headers = ((b"Content-Type", b"x"), (b"Retry-After", b"1"), (b"DATE", b"d"))
+    assert stored_headers(headers) == ((b"Content-Type", b"x"), (b"DATE", b"d"))
+
+
+@pytest.mark.parametrize("bad", [b"\x00", b"\x7f"])
+def test_a_long_header_line_takes_linear_time(bad: bytes) -> None:
+    """With a pattern that backtracks, these took more than ten seconds."""
+    line = b"X:" + b" " * (60 << 10) + bad
+    began = time.perf_counter()
+    with pytest.raises(BadHead):
+        parse_response_head(b"HTTP/1.1 200 OK\r\n%b\r\n\r\n" % line)
+    assert FIELD_LINE.fullmatch(line) is None  # as trailers use it
+    assert time.perf_counter() - began < 2
 
 
 @pytest.mark.parametrize(

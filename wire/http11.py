@@ -39,11 +39,22 @@ HOP_BY_HOP = frozenset(
     b"connection proxy-connection keep-alive te trailer transfer-encoding upgrade".split()
 )
 
-_OURS = frozenset({b"x-request-id"})  # which each response gets anew
+# The headers of upstream's responses that clients get. Everything else stops here: headers that
+# are about OllProx's own address (Location, Alt-Svc, Set-Cookie, Access-Control-*, ...), about
+# credentials, or about one connection. Error and rate-limit headers are those that the openai
+# and anthropic clients read.
+_PASSED_ON = frozenset(
+    b"cache-control content-encoding content-language content-type date openai-processing-ms"
+    b" retry-after retry-after-ms x-should-retry".split()
+)
+_PASSED_ON_PREFIXES = (b"x-ratelimit-", b"anthropic-ratelimit-")
+# Of those, what is still true when the response is sent again later.
+_STORED = frozenset(b"cache-control content-encoding content-language content-type date".split())
 TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 # RFC 9112 sections 3 and 5: CRLF only, origin-form, no obs-fold, no NUL or other control.
 _REQUEST_LINE = re.compile(rb"(%b) (/[!\"$-~]*) HTTP/1\.([01])" % TOKEN)
 _STATUS_LINE = re.compile(rb"HTTP/1\.([01]) ([1-9][0-9][0-9])(?: [\t\x20-\x7e\x80-\xff]*)?")
+# No pattern may have two ways to match the same spaces: it would backtrack, in quadratic time.
 FIELD_LINE = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % TOKEN)
 _HOST = re.compile(rb"(?:[\w.~!$&'()*+,;=%-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{0,5})?", re.ASCII)
 _DIGITS = re.compile(rb"[0-9]+")
@@ -123,9 +134,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class ResponseHead:
-    """A response's head; of its headers the end-to-end ones, in their order and case.
+    """A response's head; `headers` are those that clients get, in their order and case.
 
-    `length` is None where chunks or the connection's close delimit the body.
+    `length` is in bytes, None if chunks or the connection's close delimit the body. `storable`
+    is False if the response is meant for one client. `location` is where a redirect leads.
     """
 
     status: int
@@ -133,6 +145,8 @@ class ResponseHead:
     length: int | None
     chunked: bool
     keep_alive: bool
+    storable: bool = True
+    location: bytes = b""
 
 
 @dataclass(slots=True)
@@ -141,7 +155,8 @@ class Response:
 
     `headers` are end-to-end headers without Content-Length. `length` is the length of a
     body that comes as a stream, in bytes, where it is known. `release` is called once the
-    response was sent, or could not be.
+    response was sent, or could not be. `storable` is False if upstream's response is meant
+    for one client: it has a cookie, or says `private` or `no-store`.
     """
 
     status: int
@@ -149,6 +164,7 @@ class Response:
     body: bytes | AsyncIterator[bytes]
     length: int | None = None
     release: Callable[[], None] | None = None
+    storable: bool = True
 
 
 def _nobody() -> bool:
@@ -163,7 +179,8 @@ class Ask:
     sent, so that a request that waits holds its prompt once; an upload is an iterator instead,
     is sent once, and in chunks unless `length` is known. `model` is the normalized name, empty
     if no model is needed. `whole_wanted` returns True while somebody waits for the answer as a
-    whole: then a silence in its middle is for the asker to judge.
+    whole: then a silence in its middle is for the asker to judge. `ticket` is its place in the
+    queue, None if it takes no turn.
     """
 
     method: bytes
@@ -306,11 +323,41 @@ def parse_response_head(raw: bytes) -> ResponseHead:
     tokens = _tokens(pairs, b"connection")
     return ResponseHead(
         status=event.status_code,
-        headers=end_to_end(tuple(event.headers.raw_items()), without=_OURS),
+        headers=_passed_on(tuple(event.headers.raw_items()), tokens),
         length=length,
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
+        storable=_is_storable(pairs),
+        location=next((value for name, value in pairs if name == b"location"), b""),
     )
+
+
+def _passed_on(headers: Headers, hop_by_hop: set[bytes]) -> Headers:
+    """Return the headers that clients get, without those that `Connection` names."""
+    kept = []
+    for name, value in headers:
+        lower = name.lower()
+        if lower in hop_by_hop:
+            continue
+        if lower in _PASSED_ON or lower.startswith(_PASSED_ON_PREFIXES):
+            kept.append((name, value))
+    return tuple(kept)
+
+
+def _is_storable(pairs: Pairs) -> bool:
+    """Tell whether a response may be given to other clients (RFC 9111 section 3).
+
+    `no-cache` does not count: Ollama says it on its event streams, to browsers.
+    """
+    directives = {token.partition(b"=")[0].strip() for token in _tokens(pairs, b"cache-control")}
+    personal = directives & {b"private", b"no-store"}
+    return not personal and all(name != b"set-cookie" for name, _ in pairs)
+
+
+@lru_cache(maxsize=MAX_FRAMED)
+def stored_headers(headers: Headers) -> Headers:
+    """Return the headers that a stored answer keeps: those that are still true later."""
+    return tuple(pair for pair in headers if pair[0].lower() in _STORED)
 
 
 def _split(raw: bytes) -> tuple[bytes, Pairs]:

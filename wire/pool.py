@@ -1,0 +1,571 @@
+"""Use several Ollama servers as one: an exchange that asks the right one, and its polls.
+
+`roster.py` decides which one that is. A request that needs a model is asked of another server if
+the first sends no byte of a response or says 503, since the client has seen nothing then. Lists of
+models are answered from the last poll, so that a server that is out cannot stall them. Models
+are managed on all servers or on the first; on a single one through `host(name)`.
+"""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    aclosing,
+    asynccontextmanager,
+    suppress,
+)
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, Protocol
+from urllib.parse import unquote
+
+from wire.http11 import Ask, Exchange, Headers, HTTPError, Response
+from wire.roster import Health, Member, Roster, Slot
+from wire.upstream import FORWARDED, NoAnswer
+
+log = logging.getLogger("ollprox")
+
+POLL_TIMEOUT = 2.0  # seconds that a server may take to list its models
+LOADED_INTERVAL = 5.0  # seconds between two polls of the models that are loaded
+MAX_LIST = 16 << 20  # bytes of a list
+MAX_COMMAND = 1 << 20  # bytes of a request that goes to all servers
+
+_READS = frozenset({b"GET", b"HEAD"})
+_JSON: Headers = ((b"Content-Type", b"application/json; charset=utf-8"),)
+_LINES: Headers = ((b"Content-Type", b"application/x-ndjson"),)
+
+Listed = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Api:
+    """What the pool needs to know of Ollama's API: some paths, and how a name is normalized."""
+
+    normalize: Callable[[str], str]
+    tags: bytes  # lists a server's models
+    loaded: bytes  # lists those that are loaded
+    models: bytes  # lists them in OpenAI's form; with `/NAME` behind it, one of them
+    pull: bytes
+    delete: bytes
+    blobs: bytes  # with a digest behind it
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What operators see of a server."""
+
+    name: str
+    health: Health
+    loaded: tuple[str, ...]
+    running: int
+    errors: int
+
+
+class One(Protocol):
+    """One Ollama server, as `Upstream` is."""
+
+    @property
+    def address(self) -> str:
+        """Its host and port."""
+
+    @property
+    def requests(self) -> int:
+        """How many requests were sent to it."""
+
+    def exchange(self, ask: Ask) -> AbstractAsyncContextManager[Response]:
+        """Carry out a request; see `Exchange`."""
+
+    def sweep(self) -> None:
+        """End waits that last too long."""
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+
+
+@dataclass(slots=True)
+class _Server:
+    """A member of the roster, and what is needed to talk to it."""
+
+    member: Member
+    upstream: One
+    tags: list[Listed]  # as it listed them last
+    ps: list[Listed]
+    tags_at: float = 0.0  # when they are to be polled next
+    ps_at: float = 0.0
+
+    @property
+    def is_stale(self) -> bool:
+        """True if its models may have changed; a server that is out must hold nobody up."""
+        return not self.tags_at and self.member.health is not Health.UNREACHABLE
+
+
+class Pool:
+    """Several Ollama servers.
+
+    Args:
+        servers: the members and their servers, in the order of the settings.
+        api: what is known of Ollama's API.
+        model_refresh: seconds between two polls of a server's models; 0 for none.
+        changed: called when what the models' names stand for may have changed, or a server's
+            health; it must not wait.
+        slot_of: returns the slot that the fair queue took for a request, None for none.
+        clock: seconds on a clock that never goes back.
+
+    """
+
+    def __init__(
+        self,
+        servers: Mapping[Member, One],
+        api: Api,
+        *,
+        model_refresh: float,
+        changed: Callable[[], None] = lambda: None,
+        slot_of: Callable[[Ask], Slot | None] = lambda ask: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.roster = Roster(tuple(servers))
+        self.changed = changed
+        self._servers = {m: _Server(m, one, [], []) for m, one in servers.items()}
+        self._api = api
+        self._model_refresh = model_refresh
+        self._slot_of = slot_of
+        self._clock = clock
+        self._digests: dict[str, str] = {}
+        self._conflicts: set[tuple[str, str]] = set()
+
+    # What it has in common with a single `Upstream`.
+
+    @property
+    def address(self) -> str:
+        """The addresses of all servers."""
+        return ", ".join(server.upstream.address for server in self._servers.values())
+
+    @property
+    def requests(self) -> int:
+        """How many requests were sent to all servers."""
+        return sum(server.upstream.requests for server in self._servers.values())
+
+    def sweep(self) -> None:
+        """End waits that last too long. Call it once a second."""
+        for server in self._servers.values():
+            server.upstream.sweep()
+
+    async def close(self) -> None:
+        """Close the connections that are kept."""
+        for server in self._servers.values():
+            await server.upstream.close()
+
+    # The slots of the fair queue.
+
+    @property
+    def total(self) -> int:
+        """How many generations may run at once; 0 if any number may."""
+        return self.roster.total
+
+    def take(self, model: str) -> Slot | None:
+        """Take a slot on which a model can run; None if none is free."""
+        return self.roster.take(model, self._clock())
+
+    def give_back(self, slot: object) -> None:
+        """Free a slot."""
+        assert isinstance(slot, Slot)
+        self.roster.give_back(slot)
+
+    # Requests.
+
+    @asynccontextmanager
+    async def exchange(self, ask: Ask) -> AsyncIterator[Response]:
+        """Carry out a request on the server that it is for; see `Exchange`."""
+        async with AsyncExitStack() as stack:
+            yield await self._answer(ask, stack)
+
+    def host(self, name: str) -> Exchange | None:
+        """Return an exchange with the server of that name alone; None if there is none."""
+        for member in self.roster.members:
+            if member.name == name:
+                return lambda ask: self._on(member, ask)
+        return None
+
+    async def _answer(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        if ask.model:
+            return await self._generate(ask, stack)
+        if ask.method in _READS:
+            if (known := await self._known(ask.target)) is not None:
+                return _response(200, known, stack, head=ask.method == b"HEAD")
+            if not ask.target.startswith(self._api.blobs):
+                return await self._read_from_any(ask, stack)
+        stack.callback(self.poll_soon)  # models may have changed
+        everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
+        if (manage := everywhere.get(ask.target)) is not None:
+            return await manage(replace(ask, body=await _read(ask), length=None), stack)
+        # The first server, since it leaves something behind there that is needed again.
+        return await stack.enter_async_context(self._on(self.roster.members[0], ask))
+
+    async def _known(self, target: bytes) -> bytes | None:
+        """Return a list of models, read again if models were managed; None if it is no list."""
+        stale = [server for server in self._servers.values() if server.is_stale]
+        if stale and target == self._api.tags:
+            await self._poll_all(stale)
+        return self.union(target)
+
+    async def _read_from_any(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Ask the first server that is up, and the next ones if it does not answer."""
+        members: Sequence[Member] = self.roster.members
+        if ask.target.startswith(self._api.models + b"/"):
+            name = unquote(ask.target[len(self._api.models) + 1 :].decode("latin-1"))
+            members = self.roster.able(self._api.normalize(name))
+        *others, last = sorted(members, key=lambda m: m.health is not Health.UP)
+        for member in others:
+            with suppress(NoAnswer):
+                return await stack.enter_async_context(self._on(member, ask))
+        return await stack.enter_async_context(self._on(last, ask))
+
+    async def _generate(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Ask one server after another, until one answers or none is left."""
+        slot = self._slot_of(ask)
+        if slot is None:
+            slot = Slot()
+            stack.callback(self.roster.give_back, slot)
+        tried: set[Member] = set()
+        member = slot.member or self._other(ask, tried)
+        while True:
+            assert member is not None  # there is always a first
+            tried.add(member)
+            if slot.member is not member:
+                self.roster.move(slot, member)
+            attempt = self._on(member, ask)
+            try:
+                response = await attempt.__aenter__()
+            except NoAnswer:
+                member = self._other(ask, tried)
+                if member is None:
+                    raise
+                continue
+            if response.status == 503 and (other := self._other(ask, tried)) is not None:
+                await attempt.__aexit__(None, None, None)
+                member = other
+                continue
+            stack.push_async_exit(attempt)
+            return response
+
+    def _other(self, ask: Ask, tried: set[Member]) -> Member | None:
+        """Return the server to ask next; None if a request can be asked of none, or only once."""
+        if isinstance(ask.body, AsyncIterator):
+            return None if tried else self.roster.choose(ask.model, bytes, self._clock())
+        return self.roster.choose(ask.model, ask.body, self._clock(), tried)
+
+    @asynccontextmanager
+    async def _on(self, member: Member, ask: Ask) -> AsyncIterator[Response]:
+        """Carry out a request on one server, and note what it tells of the server's health."""
+        async with AsyncExitStack() as stack:
+            try:
+                one = self._servers[member].upstream
+                response = await stack.enter_async_context(one.exchange(ask))
+            except HTTPError as error:
+                self._note(member, error, ask)
+                raise
+            with self._watching(member):
+                if ask.model:
+                    self.roster.note_answer(member, response.status, self._clock())
+            yield response
+
+    def _note(self, member: Member, error: HTTPError, ask: Ask) -> None:
+        with self._watching(member, error.message):
+            if isinstance(error, NoAnswer) and error.kind == "unreachable":
+                self.roster.note_unreachable(member, self._clock())
+            elif ask.model:
+                self.roster.note_answer(member, error.status, self._clock())
+
+    def _watching(self, member: Member, why: str = "") -> "_Watch":
+        return _Watch(self, member, why)
+
+    # Managing models.
+
+    async def _pull(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Pull a model on all servers in turn; each line of progress says on which."""
+        lines = self._pull_all(ask)
+        stack.push_async_callback(lines.aclose)
+        assert not isinstance(ask.body, AsyncIterator)
+        if (_object(ask.body()) or {}).get("stream") is not False:
+            return Response(200, _LINES, lines)
+        last = b""
+        async for line in lines:
+            last = line
+        return _response(500 if b'"error"' in last else 200, last, stack)
+
+    async def _pull_all(self, ask: Ask) -> AsyncGenerator[bytes, None]:
+        failed: list[str] = []
+        for member in self.roster.members:
+            async with aclosing(self._progress(member, ask, failed)) as lines:
+                async for line in lines:
+                    yield line
+        if failed:
+            done = [m.name for m in self.roster.members if m.name not in failed]
+            where = f"; done on {', '.join(done)}" if done else ""
+            yield _line({"error": f"the pull failed on {', '.join(failed)}{where}"})
+        else:
+            yield _line({"status": "success"})
+
+    async def _progress(
+        self, member: Member, ask: Ask, failed: list[str]
+    ) -> AsyncGenerator[bytes, None]:
+        """Yield a server's lines with its name; add it to `failed` unless it succeeds."""
+        error: object = "it ended before it was done"
+        rest = b""
+        try:
+            async with self._on(member, ask) as response:
+                async for piece in _pieces(response):
+                    *lines, rest = (rest + piece).split(b"\n")
+                    for told in filter(None, map(_object, lines)):
+                        error = told.get("error", error)
+                        if told.get("status") == "success":
+                            error = None
+                        if "error" not in told:
+                            status = f"{member.name}: {told.get('status', '')}"
+                            yield _line({**told, "status": status, "host": member.name})
+                if (last := _object(rest)) is not None:
+                    error = None if last.get("status") == "success" else last.get("error", error)
+        except HTTPError as broken:
+            error = broken.message
+        if error is not None:
+            failed.append(member.name)
+            yield _line({"status": f"{member.name}: failed: {error}", "host": member.name})
+
+    async def _delete(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Delete a model on all servers. Raises HTTPError 502 that names those that failed."""
+        failed: list[str] = []
+        bodies: dict[int, bytes] = {}
+        for member in self.roster.members:
+            try:
+                async with self._on(member, ask) as response:
+                    bodies[response.status] = await _all(response)
+                    if response.status not in {200, 404}:
+                        failed.append(member.name)
+            except HTTPError:
+                failed.append(member.name)
+        if failed:
+            raise HTTPError(502, f"the model could not be deleted on {', '.join(failed)}")
+        status = 200 if 200 in bodies else 404
+        return _response(status, bodies[status], stack)
+
+    # Polls, and what they have told.
+
+    async def tick(self) -> None:
+        """Poll the servers that are due. Call it once a second, and once before the first request.
+
+        It takes `POLL_TIMEOUT` at most for each list.
+        """
+        self.roster.trust_again(self._clock())
+        await self._poll_all(self._servers.values())
+
+    async def _poll_all(self, servers: Iterable[_Server]) -> None:
+        """Poll those of the servers that are due, and take over what they list."""
+        now = self._clock()
+        async with asyncio.TaskGroup() as group:
+            for server in servers:
+                group.create_task(self._poll(server, now))
+        digests, conflicts = self.roster.digests(), self.roster.conflicts()
+        for name, model in sorted(conflicts - self._conflicts):
+            log.warning(
+                "Ollama on %s is not used for %s: most servers have another model of that name;"
+                " pull it again there",
+                name,
+                model,
+            )
+        changed = digests != self._digests
+        self._digests, self._conflicts = digests, conflicts
+        if changed:
+            self.changed()
+
+    def poll_soon(self) -> None:
+        """Let the next tick read all lists again, as after a model was managed."""
+        for server in self._servers.values():
+            server.tags_at = server.ps_at = 0.0
+
+    async def _poll(self, server: _Server, now: float) -> None:
+        member = server.member
+        is_out = member.health is Health.UNREACHABLE
+        if is_out and now < member.probe_at:
+            return
+        if is_out or (self._model_refresh and now >= server.tags_at):
+            server.tags_at = now + self._model_refresh
+            await self._poll_tags(server)
+        if now >= server.ps_at and member.health is not Health.UNREACHABLE:
+            server.ps_at = now + LOADED_INTERVAL
+            if (listed := await self._list(member, self._api.loaded)) is not None:
+                server.ps = listed
+                member.loaded = frozenset(self._name(m) for m in listed)
+
+    async def _poll_tags(self, server: _Server) -> None:
+        member = server.member
+        if (listed := await self._list(member, self._api.tags)) is None:
+            if member.health is Health.UNREACHABLE and self._clock() >= member.probe_at:
+                self.roster.note_unreachable(member, self._clock())  # it answered, with no list
+            return
+        if self._model_refresh:
+            found = {self._name(m): m.get("digest") for m in listed}
+            server.tags = listed
+            member.digests = {n: d for n, d in found.items() if n and isinstance(d, str) and d}
+        with self._watching(member):
+            self.roster.note_reached(member)  # not before its models are known
+
+    def _name(self, listed: Listed) -> str:
+        """Return a listed model's normalized name; empty if it has none."""
+        name = listed.get("name")
+        return self._api.normalize(name) if isinstance(name, str) else ""
+
+    async def _list(self, member: Member, target: bytes) -> list[Listed] | None:
+        """Read a list of models; None if there is none to be had."""
+        try:
+            async with asyncio.timeout(POLL_TIMEOUT):
+                async with self._on(member, Ask(b"GET", target, FORWARDED)) as response:
+                    body = await _all(response)
+        except TimeoutError:
+            with self._watching(member, f"no answer within {POLL_TIMEOUT:g} s"):
+                self.roster.note_unreachable(member, self._clock())
+            return None
+        except HTTPError:
+            return None
+        listed = (_object(body) or {}).get("models")
+        if response.status != 200 or not isinstance(listed, list):
+            return None
+        return [model for model in listed if isinstance(model, dict)]
+
+    def digests(self) -> dict[str, str] | None:
+        """Return the digest that each model's name stands for; None if no server told any."""
+        known = any(member.digests is not None for member in self.roster.members)
+        return dict(self._digests) if known else None
+
+    def conflicts(self) -> set[tuple[str, str]]:
+        """Return the servers and models that are not used, since their digest is another one."""
+        return set(self._conflicts)
+
+    def statuses(self) -> list[Status]:
+        """Return what operators see of each server."""
+        return [
+            Status(m.name, m.health, tuple(sorted(m.loaded)), m.running, m.errors)
+            for m in self.roster.members
+        ]
+
+    def union(self, target: bytes) -> bytes | None:
+        """Return the list of all servers' models; None if it is no list, or not known.
+
+        Args:
+            target: the path of the request, which may be any.
+
+        """
+        if target == self._api.loaded:
+            up = [s for s in self._servers.values() if s.member.health is Health.UP]
+            return _dump({"models": [model for server in up for model in server.ps]})
+        if target not in {self._api.tags, self._api.models} or self.digests() is None:
+            return None
+        named = {
+            self._name(model): model
+            for server in reversed(self._servers.values())  # the first listed comes last, and wins
+            for model in server.tags
+            if model.get("digest") == self._digests.get(self._name(model))
+        }
+        models = sorted(named.values(), key=lambda m: str(m.get("modified_at")), reverse=True)
+        if target == self._api.tags:
+            return _dump({"models": models})
+        return _dump({"object": "list", "data": [_openai(model) for model in models]})
+
+
+class _Watch:
+    """Says in the log that a server's health has changed within a block."""
+
+    def __init__(self, pool: Pool, member: Member, why: str) -> None:
+        self._pool = pool
+        self._member = member
+        self._why = why
+        self._before = member.health
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        member, health = self._member, self._member.health
+        if health is self._before:
+            return
+        if health is Health.UP:
+            log.info("Ollama on %s is back", member.name)
+        elif self._before is Health.UP:
+            log.warning("Ollama on %s is out: %s", member.name, self._why or "it fails")
+        self._pool._digests = self._pool.roster.digests()
+        self._pool.changed()
+
+
+def _openai(model: Listed) -> Listed:
+    """Return a model in OpenAI's form, as Ollama writes it."""
+    name = str(model.get("name"))
+    try:
+        created = int(datetime.fromisoformat(str(model.get("modified_at"))).timestamp())
+    except (ValueError, OverflowError):
+        created = 0
+    owner = name.rpartition("/")[0].rpartition("/")[2] or "library"
+    return {"id": name, "object": "model", "created": created, "owned_by": owner}
+
+
+def _dump(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def _line(value: Listed) -> bytes:
+    return _dump(value) + b"\n"
+
+
+def _object(data: bytes) -> Listed | None:
+    """Return a JSON object; None if it is none."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _response(status: int, body: bytes, stack: AsyncExitStack, *, head: bool = False) -> Response:
+    """Return a response of our own, as a stream like those of servers."""
+
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        if body and not head:
+            yield body
+
+    made = pieces()
+    stack.push_async_callback(made.aclose)
+    return Response(status, _JSON, made, len(body))
+
+
+async def _pieces(response: Response) -> AsyncGenerator[bytes, None]:
+    """Yield a body's pieces, whole or not."""
+    if isinstance(response.body, bytes):
+        yield response.body
+        return
+    async for piece in response.body:
+        yield piece
+
+
+async def _all(response: Response) -> bytes:
+    """Return a whole body. Raises HTTPError 502 if it is too large."""
+    body = bytearray()
+    async for piece in _pieces(response):
+        body += piece
+        if len(body) > MAX_LIST:
+            raise HTTPError(502, "Ollama's answer is too large")
+    return bytes(body)
+
+
+async def _read(ask: Ask) -> Callable[[], bytes]:
+    """Return what writes a request's body, for any number of servers. Raises HTTPError 413."""
+    if not isinstance(ask.body, AsyncIterator):
+        return ask.body
+    body = bytearray()
+    async for piece in ask.body:
+        body += piece
+        if len(body) > MAX_COMMAND:
+            raise HTTPError(413, f"a request for all servers has at most {MAX_COMMAND} bytes")
+    whole = bytes(body)
+    return lambda: whole
