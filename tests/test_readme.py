@@ -255,6 +255,7 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl -N -i \S+/api/generate .*": (by_curl, r'fwd=miss(.|\n)*"response":"Paris"(.|\n)*\n\{'),
     r"curl -X DELETE \S+/cache\S* .*": (by_curl, r'\{"dropped":1\}'),
     r"curl \S+/metrics .*": (by_curl, r"\nollprox_keys 1\n"),
+    r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
 }
 
