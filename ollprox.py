@@ -39,6 +39,7 @@ from keystore import KeyStore, take_credential
 from proxy import Proxy
 from record import Record
 from settings import Settings, SettingsError, address, load
+from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
@@ -98,6 +99,16 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
         upstream_requests=lambda: upstream.requests,
         upstreams=lambda: [_upstream_state(upstream, probe, turns, metrics)],
         queue=turns.snapshot,
+        limits=lambda: [
+            LimitRow(
+                used.key.label,
+                f"{used.what}={used.limit}",
+                used.used,
+                used.limit.count,
+                used.resets,
+            )
+            for used in permits.limits.in_use()
+        ],
     )
     flights.ended = metrics.count_flight
     models = ModelWatch(probe, cache, flights, metrics.set_models)

@@ -47,12 +47,11 @@ class Form(enum.Enum):
         """Return an error's body."""
         if self is Form.OLLAMA:  # of a 401 its command line shows `status` and nothing else
             return dump({"error": message, **({"status": message} if status == 401 else {})})
-        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}.get(
-            status, "invalid_request_error" if status < 500 else "api_error"
-        )
+        kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
         if self is Form.ANTHROPIC:
             return dump({"type": "error", "error": {"type": kind, "message": message}})
-        error = {"message": message, "type": kind, "param": None, "code": None}
+        code = "rate_limit_exceeded" if status == 429 else None
+        error = {"message": message, "type": kind, "param": None, "code": code}
         return dump({"error": error})
 
     def line(self, content_type: bytes, message: str) -> bytes:
@@ -153,6 +152,12 @@ class RouteTable:
 
 
 _V1 = b"/v1/"
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
 VERSION = b"/api/version"  # what OllProx asks for itself
 TAGS = b"/api/tags"
 _POST, _GET = (b"POST",), (b"GET", b"HEAD")

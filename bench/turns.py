@@ -69,7 +69,7 @@ async def ask(port: int, label: str, prompt: str) -> float:
 
 async def person(port: int, label: str, flood: "asyncio.Future[list[float]]") -> list[float]:
     """Ask again and again while the flood lasts."""
-    waits = []
+    waits: list[float] = []
     for number in itertools.count():
         await asyncio.sleep(PAUSE)
         if flood.done():
@@ -86,9 +86,7 @@ async def measure(figures: Figures, slots: int) -> None:
         async with ollama() as upstream:
             with ollprox(upstream, MAX_GENERATIONS=slots, API_KEY_FILE=keys) as (port, _):
                 flood = asyncio.gather(*(ask(port, "flood", f"f {n}") for n in range(FLOOD)))
-                people = await asyncio.gather(
-                    *(person(port, label, flood) for label in LABELS[1:])
-                )
+                people = await asyncio.gather(*(person(port, label, flood) for label in LABELS[1:]))
                 flooding = await flood
     waits = [wait for each in people for wait in each]
     note(figures, "mean wait of others, s", who, sum(waits) / len(waits))
