@@ -32,7 +32,7 @@ from answers.models import ModelWatch, Probe
 from answers.permits import Permits
 from answers.schedule import CountedSlots
 from answers.stored import StoredAnswer
-from answers.turns import Turns, fair_queue
+from answers.turns import Ticket, Turns, fair_queue
 from cache import Budget, Cache
 from gate import Gate
 from keystore import KeyStore, take_credential
@@ -43,7 +43,9 @@ from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
-from wire.http11 import parse_request_head
+from wire.http11 import Ask, parse_request_head
+from wire.pool import Pool
+from wire.roster import Health, Member, Slot
 from wire.server import Limits as ClientLimits
 from wire.server import Server
 from wire.upstream import Upstream
@@ -62,7 +64,7 @@ class Parts:
     settings: Settings
     keys: KeyStore
     certificate: startup.Certificate | None
-    upstream: Upstream
+    upstream: Upstream | Pool
     probe: Probe
     models: ModelWatch
     flights: Flights
@@ -76,8 +78,9 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
     upstream = _make_upstream(settings)
     budget = Budget(settings.cache_max_bytes)
     cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
+    several = upstream if isinstance(upstream, Pool) else None
     turns = Turns(
-        CountedSlots(settings.max_generations),
+        several or CountedSlots(settings.max_generations),
         settings.queue_max,
         settings.queue_timeout,
         budget,
@@ -97,7 +100,7 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
         keys,
         connections=lambda: len(server.clients),
         upstream_requests=lambda: upstream.requests,
-        upstreams=lambda: [_upstream_state(upstream, probe, turns, metrics)],
+        upstreams=lambda: _upstream_states(upstream, probe, turns, metrics),
         queue=turns.snapshot,
         limits=lambda: [
             LimitRow(
@@ -139,6 +142,8 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
 async def serve(parts: Parts) -> int:
     """Serve until a signal; return the exit status."""
     settings, server, keys = parts.settings, parts.server, parts.keys
+    if isinstance(parts.upstream, Pool):
+        await parts.upstream.tick()  # so that the first request finds a server with its model
     asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
     tls = parts.certificate.context if parts.certificate else None
     try:
@@ -189,18 +194,43 @@ def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, A
     yield _report_upstream(parts.probe, parts.upstream.address)
     if settings.model_refresh:
         yield repeat(settings.model_refresh, models.refresh, models.due)
+    if isinstance(parts.upstream, Pool):
+        parts.upstream.changed = models.due.set
+        yield repeat(1.0, parts.upstream.tick)
 
 
-def _make_upstream(settings: Settings) -> Upstream:
-    return Upstream(
-        settings.ollama_host,
-        settings.ollama_port,
-        settings.upstream_address,
-        connect_timeout=settings.connect_timeout,
-        first_byte_timeout=settings.first_byte_timeout,
-        idle_timeout=settings.idle_timeout,
-        tls=startup.upstream_tls(settings),
+def _make_upstream(settings: Settings) -> Upstream | Pool:
+    """Return the Ollama of the settings, or a pool if there are several."""
+    tls = startup.upstream_tls(settings)
+    upstreams = [
+        Upstream(
+            host.host,
+            host.port,
+            host.address,
+            connect_timeout=settings.connect_timeout,
+            first_byte_timeout=settings.first_byte_timeout,
+            idle_timeout=settings.idle_timeout,
+            tls=tls if host.tls else None,
+            authorization=host.authorization.encode(),
+        )
+        for host in settings.hosts
+    ]
+    if len(upstreams) == 1:
+        return upstreams[0]
+    slots = settings.max_generations
+    members = [Member(host.name, host.weight, slots) for host in settings.hosts]
+    return Pool(
+        dict(zip(members, upstreams, strict=True)),
+        api.POOL_API,
+        model_refresh=settings.model_refresh,
+        slot_of=_slot_of,
     )
+
+
+def _slot_of(ask: Ask) -> Slot | None:
+    """Return the slot that the fair queue took for a request."""
+    slot = ask.ticket.slot if isinstance(ask.ticket, Ticket) else None
+    return slot if isinstance(slot, Slot) else None
 
 
 def _client_limits(settings: Settings) -> ClientLimits:
@@ -214,17 +244,34 @@ def _client_limits(settings: Settings) -> ClientLimits:
     )
 
 
-def _upstream_state(
-    upstream: Upstream, probe: Probe, turns: Turns, metrics: Metrics
-) -> UpstreamState:
+def _upstream_states(
+    upstream: Upstream | Pool, probe: Probe, turns: Turns, metrics: Metrics
+) -> list[UpstreamState]:
+    """Return what operators see of each server. Those that wait have none yet in a pool."""
+    if isinstance(upstream, Pool):
+        conflicts = upstream.conflicts()
+        return [
+            UpstreamState(
+                status.name,
+                up=status.health is Health.UP,
+                running=status.running,
+                waiting=0,
+                errors=status.errors,
+                models=status.loaded,
+                conflicts=[model for name, model in sorted(conflicts) if name == status.name],
+            )
+            for status in upstream.statuses()
+        ]
     waiting = len(turns)
-    return UpstreamState(
-        upstream.address,
-        up=probe.up is not False,
-        running=max(0, metrics.running - waiting),
-        waiting=waiting,
-        errors=metrics.upstream_errors,
-    )
+    return [
+        UpstreamState(
+            upstream.address,
+            up=probe.up is not False,
+            running=max(0, metrics.running - waiting),
+            waiting=waiting,
+            errors=metrics.upstream_errors,
+        )
+    ]
 
 
 async def repeat(
@@ -250,7 +297,7 @@ async def _run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
     return await serve(build(settings, keys, writer))
 
 
-async def _tidy(server: Server, upstream: Upstream, flights: Flights) -> None:
+async def _tidy(server: Server, upstream: Upstream | Pool, flights: Flights) -> None:
     server.check_deadlines(asyncio.get_running_loop().time())
     flights.sweep()
     upstream.sweep()

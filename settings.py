@@ -198,6 +198,10 @@ class Settings:
     ollama_host: str = _setting("127.0.0.1", str)
     ollama_port: int = _setting(11434, _port)
     ollama_tls: bool = field(default=False)  # OLLAMA_HOST was an https URL
+    hosts: tuple["Host", ...] = field(
+        default=(), compare=False
+    )  # all of OLLAMA_HOST; the first is in the above
+    upstream_api_key: str = _setting("", str, secret=True)
     listen_host: str = _setting("0.0.0.0", _host)
     listen_port: int = _setting(8000, _listen_port)
     api_key_file: str = _setting("", str)
@@ -280,8 +284,14 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
         except ValueError as error:
             wanted, bad = (*error.args, text.strip())[:2]  # a list's error also has the bad item
             raise SettingsError(f"{name} {wanted}, not {bad[:60]!r}") from None
-    if "ollama_host" in chosen:
-        chosen |= _upstream(chosen["ollama_host"], chosen.get("ollama_port"))
+    hosts = parse_hosts(
+        chosen.get("ollama_host", Settings().ollama_host),
+        chosen.get("ollama_port"),
+        chosen.get("upstream_api_key", ""),
+    )
+    first = hosts[0]
+    chosen |= {"hosts": hosts, "ollama_host": first.host, "ollama_port": first.port}
+    chosen["ollama_tls"] = first.tls
     budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
     entry = chosen.get("cache_max_entry_bytes", Settings().cache_max_entry_bytes)
     chosen |= {"cache_max_entry_bytes": min(entry, budget), "warnings": _misspelt(values)}
@@ -334,33 +344,6 @@ def _read_env_file(path: Path) -> dict[str, str]:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise SettingsError(f".env: {path} cannot be read: {reason}") from None
     return found
-
-
-def _upstream(text: str, port: int | None) -> dict[str, Any]:
-    """Parse OLLAMA_HOST, which may be written as for Ollama itself."""
-    wrong = SettingsError(
-        "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as"
-        f" http://127.0.0.1:11434 with no path, not {text[:60]!r}"
-    )
-    if text.count(":") > 1 and "[" not in text and "//" not in text:
-        text = f"[{text}]"  # a bare IPv6 address
-    try:
-        url = urlsplit(text if "//" in text else f"http://{text}")
-        host, explicit = url.hostname or "", url.port
-    except ValueError:
-        raise wrong from None
-    if url.scheme not in {"http", "https"} or url.username is not None or explicit == 0:
-        raise wrong
-    if url.path not in {"", "/"} or url.query or url.fragment or not host.isascii():
-        raise wrong
-    if not re.fullmatch(r"[\w.:%-]*", host, re.ASCII) or max(map(len, host.split("."))) > 63:
-        raise wrong
-    if ".." in host or host.startswith("."):
-        raise wrong
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    tls = url.scheme == "https"
-    default = 443 if tls else Settings().ollama_port
-    return {"ollama_host": host, "ollama_port": explicit or port or default, "ollama_tls": tls}
 
 
 def program_path(text: str) -> Path:

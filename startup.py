@@ -19,7 +19,7 @@ from typing import Any
 
 from answers.models import describe_response
 from keystore import KeyStore, new_key, parse_options, reason
-from settings import ROOT, Settings, SettingsError, address, program_path
+from settings import ROOT, Host, Settings, SettingsError, address, program_path
 from wire.http11 import HTTPError
 
 log = logging.getLogger("ollprox")
@@ -145,10 +145,16 @@ def describe(settings: Settings, keys: KeyStore) -> str:
     limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
     kept = f"{limits}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
     return (
-        f"forwards to   {settings.upstream_url}\n"
+        f"forwards to   {', '.join(map(_host, settings.hosts))}\n"
         f"API keys      {len(keys) or 'none'} {source}\n"
         f"cache         {kept}"
     )
+
+
+def _host(host: Host) -> str:
+    """Return what may be shown of a server."""
+    weight = f" (weight {host.weight:g})" if host.weight != 1 else ""
+    return f"{host.url}{weight}{' with credentials' if host.authorization else ''}"
 
 
 def _size(count: int) -> str:
@@ -197,7 +203,7 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
         SettingsError: OLLAMA_CA_FILE cannot be used.
 
     """
-    if not settings.ollama_tls:
+    if not any(host.tls for host in settings.hosts):
         return None
     path = program_path(settings.ollama_ca_file) if settings.ollama_ca_file else None
     try:

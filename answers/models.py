@@ -13,7 +13,8 @@ from answers.questions import managed_models
 from answers.stored import StoredAnswer
 from cache import Cache
 from wire.http11 import Ask, HTTPError, Response
-from wire.upstream import FORWARDED, Upstream, loop_error
+from wire.pool import One
+from wire.upstream import FORWARDED, loop_error
 
 log = logging.getLogger("ollprox")
 
@@ -30,7 +31,7 @@ class Probe:
     """Requests of OllProx's own to one Ollama.
 
     Args:
-        upstream: the Ollama.
+        upstream: the Ollama, or several.
         on_change: called with `up` each time that it changes.
 
     """
@@ -38,9 +39,7 @@ class Probe:
     up: bool | None = None
     """Whether Ollama answered the last of these requests; None before the first."""
 
-    def __init__(
-        self, upstream: Upstream, on_change: Callable[[bool], None] = lambda up: None
-    ) -> None:
+    def __init__(self, upstream: One, on_change: Callable[[bool], None] = lambda up: None) -> None:
         self._upstream = upstream
         self._on_change = on_change
         self._probed = -math.inf  # when `ready` last asked
@@ -109,7 +108,7 @@ class Probe:
 
     def _foreign(self, target: bytes, response: Response, body: bytes) -> HTTPError:
         """Return the error that says what answers in Ollama's place."""
-        found = describe_response(response.status, response.headers, body)
+        found = describe_response(response.status, ((b"Server", response.server),), body)
         return HTTPError(
             502,
             f"{self._upstream.address} answered {target.decode()} with {found}. Is that Ollama?"

@@ -218,6 +218,12 @@ def test_a_response_head_is_parsed_with_order_and_case() -> None:
     )
 
 
+def test_what_is_for_operators_alone_is_no_header_of_the_response() -> None:
+    fields = b"Location: /x\r\nServer: nginx\r\nServer: b\r\n"
+    head = parse_response_head(b"HTTP/1.1 302 X\r\n%b\r\n" % fields)
+    assert (head.location, head.server, head.headers) == (b"/x", b"nginx", ())
+
+
 def test_a_response_header_that_connection_names_stops_here() -> None:
     head = parse_response_head(
         b"HTTP/1.1 200 OK\r\nConnection: Retry-After\r\nRetry-After: 1\r\n\r\n"

@@ -791,7 +791,7 @@ async def test_the_view_says_the_same(
         assert abs(row["time"] - view["now"]) < 60
     assert view["upstreams"] == [
         {"host": f"127.0.0.1:{ollama.port}", "up": True, "running": 0, "waiting": 0}
-        | {"errors": 0, "models": []}
+        | {"errors": 0, "models": [], "conflicts": []}
     ]
 
 

@@ -408,6 +408,11 @@ async def test_one_server_by_name_is_asked_alone() -> None:
     with pytest.raises(NoAnswer):
         await exchange(Ask(b"POST", b"/api/generate", (), model="m")).__aenter__()
     assert fakes.fakes["a"].asked == []
+    fakes.fakes["b"].does = "answer"
+    assert await fakes.get(b"/host/b/api/tags") != await fakes.get(b"/host/a/api/version")
+    assert [ask.target for ask in fakes.fakes["a"].asked] == [b"/api/version"]
+    with pytest.raises(HTTPError, match="no server of that name"):
+        await fakes.get(b"/host/c/api/tags")
 
 
 async def test_what_leaves_something_behind_goes_to_the_first_server() -> None:

@@ -51,6 +51,7 @@ class UpstreamState(NamedTuple):
     waiting: int  # generations
     errors: int  # since the start
     models: Sequence[str] = ()  # loaded
+    conflicts: Sequence[str] = ()  # models that it is not used for: their digest is another one
 
 
 class Limit(NamedTuple):
@@ -606,6 +607,13 @@ class Metrics:
     def _upstream_rows(self) -> Iterator[Row]:
         up = [({"host": state.host}, int(state.up)) for state in self.upstreams()]
         yield Row("gauge", "ollprox_upstream_up", "1 if this Ollama answers, else 0.", up)
+        conflicts = [
+            ({"host": state.host, "model": model}, 1)
+            for state in self.upstreams()
+            for model in state.conflicts
+        ]
+        meaning = "1 for a model that this Ollama is not used for, since most have another digest."
+        yield Row("gauge", "ollprox_upstream_digest_conflict", meaning, conflicts)
         meaning = "Requests sent to Ollama, including OllProx's own."
         yield Row("counter", "ollprox_upstream_requests_total", meaning, self.upstream_requests())
         errors = [

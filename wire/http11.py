@@ -137,7 +137,8 @@ class ResponseHead:
     """A response's head; `headers` are those that clients get, in their order and case.
 
     `length` is in bytes, None if chunks or the connection's close delimit the body. `storable`
-    is False if the response is meant for one client. `location` is where a redirect leads.
+    is False if the response is meant for one client. `location` is where a redirect leads, and
+    `server` is what upstream calls itself; clients get neither.
     """
 
     status: int
@@ -147,6 +148,7 @@ class ResponseHead:
     keep_alive: bool
     storable: bool = True
     location: bytes = b""
+    server: bytes = b""
 
 
 @dataclass(slots=True)
@@ -156,7 +158,8 @@ class Response:
     `headers` are end-to-end headers without Content-Length. `length` is the length of a
     body that comes as a stream, in bytes, where it is known. `release` is called once the
     response was sent, or could not be. `storable` is False if upstream's response is meant
-    for one client: it has a cookie, or says `private` or `no-store`.
+    for one client: it has a cookie, or says `private` or `no-store`. `server` is what upstream
+    calls itself, for the operator.
     """
 
     status: int
@@ -165,6 +168,7 @@ class Response:
     length: int | None = None
     release: Callable[[], None] | None = None
     storable: bool = True
+    server: bytes = b""
 
 
 def _nobody() -> bool:
@@ -328,7 +332,8 @@ def parse_response_head(raw: bytes) -> ResponseHead:
         chunked=chunked,
         keep_alive=b"close" not in tokens and (match[1] == b"1" or b"keep-alive" in tokens),
         storable=_is_storable(pairs),
-        location=next((value for name, value in pairs if name == b"location"), b""),
+        location=_first(pairs, b"location"),
+        server=_first(pairs, b"server"),
     )
 
 
@@ -342,6 +347,11 @@ def _passed_on(headers: Headers, hop_by_hop: set[bytes]) -> Headers:
         if lower in _PASSED_ON or lower.startswith(_PASSED_ON_PREFIXES):
             kept.append((name, value))
     return tuple(kept)
+
+
+def _first(pairs: Pairs, wanted: bytes) -> bytes:
+    """Return the first value of a header; empty if there is none."""
+    return next((value for name, value in pairs if name == wanted), b"")
 
 
 def _is_storable(pairs: Pairs) -> bool:

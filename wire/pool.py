@@ -3,7 +3,7 @@
 `roster.py` decides which one that is. A request that needs a model is asked of another server if
 the first sends no byte of a response or says 503, since the client has seen nothing then. Lists of
 models are answered from the last poll, so that a server that is out cannot stall them. Models
-are managed on all servers or on the first; on a single one through `host(name)`.
+are managed on all servers or on the first, or with `/host/NAME` before the path on that one alone.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ LOADED_INTERVAL = 5.0  # seconds between two polls of the models that are loaded
 MAX_LIST = 16 << 20  # bytes of a list
 MAX_COMMAND = 1 << 20  # bytes of a request that goes to all servers
 
+HOST = b"/host/"  # with a server's name and a path behind it: that server alone
 _READS = frozenset({b"GET", b"HEAD"})
 _JSON: Headers = ((b"Content-Type", b"application/json; charset=utf-8"),)
 _LINES: Headers = ((b"Content-Type", b"application/x-ndjson"),)
@@ -191,6 +192,8 @@ class Pool:
         return None
 
     async def _answer(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        if ask.target.startswith(HOST):
+            return await self._ask_one(ask, stack)
         if ask.model:
             return await self._generate(ask, stack)
         if ask.method in _READS:
@@ -204,6 +207,16 @@ class Pool:
             return await manage(replace(ask, body=await _read(ask), length=None), stack)
         # The first server, since it leaves something behind there that is needed again.
         return await stack.enter_async_context(self._on(self.roster.members[0], ask))
+
+    async def _ask_one(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Ask the server that the target names. Raises HTTPError 404."""
+        name, slash, rest = ask.target.removeprefix(HOST).partition(b"/")
+        exchange = self.host(unquote(name.decode("latin-1")))
+        if exchange is None:
+            raise HTTPError(404, "OLLAMA_HOST has no server of that name")
+        if ask.method not in _READS:
+            stack.callback(self.poll_soon)  # models may have changed
+        return await stack.enter_async_context(exchange(replace(ask, target=slash + rest)))
 
     async def _known(self, target: bytes) -> bytes | None:
         """Return a list of models, read again if models were managed; None if it is no list."""

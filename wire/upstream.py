@@ -663,7 +663,12 @@ class _Exchange:
         self._connection, self._head = connection, head
         self._pieces = upstream.body(connection, head, bodiless=bodiless)
         return Response(
-            head.status, head.headers, self._pieces, head.length, storable=head.storable
+            head.status,
+            head.headers,
+            self._pieces,
+            head.length,
+            storable=head.storable,
+            server=head.server,
         )
 
     async def __aexit__(self, *_: object) -> None:

@@ -1,0 +1,42 @@
+"""Several Ollama servers, with the program as users run it."""
+
+import asyncio
+from pathlib import Path
+
+from client import ask, question
+from conftest import Start
+from standin import Script, StandIn
+
+
+async def test_two_servers_serve_as_one_and_one_may_die(launch: Start, key_file: Path) -> None:
+    standins = [StandIn(Script()), StandIn(Script())]
+    ports = [await standin.start() for standin in standins]
+    ollprox = await launch(
+        OLLAMA_HOST=",".join(f"127.0.0.1:{port}" for port in ports),
+        API_KEY_FILE=key_file,
+        MAX_GENERATIONS=2,
+        ADMIN_LABELS="tester",
+    )
+    answers = await asyncio.gather(
+        *(ask(ollprox.port, "POST", "/call_model", question(str(n))) for n in range(20))
+    )
+    assert {answer.status for answer in answers} == {200}
+    assert all(len(standin.asked("/api/generate")) > 3 for standin in standins)
+    await standins[0].stop()
+    answers = await asyncio.gather(
+        *(ask(ollprox.port, "POST", "/call_model", question(f"b{n}")) for n in range(20))
+    )
+    assert {answer.status for answer in answers} == {200}
+    await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is out")
+    assert len((await ask(ollprox.port, "GET", "/api/tags")).json()["models"]) == 2
+    assert (await ask(ollprox.port, "GET", "/ready")).status == 200
+    await standins[0].start(port=ports[0])
+    await ollprox.says(r"INFO Ollama on 127.0.0.1:\d+ is back")
+    pulled = await ask(ollprox.port, "POST", "/api/pull", {"model": "m"})
+    assert pulled.lines()[-1] == {"status": "success"}
+    assert {line.get("host", "") for line in pulled.lines()} == {
+        "",
+        *(f"127.0.0.1:{p}" for p in ports),
+    }
+    for standin in standins:
+        await standin.stop()
