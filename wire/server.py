@@ -935,7 +935,7 @@ def _reset_at_close(transport: asyncio.Transport, reset: bool) -> None:
 def _surplus(most: int) -> HTTPError:
     return HTTPError(
         503,
-        f"all {most} connections are in use (MAX_CONNECTIONS); try again soon",
+        f"OllProx serves {most} connections at once (MAX_CONNECTIONS)",
         ((b"Retry-After", b"1"),),
     )
 
