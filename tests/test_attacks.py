@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -345,6 +346,38 @@ async def test_a_half_closed_clients_stream_stays_valid_while_it_is_probed(
         assert [chunk async for chunk in chunks]
         assert answer.complete
         assert answer.lines()[-1]["done"]
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]])
+async def test_a_zero_that_probes_a_half_closed_client_is_never_the_last_chunk(
+    ollprox: Program, ollama: StandIn, numbers: list[signal.Signals]
+) -> None:
+    """Python's http.client takes "0" and the connection's end for a body's end."""
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await anext(client.chunks(answer))
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"0"
+        for number in numbers:
+            ollprox.process.send_signal(number)
+            await asyncio.sleep(0.1)
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
+
+
+async def test_a_truncated_stream_is_so_for_a_half_closed_client(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await anext(client.chunks(answer))
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"0"
+        await ollama.stop()
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
 
 
 @pytest.mark.parametrize("stream", [False, True])

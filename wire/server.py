@@ -32,7 +32,9 @@ answer, or has closed its socket (Ctrl-C). The two look alike until something is
 a closed socket answers data with a reset. So the server writes a byte that the client gets in
 any case: before the response the next one of `HTTP/1.1 `, within a chunked body a zero in front
 of the next chunk's size. Further bytes follow at growing intervals, because a reset may take a
-few of them through a userland proxy. With TLS, which has no half-close, FIN means gone.
+few of them through a userland proxy. Some clients would take such a zero, followed by FIN, for
+the last chunk; so until the body's end is written, any close is a reset, even if the process is
+killed. With TLS, which has no half-close, FIN means gone.
 """
 
 import array
@@ -467,6 +469,8 @@ class _Client(asyncio.Protocol):
         now = self._loop.time()
         if self._ahead and now >= self._probe_at and self._flow.paused is None:
             self._server.outbox.flush()
+            if self._ahead is _EVERY_CHUNK:
+                _reset_at_close(self.transport, True)
             self.transport.write(self._ahead[:1])
             self._ahead = self._ahead[1:]
             self._probe_at = now + self._probe_wait
@@ -478,7 +482,7 @@ class _Client(asyncio.Protocol):
             self.transport.close()
         else:
             if how is End.RESET:
-                _reset_at_close(self.transport)
+                _reset_at_close(self.transport, True)
             self.transport.abort()
         if self.task is not asyncio.current_task():
             self.task.cancel()
@@ -806,9 +810,12 @@ class _Client(asyncio.Protocol):
                 self._write(frame_chunk(piece) if chunked else piece, piece, record)
             if self._flow.paused is not None:
                 await self._flow.drain(self.transport)
-        self._ahead = b""
         if chunked:
             self.transport.write(LAST_CHUNK)
+            if self._ahead is not _EVERY_CHUNK:  # it was probed
+                await self._finish_writing()
+                _reset_at_close(self.transport, False)
+        self._ahead = b""
 
     def _write(self, framed: bytes, body: bytes, record: Record, *, soon: bool = False) -> None:
         if record.first_byte is None:
@@ -918,16 +925,17 @@ def _bound_unacknowledged(transport: asyncio.Transport, seconds: float) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
 
 
-def _reset_at_close(transport: asyncio.Transport) -> None:
+def _reset_at_close(transport: asyncio.Transport, reset: bool) -> None:
+    """Choose whether a close resets the connection."""
     sock: Any = transport.get_extra_info("socket")
     if sock is not None:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
 
 
 def _surplus(most: int) -> HTTPError:
     return HTTPError(
         503,
-        f"all {most} connections are in use (MAX_CONNECTIONS); try again soon",
+        f"OllProx serves {most} connections at once (MAX_CONNECTIONS)",
         ((b"Retry-After", b"1"),),
     )
 
