@@ -93,17 +93,23 @@ class Gate:
             _check_rights(route, key)
         return Admission(route, target, key)
 
-    def _authenticate(self, head: Head, client: str) -> Key:
-        """Return the first valid key that a head presents. Raises HTTPError 401, 429."""
+    def identify(self, head: Head) -> Key | None:
+        """Return the first valid key that a head presents; None if there is none."""
         now = time.time()
         for digest in head.credentials:
             if (key := self._keys.find(digest, now)) is not None:
                 return key
-        raise HTTPError(401, self._refusal(head, client, now), _CHALLENGE, kind=WRONG_KEY)
+        return None
 
-    def _refusal(self, head: Head, client: str, now: float) -> str:
+    def _authenticate(self, head: Head, client: str) -> Key:
+        """Return the caller's key. Raises HTTPError 401, 429."""
+        if (key := self.identify(head)) is not None:
+            return key
+        raise HTTPError(401, self._refusal(head, client), _CHALLENGE, kind=WRONG_KEY)
+
+    def _refusal(self, head: Head, client: str) -> str:
         """Say why no key lets the request in, and what would. Raises HTTPError 429."""
-        wrong = "there is no API key"
+        now, wrong = time.time(), "there is no API key"
         if presented := [digest for digest in head.credentials if digest != NO_SCHEME]:
             if any(self._keys.expired(digest, now) for digest in presented):
                 return "the API key has expired; ask the operator for a new one"

@@ -141,8 +141,7 @@ class Proxy:
         admission = self.gate.admit(head, record.client)
         route, key = admission.route, admission.key
         self._note_route(record, head, route)
-        if key is not None:
-            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+        _note_caller(record, head, key)
         if route.page:
             # The probes of load balancers, and the polls of Prometheus and the dashboard.
             record.quiet = route.access is not Access.ADMIN
@@ -172,10 +171,11 @@ class Proxy:
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
         """Write an error in the form of the API that was called."""
-        if head is not None and record.route == NO_ROUTE and (found := self.routes.find(head.path)):
-            self._note_route(record, head, found[0])
-        if head is not None and error.kind == WRONG_KEY:
-            record.wrong_key, record.caller = True, caller(head)
+        if head is not None and record.route == NO_ROUTE:  # the gate refused it
+            if (found := self.routes.find(head.path)) is not None:
+                self._note_route(record, head, found[0])
+            _note_caller(record, head, self.gate.identify(head))
+            record.wrong_key = error.kind == WRONG_KEY
         form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
         return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
@@ -385,6 +385,13 @@ _STOPPED = frozenset(
 _DECODED = frozenset({b"content-encoding"})
 _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
+
+
+def _note_caller(record: Record, head: Head, key: Key | None) -> None:
+    if key is not None:
+        record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+    else:
+        record.caller = caller(head)
 
 
 def _check_model(key: Key, question: Question, admission: Admission) -> None:

@@ -74,11 +74,10 @@ async def test_wrong_keys_beside_a_valid_one_do_not_count_against_the_address(
 
 
 async def test_each_wrong_key_of_a_request_counts(ollprox: Program) -> None:
-    async with Client(ollprox.port) as client:
-        wrong = {"APIKEY": "a", "X-API-Key": "b", "api-key": "c", "Authorization": "Bearer d"}
-        found = [(await client.ask("GET", "/", headers=wrong)).status for _ in range(3)]
-        assert found == [401, 401, 429]
-        assert (await client.ask("GET", "/nope")).status == 404
+    wrong = {"APIKEY": "a", "X-API-Key": "b", "api-key": "c", "Authorization": "Bearer d"}
+    found = [(await ask(ollprox.port, "GET", "/", headers=wrong)).status for _ in range(3)]
+    assert found == [401, 401, 429]
+    assert (await ask(ollprox.port, "GET", "/nope")).status == 404
 
 
 @pytest.mark.parametrize(
