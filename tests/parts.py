@@ -1,5 +1,6 @@
 """Parts of OllProx for tests that need them without a process."""
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -107,3 +108,17 @@ def make_head(keys: KeyStore | None = None, key: str = KEY, **overrides: Any) ->
     known = {field.name for field in fields(Head)}
     assert known >= values.keys() | overrides.keys()
     return Head(**values | overrides)
+
+
+class OneBody:
+    """A request whose body has arrived."""
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self.head = head
+        self._body = body
+
+    async def read(self, limit: int) -> bytes:
+        return self._body
+
+    def pieces(self) -> AsyncIterator[bytes]:
+        raise NotImplementedError

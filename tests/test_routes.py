@@ -5,19 +5,17 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from client import KEY, Client, ask, question, request
 from conftest import SOURCES, Program, Start
-from parts import make_head, make_proxy, make_upstream
+from parts import OneBody, make_head, make_proxy, make_upstream
 from standin import Seen, StandIn
 
 from answers.ollama_api import Access, Form, Route, Upload, route_table
 from answers.questions import PassThrough
 from record import Record
-from wire.http11 import Head
 
 ADMIN = "an-admin-key-for-tests"
 BOSS = {"APIKEY": ADMIN}
@@ -39,19 +37,6 @@ def settings(ollama: StandIn, keys: Path) -> dict[str, object]:
 # The table.
 
 
-class OneBody:
-    """A request whose body is there already."""
-
-    def __init__(self, head: Head) -> None:
-        self.head = head
-
-    async def read(self, limit: int) -> bytes:
-        return b'{"prompt": 1 }'
-
-    def pieces(self) -> AsyncIterator[bytes]:
-        raise NotImplementedError
-
-
 async def test_a_row_is_all_that_a_route_needs() -> None:
     """A row is added to the table, and used; no path stands anywhere else."""
     table = route_table(1 << 20)
@@ -70,7 +55,7 @@ async def test_a_row_is_all_that_a_route_needs() -> None:
     outcomes = []
     for _ in range(2):
         record = Record("-")
-        response = await made.proxy.handle(OneBody(head), record)
+        response = await made.proxy.handle(OneBody(head, b'{"prompt": 1 }'), record)
         assert response.body == b'{"embedding":[1]}'
         outcomes.append(record.outcome)
     assert outcomes == ["miss", "hit"]
