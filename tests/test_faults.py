@@ -445,7 +445,7 @@ async def test_only_known_headers_of_upstream_reach_clients(
             assert answer.headers[name.lower()] == value
         for name, value in FOREIGN.items():
             assert answer.headers.get(name.lower()) != value, name
-        ours = {"via", "cache-status", "x-request-id", "age", "connection"}
+        ours = {"via", "cache-status", "x-request-id", "age", "connection", "x-accel-buffering"}
         framing = {"transfer-encoding", "content-length"}
         assert set(answer.headers) - ours - framing == {name.lower() for name in wanted}
 

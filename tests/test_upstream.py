@@ -348,7 +348,7 @@ async def test_a_head_that_comes_byte_by_byte_is_searched_once(
         searched += len(start) - checked
         return False
 
-    monkeypatch.setattr(wire.upstream, "hopeless", count)
+    monkeypatch.setattr(wire.upstream, "cannot_be_head", count)
     head = b"HTTP/1.1 200 OK\r\nX: " + b"x" * 20_000 + b"\r\nContent-Length: 0\r\n\r\n"
     with socket.create_server(("127.0.0.1", 0)) as listening:
         upstream = make(listening.getsockname()[1])
