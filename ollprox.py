@@ -117,6 +117,8 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
     models = ModelWatch(probe, cache, flights, metrics.set_models)
     pages = Pages(probe, cache, flights, metrics, permits)
     routes = api.route_table(settings.max_object_bytes)
+    if several is not None:
+        routes.hosts = frozenset(host.name.encode() for host in settings.hosts)
     gate = Gate(settings, keys, routes)
     proxy = Proxy(settings, gate, routes, cache, flights, permits, models, pages.answer)
     access_log = AccessLog(writer, settings.log_level)

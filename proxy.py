@@ -41,6 +41,7 @@ from wire.http11 import (
     end_to_end,
     unpack,
 )
+from wire.pool import HOST
 from wire.upstream import VIA, add_via, forwarded
 
 MAX_QUESTIONS = 512  # small bodies whose question is remembered
@@ -244,6 +245,8 @@ class Proxy:
         """
         directives = CacheDirectives.of(head)
         cache_key = self._scoped_key(question, admission.key)
+        if admission.target.startswith(HOST):
+            cache_key = None  # that server may have another model of the same name
         status = b"fwd=bypass"
         if cache_key is not None:
             answer, age, status = self._look_up(cache_key, directives)

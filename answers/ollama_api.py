@@ -10,11 +10,12 @@ import enum
 import json
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote_to_bytes
 
 from answers.notes import SSE, dump
 from answers.questions import Codec, Native, PassThrough
 from settings import normalize_model
-from wire.pool import Api
+from wire.pool import HOST, Api
 
 MAX_HINTED = 64  # bytes of an unknown path for which a similar one is looked for
 
@@ -112,13 +113,24 @@ def version(body: bytes) -> str:
 
 
 class RouteTable:
-    """The routes, by exact path; a few end in a name that the client chooses."""
+    """The routes, by exact path; a few end in a name that the client chooses.
+
+    If there are several servers, `hosts` are their names. Those of Ollama's own routes that begin
+    with `/api/`, and `/`, may have `/host/NAME` before them: then that server alone is asked.
+    """
 
     def __init__(self, rows: dict[bytes, Route]) -> None:
         self.rows = rows
+        self.hosts: frozenset[bytes] = frozenset()
 
     def find(self, path: bytes) -> tuple[Route, bytes] | None:
         """Return a path's route and the path to ask upstream for."""
+        if path.startswith(HOST):
+            name, slash, rest = path.removeprefix(HOST).partition(b"/")
+            if unquote_to_bytes(name) not in self.hosts or (rest and not rest.startswith(b"api/")):
+                return None
+            found = self.find(slash + rest)
+            return None if found is None else (found[0], HOST + name + found[1])
         if (route := self.rows.get(path)) is not None and not route.suffix:
             return route, route.target or path
         for prefix, route in self.rows.items():

@@ -401,12 +401,11 @@ async def test_without_polls_lists_are_passed_through_and_all_servers_are_equal(
 
 async def test_one_server_by_name_is_asked_alone() -> None:
     fakes = Fakes(SAME, SAME)
-    exchange = fakes.pool.host("b")
-    assert exchange is not None
-    assert fakes.pool.host("nobody") is None
     fakes.fakes["b"].does = "close"
     with pytest.raises(NoAnswer):
-        await exchange(Ask(b"POST", b"/api/generate", (), model="m")).__aenter__()
+        await fakes.pool.exchange(
+            Ask(b"POST", b"/host/b/api/generate", (), model="m:latest")
+        ).__aenter__()
     assert fakes.fakes["a"].asked == []
     fakes.fakes["b"].does = "answer"
     assert await fakes.get(b"/host/b/api/tags") != await fakes.get(b"/host/a/api/version")

@@ -40,3 +40,27 @@ async def test_two_servers_serve_as_one_and_one_may_die(launch: Start, key_file:
     }
     for standin in standins:
         await standin.stop()
+
+
+async def test_one_server_by_name(launch: Start, key_file: Path) -> None:
+    standins = [StandIn(Script()), StandIn(Script())]
+    ports = [await standin.start() for standin in standins]
+    ollprox = await launch(
+        OLLAMA_HOST=",".join(f"127.0.0.1:{port}" for port in ports),
+        API_KEY_FILE=key_file,
+        ADMIN_LABELS="tester",
+        MAX_GENERATIONS=2,
+    )
+    path = f"/host/127.0.0.1:{ports[1]}"
+    for _ in range(2):  # never from the cache: its model of that name may be another one
+        answer = await ask(ollprox.port, "POST", f"{path}/api/generate", question(stream=False))
+        assert (answer.status, answer.cache_status) == (200, "OllProx; fwd=bypass")
+    pulled = await ask(ollprox.port, "POST", f"{path}/api/pull", {"model": "m"})
+    assert pulled.lines()[-1] == {"status": "success"}
+    assert (await ask(ollprox.port, "HEAD", f"{path}/")).status == 200
+    assert standins[0].asked("/api/generate", "/api/pull", "/") == []
+    assert len(standins[1].asked("/api/generate", "/api/pull", "/")) == 4
+    for wrong in ("/host/nobody/api/tags", f"{path}/health", f"{path}/v1/models", "/host/"):
+        assert (await ask(ollprox.port, "GET", wrong)).status == 404
+    for standin in standins:
+        await standin.stop()

@@ -23,7 +23,7 @@ from datetime import datetime
 from typing import Any, Protocol
 from urllib.parse import unquote
 
-from wire.http11 import Ask, Exchange, Headers, HTTPError, Response
+from wire.http11 import Ask, Headers, HTTPError, Response
 from wire.roster import Health, Member, Roster, Slot
 from wire.upstream import FORWARDED, NoAnswer
 
@@ -184,12 +184,9 @@ class Pool:
         async with AsyncExitStack() as stack:
             yield await self._answer(ask, stack)
 
-    def host(self, name: str) -> Exchange | None:
-        """Return an exchange with the server of that name alone; None if there is none."""
-        for member in self.roster.members:
-            if member.name == name:
-                return lambda ask: self._on(member, ask)
-        return None
+    def _named(self, name: str) -> Member | None:
+        """Return the server of that name."""
+        return next((member for member in self.roster.members if member.name == name), None)
 
     async def _answer(self, ask: Ask, stack: AsyncExitStack) -> Response:
         if ask.target.startswith(HOST):
@@ -211,12 +208,14 @@ class Pool:
     async def _ask_one(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Ask the server that the target names. Raises HTTPError 404."""
         name, slash, rest = ask.target.removeprefix(HOST).partition(b"/")
-        exchange = self.host(unquote(name.decode("latin-1")))
-        if exchange is None:
+        member = self._named(unquote(name.decode("latin-1")))
+        if member is None:
             raise HTTPError(404, "OLLAMA_HOST has no server of that name")
-        if ask.method not in _READS:
+        if ask.method not in _READS and not ask.model:
             stack.callback(self.poll_soon)  # models may have changed
-        return await stack.enter_async_context(exchange(replace(ask, target=slash + rest)))
+        if (slot := self._slot_of(ask)) is not None:
+            self.roster.move(slot, member)
+        return await stack.enter_async_context(self._on(member, replace(ask, target=slash + rest)))
 
     async def _known(self, target: bytes) -> bytes | None:
         """Return a list of models, read again if models were managed; None if it is no list."""
