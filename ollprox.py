@@ -26,9 +26,9 @@ from typing import Any
 
 import answers.ollama_api as api
 import startup
-from answers.flight import Flights, Timeouts
+from answers.flight import Flight, Flights, Timeouts
 from answers.limits import Limits
-from answers.models import ModelWatch, Probe
+from answers.models import RECHECK_INTERVAL, ModelWatch, Probe
 from answers.permits import Permits
 from answers.schedule import CountedSlots
 from answers.stored import StoredAnswer
@@ -113,7 +113,13 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
             for used in permits.limits.in_use()
         ],
     )
-    flights.ended = metrics.count_flight
+
+    def flight_ended(flight: Flight) -> None:
+        metrics.count_flight(flight)
+        if flight.error is not None and flight.error.kind == "unreachable":
+            probe.suspect()
+
+    flights.ended = flight_ended
     models = ModelWatch(probe, cache, flights, metrics.set_models)
     pages = Pages(probe, cache, flights, metrics, permits)
     routes = api.route_table(settings.max_object_bytes)
@@ -194,6 +200,7 @@ def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, A
     yield repeat(settings.key_refresh, reload, signals.reload)
     yield _watch_lag(parts.metrics)
     yield _report_upstream(parts.probe, parts.upstream.address)
+    yield repeat(RECHECK_INTERVAL, parts.probe.recheck, parts.probe.due)
     if settings.model_refresh:
         yield repeat(settings.model_refresh, models.refresh, models.due)
     if isinstance(parts.upstream, Pool):

@@ -20,6 +20,7 @@ log = logging.getLogger("ollprox")
 
 PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to tell its version
 PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
+RECHECK_INTERVAL = 2.0  # seconds between two probes of an Ollama that is down
 TAGS_TIMEOUT = 10.0  # seconds for the list of models
 MANAGE_TIMEOUT = 5.0  # seconds that a managing request waits for that list at its end
 MAX_TAGS = 16 << 20  # bytes of that list
@@ -41,7 +42,10 @@ class Probe:
 
     def __init__(self, upstream: One, on_change: Callable[[bool], None] = lambda up: None) -> None:
         self._upstream = upstream
+        self.due = asyncio.Event()
+        """Set when Ollama should be asked at once whether it answers."""
         self._on_change = on_change
+        self._suspected = False
         self._probed = -math.inf  # when `ready` last asked
         self._probing = asyncio.Lock()
 
@@ -51,6 +55,18 @@ class Probe:
             return api.version(await self._fetch(api.VERSION, b'"version"', PROBE_TIMEOUT))
         except HTTPError as error:
             return error
+
+    def suspect(self) -> None:
+        """Have Ollama asked at once, since a request did not reach it."""
+        if self.up is not False:
+            self._suspected = True
+            self.due.set()
+
+    async def recheck(self) -> None:
+        """Ask Ollama if it is down or suspected to be; to be called every few seconds."""
+        if self.up is False or self._suspected:
+            self._suspected = False
+            await self.version()
 
     async def ready(self) -> bool:
         """Return true if Ollama answers. Callers at the same time share one request."""
