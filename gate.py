@@ -10,8 +10,10 @@ import re
 import time
 from dataclasses import dataclass
 
+from access.credentials import MAX_WRONG, NO_SCHEME, WrongKeys
+from access.rights import Key
 from answers.ollama_api import Access, Form, Route, RouteTable
-from keystore import MAX_WRONG, NO_SCHEME, Key, KeyStore, WrongKeys
+from keystore import KeyStore
 from settings import Origins, Settings
 from wire.http11 import Head, Headers, HTTPError, Response
 from wire.upstream import loop_error

@@ -26,6 +26,7 @@ from typing import Any
 
 import answers.ollama_api as api
 import startup
+from access.credentials import take_credential
 from answers.flight import Flights, Timeouts
 from answers.limits import Limits
 from answers.models import ModelWatch, Probe
@@ -35,7 +36,7 @@ from answers.stored import StoredAnswer
 from answers.turns import Turns, fair_queue
 from cache import Budget, Cache
 from gate import Gate
-from keystore import KeyStore, take_credential
+from keystore import KeyStore
 from proxy import Proxy
 from record import Record
 from settings import Settings, SettingsError, address, load

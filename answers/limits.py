@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from keystore import Key, Limit
+from access.rights import Key, Limit
 from wire.http11 import HTTPError
 
 MAX_EVENTS = 1024  # of one log that are kept apart; beyond, neighbours are counted together

@@ -6,9 +6,9 @@ caller that would have begun it. The flight gives it back at its end.
 
 from typing import NamedTuple
 
+from access.rights import Key
 from answers.limits import Charge, Limits
 from answers.turns import Ticket, Turns
-from keystore import Key
 from record import Usage
 from wire.http11 import HTTPError
 

@@ -11,7 +11,8 @@ from client import KEY, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
 
-from keystore import MAX_WRONG, Limit, salted_digest
+from access.credentials import MAX_WRONG, salted_digest
+from access.rights import Limit
 from settings import Settings, SettingsError
 from startup import open_keys
 

@@ -13,21 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from keystore import (
-    NO_SCHEME,
-    Key,
-    KeyStore,
-    Limit,
-    Parsed,
-    _can_match,
-    _matches,
-    new_key,
-    parse,
-    parse_options,
-    read_file,
-    salted_digest,
-    take_credential,
-)
+from access.credentials import NO_SCHEME, new_key, salted_digest, take_credential
+from access.keyfile import Parsed, parse, read_file
+from access.rights import Key, Limit, _can_match, _matches, parse_options
+from keystore import KeyStore
 from settings import normalize_model
 
 SALT = b"pepper"
