@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from access.credentials import salted_digest
-from access.keyfile import Parsed, parse, read_file, reason
+from access.keyfile import Parsed, parse, read_file, reason, slices
 from access.rights import Key, Options, make_key
 
 MAX_REPORTED = 10  # lines reported one by one, after that only their number
@@ -107,7 +107,7 @@ class KeyStore:
             return error
         if text[-1:] not in b"\r\n" and self._may_go_on(text, status):
             return None
-        return self._parse(text, status)
+        return self._parse(text, status, in_slices=True)
 
     def _may_go_on(self, text: bytes, status: os.stat_result) -> bool:
         """Whether file or text have changed within `refresh` seconds."""
@@ -122,22 +122,27 @@ class KeyStore:
         if self.path is None:
             raise ValueError("there is no key file")
         try:
-            return self._parse(*read_file(self.path))
+            return self._parse(*read_file(self.path), in_slices=False)
         except OSError as error:
             self._signature = None
             return error
 
-    def _parse(self, text: bytes, status: os.stat_result) -> Parsed:
-        self._signature = _signature(status)
-        self._again = time.time() - status.st_mtime < CLOCK_TICK
+    def _parse(self, text: bytes, status: os.stat_result, *, in_slices: bool) -> Parsed:
+        read_at = time.time()
         parsed = parse(
             text,
             self.salt,
             digests=self.digests,
             admin_labels=self.admin_labels,
             defaults=self.defaults,
+            in_slices=in_slices,
         )
-        parsed.changed = parsed.keys != self._keys  # here, as it takes long for many keys
+        # Compared here, in the thread, because it takes long for many keys.
+        parsed.changed = parsed.keys.keys() != self._keys.keys() or any(
+            self._keys[digest] != key for digest, key in slices(parsed.keys.items())
+        )
+        self._signature = _signature(status)
+        self._again = read_at - status.st_mtime < CLOCK_TICK
         return parsed
 
     def adopt(self, result: Parsed | OSError) -> Iterator[tuple[int, str]]:

@@ -6,16 +6,19 @@ docs/keys.md describes it.
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from access.credentials import salted_digest
 from access.rights import Key, Options, both, make_key, parse_options
 
 MAX_FILE_BYTES = 64 << 20  # a key file; a million keys fit
 MIN_KEY_CHARS = 12  # a shorter plain key is warned about
+WORK = 0.001  # seconds that a reload keeps the GIL
+REST = 0.001  # seconds for which it then leaves the GIL to the event loop
 
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
 _KEY = re.compile(rb"[\x21-\x7e\x80-\xff]+")
@@ -23,6 +26,9 @@ _LABEL = re.compile(rb"(?<!\s)\s+#")  # from the first white space on: linear in
 _ODD = re.compile(rb"[\"'`#=\[\]{}]")
 _QUOTES = b"\"'`"
 BOM = b"\xef\xbb\xbf"
+
+
+T = TypeVar("T")
 
 
 class Line(NamedTuple):
@@ -120,6 +126,20 @@ class Parsed:
     changed: bool = True
 
 
+def slices(items: Iterable[T]) -> Iterator[T]:
+    """Yield the items, and sleep for `REST` after each `WORK` seconds.
+
+    A thread that runs Python code gives the GIL up only every 5 ms. The event loop would wait
+    that long after each of its system calls.
+    """
+    end = time.perf_counter() + WORK
+    for item in items:
+        yield item
+        if time.perf_counter() >= end:
+            time.sleep(REST)
+            end = time.perf_counter() + WORK
+
+
 def parse(
     text: bytes,
     salt: bytes,
@@ -127,6 +147,7 @@ def parse(
     digests: bool,
     admin_labels: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    in_slices: bool = False,
 ) -> Parsed:
     """Read a key file's text.
 
@@ -136,13 +157,15 @@ def parse(
         digests: the lines hold salted digests, not keys.
         admin_labels: keys with these labels may do everything.
         defaults: options of lines that do not say otherwise.
+        in_slices: rest often, so that other threads can run.
 
     """
     parsed = Parsed({}, [])
     keys, reports = parsed.keys, parsed.reports
     lines: dict[bytes, int] = {}  # the last good line of each key
     closed: set[bytes] = set()  # keys that a line with a fault has
-    for line in read_lines(text, salt, digests=digests):
+    found = read_lines(text, salt, digests=digests)
+    for line in slices(found) if in_slices else found:
         parsed.lookalikes += line.looks_salted
         parsed.strangers += digests and not line.looks_salted
         if line.fault or line.doubt:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from access.credentials import NO_SCHEME, new_key, salted_digest, take_credential
-from access.keyfile import Parsed, parse, read_file
+from access.keyfile import REST, WORK, Parsed, parse, read_file
 from access.rights import Key, Limit, _can_match, _matches, parse_options
 from keystore import KeyStore
 from settings import normalize_model
@@ -298,8 +298,9 @@ def test_a_file_that_is_just_being_written_is_waited_for(
     waits = []
 
     def sleep(seconds: float) -> None:
-        waits.append(seconds)
-        write(path, *texts[len(waits) - 1])
+        if seconds != REST:
+            waits.append(seconds)
+            write(path, *texts[len(waits) - 1])
 
     now = time.time()
     monkeypatch.setattr("keystore.time.time", lambda: now)
@@ -781,6 +782,29 @@ def test_ten_thousand_keys_with_rights_are_adopted_in_few_steps(tmp_path: Path) 
     key = keys.find(salted_digest(keys.salt, b"key-%016d" % 9999), 0)
     assert key is not None
     assert key.running == 3
+
+
+def test_a_reload_rests_often_so_that_the_event_loop_can_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While it parses keys and while it compares them, but not at the start."""
+    path = tmp_path / "keys"
+    lines = b"".join(b"key-%016d running=2\n" % number for number in range(100))
+    write(path, lines)
+    clock, rests = 0.0, []
+
+    def tick() -> float:
+        nonlocal clock
+        clock += 0.3 * WORK  # so each item takes that long
+        return clock
+
+    monkeypatch.setattr("access.keyfile.time.perf_counter", tick)
+    monkeypatch.setattr("access.keyfile.time.sleep", rests.append)
+    keys = store(path)
+    assert rests == []
+    write(path, lines, ago=4)
+    assert isinstance(keys.poll(), Parsed)
+    assert rests == [REST] * 50
 
 
 # The command line tool.
