@@ -23,6 +23,7 @@ MAX_REPORTED = 10  # lines reported one by one, after that only their number
 CLOCK_TICK = 2.0  # seconds; a file changed this recently may change again unseen
 SETTLE_TIME = 1.0  # seconds; a file changed this recently may still be being written
 MAX_UNSETTLED = 5.0  # seconds; a file that keeps changing for longer is believed anyway
+MAX_UNFINISHED = 10.0  # seconds; a file at rest for this long is believed whatever its end
 
 
 @dataclass(slots=True)
@@ -88,12 +89,13 @@ class KeyStore:
         made = replace(made, admin=made.admin or label in self.admin_labels)
         self._keys, self._made = {digest: made}, True
 
-    def poll(self) -> Parsed | OSError | None:
-        """Read the file if its mtime, size or inode has changed; None for nothing new.
+    def poll(self) -> Parsed | OSError | float | None:
+        """Read the file if its mtime, size or inode has changed; return None if not.
 
-        A file that was changed just now may still be being written, so this waits for it. A last
-        line without a line end may be half a key: such a file is left until it has not changed
-        for `refresh` seconds.
+        A file that changed just now may still be being written, so this waits for it. A last line
+        without a line end may be half a key: such a file counts once it has not changed for
+        `refresh` seconds, at most `MAX_UNFINISHED`. Until then this returns the seconds left,
+        after which it is to be called again.
         """
         if self.path is None:
             return None
@@ -105,17 +107,17 @@ class KeyStore:
         except OSError as error:
             self._signature = None
             return error
-        if text[-1:] not in b"\r\n" and self._may_go_on(text, status):
-            return None
+        if text[-1:] not in b"\r\n" and (seconds := self._unfinished_for(text, status)) > 0:
+            return seconds
         return self._parse(text, status, in_slices=True)
 
-    def _may_go_on(self, text: bytes, status: os.stat_result) -> bool:
-        """Whether file or text have changed within `refresh` seconds."""
+    def _unfinished_for(self, text: bytes, status: os.stat_result) -> float:
+        """Return the seconds for which a file must still rest: that, or its text, is enough."""
         now, mark = time.monotonic(), salted_digest(self.salt, text)
         if self._unfinished is None or self._unfinished[0] != mark:
             self._unfinished = mark, now
         age = max(time.time() - status.st_mtime, now - self._unfinished[1])
-        return age < self.refresh
+        return min(self.refresh, MAX_UNFINISHED) - age
 
     def reload(self) -> Parsed | OSError:
         """Read and parse the file as it stands, for the start; there are no keys to protect."""

@@ -26,6 +26,7 @@ from slow import latencies
 sys.path[0] = str(ROOT)
 
 import startup  # noqa: E402
+from access.keyfile import Parsed  # noqa: E402
 from keystore import KeyStore  # noqa: E402
 
 BOUND = 50.0  # milliseconds
@@ -78,7 +79,7 @@ async def lag(path: Path, count: int) -> float:
         await asyncio.sleep(0.005)
         begun = time.perf_counter()
         result = await asyncio.to_thread(keys.poll)
-        assert result is not None
+        assert isinstance(result, Parsed)
         list(keys.adopt(result))
         took.append(time.perf_counter() - begun)
         await asyncio.sleep(0.005)  # the timer that adopting held up fires

@@ -245,7 +245,9 @@ def store(path: Path, refresh: float = 0.1) -> KeyStore:
 
 def poll(keys: KeyStore) -> list[str]:
     result = keys.poll()
-    return [] if result is None else [text for _, text in keys.adopt(result)]
+    if result is None or isinstance(result, float):
+        return []
+    return [text for _, text in keys.adopt(result)]
 
 
 def valid(keys: KeyStore, key: bytes) -> bool:
@@ -324,6 +326,22 @@ def test_half_a_line_is_not_a_key_before_the_file_has_rested_for_a_refresh(tmp_p
     write(path, LONG + b"\nother-0123456789", ago=11)
     poll(keys)
     assert valid(keys, b"other-0123456789")
+
+
+@pytest.mark.parametrize(("refresh", "seconds"), [(4, 2), (10, 8), (3600, 8)])
+def test_a_revoked_key_of_an_unfinished_file_is_refused_after_one_refresh(
+    tmp_path: Path, refresh: float, seconds: float
+) -> None:
+    """Not after two, as when the file was looked at again only with the next poll."""
+    path = tmp_path / "keys"
+    write(path, LONG + b"\n")
+    keys = store(path, refresh)
+    write(path, b"other-0123456789", ago=2)
+    assert keys.poll() == pytest.approx(seconds, abs=0.5)
+    assert valid(keys, LONG)
+    write(path, b"other-0123456789", ago=min(refresh, 10))
+    poll(keys)
+    assert not valid(keys, LONG)
 
 
 def test_half_a_line_that_is_only_touched_counts_in_the_end(
@@ -791,7 +809,8 @@ def test_a_reload_rests_often_so_that_the_event_loop_can_run(
     path = tmp_path / "keys"
     lines = b"".join(b"key-%016d running=2\n" % number for number in range(100))
     write(path, lines)
-    clock, rests = 0.0, []
+    clock = 0.0
+    rests: list[float] = []
 
     def tick() -> float:
         nonlocal clock
