@@ -1,9 +1,8 @@
-"""Know which API keys are valid now and what each may do; find the keys in a request's head.
+"""Hold the API keys that are valid now, and reload the key file when it changes.
 
-The key file has one key a line, `KEY option option ...  # label`; docs/keys.md describes it.
-With a salt the lines hold salted digests, `sha256(salt + key)` in hex, otherwise plain keys. In
-memory there are only salted digests. Run as a program, this makes keys, digests and salts, and
-changes a key file safely.
+With a salt, the file holds salted digests, `sha256(salt + key)` in hex; otherwise plain keys. In
+memory there are only salted digests. `python keystore.py` runs the command line, which is in
+`access/keytool.py`.
 """
 
 import logging
@@ -19,19 +18,19 @@ from access.credentials import salted_digest
 from access.keyfile import Parsed, parse, read_file, reason, slices
 from access.rights import Key, Options, make_key
 
-MAX_REPORTED = 10  # lines reported one by one, after that only their number
-CLOCK_TICK = 2.0  # seconds; a file changed this recently may change again unseen
-SETTLE_TIME = 1.0  # seconds; a file changed this recently may still be being written
-MAX_UNSETTLED = 5.0  # seconds; a file that keeps changing for longer is believed anyway
-MAX_UNFINISHED = 10.0  # seconds; a file at rest for this long is believed whatever its end
+MAX_REPORTED = 10  # lines of a file that are reported one by one; the rest are only counted
+CLOCK_TICK = 2.0  # seconds; a file that changed this recently may change again within one mtime
+SETTLE_TIME = 1.0  # seconds; a file that changed this recently may be incomplete
+MAX_UNSETTLED = 5.0  # seconds; a file that keeps changing for longer is read anyway
+MAX_UNFINISHED = 10.0  # seconds; after so long unchanged, a file need not end with a newline
 
 
 @dataclass(slots=True)
 class KeyStore:
     """The keys that are valid now.
 
-    `poll` is for a thread: it reads, and changes nothing that others look at; `adopt` puts
-    its result in force in one assignment, on the event loop.
+    Call `poll` in a thread and `adopt` on the event loop. `poll` reads and parses the file, and
+    changes nothing that requests look at. `adopt` swaps in the new keys with one assignment.
     """
 
     path: Path | None  # None: no key file
@@ -40,14 +39,15 @@ class KeyStore:
     admin_labels: tuple[str, ...] = ()
     defaults: Options = field(default_factory=dict)
     refresh: float = 10.0  # seconds between two polls
-    reloads: int = 0  # readings that went well
-    failures: int = 0  # readings that did not
+    reloads: int = 0  # successful reads of the file
+    failures: int = 0  # failed ones
     _keys: dict[bytes, Key] = field(default_factory=dict, repr=False)
     _signature: tuple[int, int, int] | None = None
-    _again: bool = False  # read it again, even if no change shows
-    _unfinished: tuple[bytes, float] | None = None  # a text without a last line end, since when
+    _again: bool = False  # read the file again even if it looks unchanged
+    # The digest of a text without a final newline, and when it was first seen.
+    _unfinished: tuple[bytes, float] | None = None
     _failed: bool = False
-    _made: bool = False  # the only key is the one made at start
+    _made: bool = False  # the only key is the one from `admit`
     _reports: list[str] = field(default_factory=list)
 
     @classmethod
@@ -66,24 +66,27 @@ class KeyStore:
         return cls(path, salt, digests, admin_labels, defaults or {}, refresh)
 
     def __len__(self) -> int:
-        """Count the keys, with those that have expired."""
+        """Return the number of keys, including expired ones."""
         return len(self._keys)
 
     def labels(self) -> frozenset[str]:
-        """Return the labels that keys have."""
+        """Return the labels in use."""
         return frozenset(key.label for key in self._keys.values() if key.label)
 
     def find(self, digest: bytes, now: float) -> Key | None:
-        """Return the key with a salted digest, if it is valid; `now` is the time since 1970."""
+        """Return the key with this salted digest, or None if there is none or it has expired.
+
+        `now` is in seconds since 1970.
+        """
         key = self._keys.get(digest)
         return None if key is None or (key.until is not None and now >= key.until) else key
 
     def expired(self, digest: bytes, now: float) -> bool:
-        """Whether there is a key with this salted digest that has expired."""
+        """Return true if the key with this salted digest has expired."""
         return digest in self._keys and self.find(digest, now) is None
 
     def admit(self, key: bytes, label: str) -> None:
-        """Let this one key in, until the file gets keys."""
+        """Accept this one key until the file has keys."""
         digest = salted_digest(self.salt, key)
         made = make_key(digest, label.encode(), self.defaults)
         made = replace(made, admin=made.admin or label in self.admin_labels)
@@ -92,10 +95,10 @@ class KeyStore:
     def poll(self) -> Parsed | OSError | float | None:
         """Read the file if its mtime, size or inode has changed; return None if not.
 
-        A file that changed just now may still be being written, so this waits for it. A last line
-        without a line end may be half a key: such a file counts once it has not changed for
-        `refresh` seconds, at most `MAX_UNFINISHED`. Until then this returns the seconds left,
-        after which it is to be called again.
+        Waits until the file has settled, since somebody may still be writing it. A last line
+        without a newline may be half a key, so such a file is used only after `refresh` seconds
+        without a change (at most `MAX_UNFINISHED`). Until then, returns the seconds after which
+        to call `poll` again.
         """
         if self.path is None:
             return None
@@ -112,7 +115,7 @@ class KeyStore:
         return self._parse(text, status, in_slices=True)
 
     def _unfinished_for(self, text: bytes, status: os.stat_result) -> float:
-        """Return the seconds for which a file must still rest: that, or its text, is enough."""
+        """Return how many more seconds the file, or at least its text, must stay unchanged."""
         now, mark = time.monotonic(), salted_digest(self.salt, text)
         if self._unfinished is None or self._unfinished[0] != mark:
             self._unfinished = mark, now
@@ -120,7 +123,7 @@ class KeyStore:
         return min(self.refresh, MAX_UNFINISHED) - age
 
     def reload(self) -> Parsed | OSError:
-        """Read and parse the file as it stands, for the start; there are no keys to protect."""
+        """Read and parse the file at once. For the start, when no earlier keys could be lost."""
         if self.path is None:
             raise ValueError("there is no key file")
         try:
@@ -139,7 +142,7 @@ class KeyStore:
             defaults=self.defaults,
             in_slices=in_slices,
         )
-        # Compared here, in the thread, because it takes long for many keys.
+        # Compare in the thread: with many keys it takes long.
         parsed.changed = parsed.keys.keys() != self._keys.keys() or any(
             self._keys[digest] != key for digest, key in slices(parsed.keys.items())
         )
@@ -148,9 +151,9 @@ class KeyStore:
         return parsed
 
     def adopt(self, result: Parsed | OSError) -> Iterator[tuple[int, str]]:
-        """Put a reload's result in force; yield what is to be logged, with its level.
+        """Use the result of `poll` or `reload`; yield log lines with their levels.
 
-        A file that cannot be read keeps the last keys; an emptied one lets nobody in.
+        If the file cannot be read, the last keys stay valid. If it is empty, no key is.
         """
         failed, self._failed = self._failed, isinstance(result, OSError)
         self.failures += self._failed
@@ -174,14 +177,13 @@ class KeyStore:
 
 
 def read_settled(path: Path) -> tuple[bytes, os.stat_result]:
-    """Read a key file as `read_file` does, once it has not changed for `SETTLE_TIME`."""
+    """Read a key file after waiting until it has not changed for `SETTLE_TIME`."""
     deadline = time.monotonic() + MAX_UNSETTLED
     while True:
         text, status = read_file(path)
         age = time.time() - status.st_mtime
-        if (
-            abs(age) >= SETTLE_TIME or time.monotonic() > deadline
-        ):  # another host's clock may differ
+        # The mtime may be in the future: another host's clock may have set it.
+        if abs(age) >= SETTLE_TIME or time.monotonic() > deadline:
             return text, status
         time.sleep(SETTLE_TIME - age)
 
@@ -191,12 +193,12 @@ def _signature(status: os.stat_result) -> tuple[int, int, int]:
 
 
 def shorten(reports: Sequence[str]) -> list[str]:
-    """Bound the reports on a file's lines."""
+    """Return the first `MAX_REPORTED` reports, and one that counts the rest."""
     more = len(reports) - MAX_REPORTED
     return [*reports[:MAX_REPORTED], *([f"has {more} more such lines"] if more > 0 else [])]
 
 
 if __name__ == "__main__":
-    from access.keytool import main  # what only the command line needs
+    from access.keytool import main  # the server does not need it
 
     sys.exit(main())

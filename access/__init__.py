@@ -1,1 +1,1 @@
-"""API keys: their form in requests and in the key file, and what each may do."""
+"""API keys: how they are written in the key file, how requests carry them, what they may do."""

@@ -10,14 +10,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from urllib.parse import unquote_to_bytes
 
-MAX_WRONG = 10  # wrong keys that one address may try in a window
+MAX_WRONG = 10  # wrong keys per address and window
 WRONG_WINDOW = 60.0  # seconds
-MAX_ADDRESSES = 10_000  # addresses that are remembered for it
-MIN_SECRET = 8  # bytes of a credential that are looked for within other headers
+MAX_ADDRESSES = 10_000  # addresses that are counted
+MIN_SECRET = 8  # bytes; a shorter credential may be part of another header's value by chance
 
-NO_SCHEME = b"\n"  # in place of a digest: an Authorization header without a scheme
+NO_SCHEME = b"\n"  # stands in for a digest if Authorization has no scheme
 
-_KEY_HEADERS = (b"apikey", b"x-api-key", b"api-key", b"authorization")  # in the order of search
+_KEY_HEADERS = (b"apikey", b"x-api-key", b"api-key", b"authorization")  # tried in this order
 _KEY_PATH = re.compile(rb"/key/([^/]*)(/.*|)", re.DOTALL)
 _BASIC = re.compile(rb"basic +([A-Za-z0-9+/=]+) *", re.IGNORECASE)
 _BARE = re.compile(rb"(?!(?:bearer|basic)\Z)\S+", re.IGNORECASE)
@@ -27,36 +27,36 @@ Pair = tuple[bytes, bytes]
 
 
 def new_key() -> str:
-    """Make a key: 192 random bits, safe in a URL and in a shell."""
+    """Return a new random key: 192 bits, safe in a URL and in a shell."""
     return secrets.token_urlsafe(24)
 
 
 def salted_digest(salt: bytes, key: bytes) -> bytes:
-    """Return the 32 bytes of SHA-256 over salt and key."""
+    """Return the SHA-256 of salt and key, 32 bytes."""
     return hashlib.sha256(salt + key).digest()
 
 
 def take_credential(
     salt: bytes, in_path: bool, path: bytes, headers: Iterable[Pair]
 ) -> tuple[tuple[bytes, ...], bytes, list[Pair]]:
-    """Take the credentials out of a head, whose headers' names are in lower case.
+    """Find the credentials in a request's head, and remove them from it.
 
     Args:
         salt: of the digests.
-        in_path: a key in the path counts. It is cut off in any case.
-        path: of the request, without its query.
-        headers: of the request.
+        in_path: accept a key in the path. It is removed in any case.
+        path: without the query.
+        headers: with names in lower case.
 
     Returns:
-        The salted digests of the keys that were presented, in the order in which they are to be
-        tried, at most one for each place; the path without `/key/KEY`; and the headers without
-        any that held a key. A header that comes twice with different values presents what no
-        key matches, and nothing else counts beside it. An Authorization header without a scheme
-        adds `NO_SCHEME`.
+        - The salted digests of the keys in the order to try them, at most one per place. If a
+          header comes twice with different values, only a digest that matches no key. An
+          Authorization header without a scheme adds `NO_SCHEME`.
+        - The path without `/key/KEY`.
+        - The headers without those that contain a key.
 
     """
     places: dict[bytes, set[bytes]] = {name: set() for name in (b"path", *_KEY_HEADERS)}
-    secret: set[bytes] = set()  # what must not pass on in any header
+    secret: set[bytes] = set()  # must not be forwarded in any header
     if (match := _KEY_PATH.fullmatch(path)) is not None:
         path = match[2] or b"/"
         secret = {match[1], unquote_to_bytes(match[1])}
@@ -68,7 +68,7 @@ def take_credential(
         elif value:
             places[name].add(value)
     for values in places.values():
-        if len(values) > 1:  # a key holds no line end, so no key matches two at once
+        if len(values) > 1:  # a key contains no newline, so this matches none
             return (salted_digest(salt, b"\n".join(sorted(values))),), path, []
     keys = [_key_in(name, value) for name, values in places.items() for value in values]
     secret.update(keys, *(value.split()[-1:] for value in places[b"authorization"]))
@@ -77,9 +77,10 @@ def take_credential(
 
 
 def _key_in(name: bytes, value: bytes) -> bytes:
-    """Return the key in a header; with Basic (RFC 7617) it is the password.
+    """Return the key in a header, empty if there is none.
 
-    Empty for none, and `NO_SCHEME` for what may be a key in an Authorization header.
+    With Basic (RFC 7617) the key is the password. An Authorization header that is a single word
+    may be a key without its scheme: `NO_SCHEME`.
     """
     if name != b"authorization":
         return value
@@ -92,9 +93,9 @@ def _key_in(name: bytes, value: bytes) -> bytes:
 
 
 def _without(headers: list[Pair], secret: set[bytes]) -> list[Pair]:
-    """Leave out the headers that hold a secret, of which there are a few: linear in the head.
+    """Return the headers that contain no secret.
 
-    A short one may stand in a longer value by chance.
+    There are only a few secrets, so the time is linear in the head.
     """
     long = [word for word in secret if len(word) >= MIN_SECRET]
     short = secret.difference(long)
@@ -106,9 +107,9 @@ def _without(headers: list[Pair], secret: set[bytes]) -> list[Pair]:
 
 
 class WrongKeys:
-    """Count the wrong keys that each address tries, to slow down who guesses.
+    """Count the wrong keys from each address, to slow down guessing.
 
-    A valid key is never asked of this: one address may be a whole school.
+    Valid keys are not affected, since many people may share one address.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -116,7 +117,7 @@ class WrongKeys:
         self._tried: OrderedDict[str, tuple[float, int]] = OrderedDict()
 
     def count(self, address: str) -> tuple[int, float]:
-        """Count one more; return how many there were in this window, and its seconds left."""
+        """Count a wrong key; return the count in this window and the seconds until it ends."""
         now = self._clock()
         began, count = self._tried.pop(address, (now, 0))
         if now - began >= WRONG_WINDOW:

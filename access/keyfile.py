@@ -1,6 +1,6 @@
-"""Read the text of a key file: one key a line, `KEY option option ...  # label`.
+"""Read and parse a key file: one key per line, `KEY option option ...  # label`.
 
-docs/keys.md describes it.
+docs/keys.md describes the format.
 """
 
 import os
@@ -15,17 +15,17 @@ from typing import Any, NamedTuple, TypeVar
 from access.credentials import salted_digest
 from access.rights import Key, Options, both, make_key, parse_options
 
-MAX_FILE_BYTES = 64 << 20  # a key file; a million keys fit
-MIN_KEY_CHARS = 12  # a shorter plain key is warned about
-WORK = 0.001  # seconds that a reload keeps the GIL
-REST = 0.001  # seconds for which it then leaves the GIL to the event loop
+MAX_FILE_BYTES = 64 << 20  # enough for a million keys
+MIN_KEY_CHARS = 12  # shorter plain keys get a warning
+WORK = 0.001  # seconds that a reload runs before it releases the GIL
+REST = 0.001  # seconds that it then sleeps
+BOM = b"\xef\xbb\xbf"  # some editors put one at the start of a file
 
 _DIGEST = re.compile(rb"[0-9a-fA-F]{64}")
 _KEY = re.compile(rb"[\x21-\x7e\x80-\xff]+")
-_LABEL = re.compile(rb"(?<!\s)\s+#")  # from the first white space on: linear in the line
+_LABEL = re.compile(rb"(?<!\s)\s+#")  # the look-behind keeps it linear in the line
 _ODD = re.compile(rb"[\"'`#=\[\]{}]")
 _QUOTES = b"\"'`"
-BOM = b"\xef\xbb\xbf"
 
 
 T = TypeVar("T")
@@ -34,8 +34,9 @@ T = TypeVar("T")
 class Line(NamedTuple):
     """A line of a key file that has a key.
 
-    `fault` says why it opens nothing, or is empty; then `digest` may be None. `doubt` says what
-    is probably a mistake. Neither quotes a word of the line but an option's name.
+    `fault` says why the line is not accepted, or is empty; `digest` is None only if there is a
+    fault. `doubt` describes a probable mistake. Neither quotes anything of the line except names
+    of options.
     """
 
     number: int
@@ -48,7 +49,7 @@ class Line(NamedTuple):
 
 
 def split_line(line: bytes) -> tuple[bytes, list[bytes], bytes]:
-    """Split a line of a key file into key, options and label; all empty where there is no key."""
+    """Split a line into key, options and label. All are empty if it has no key."""
     line = line.strip()
     if not line or line.startswith(b"#"):
         return b"", [], b""
@@ -58,7 +59,7 @@ def split_line(line: bytes) -> tuple[bytes, list[bytes], bytes]:
 
 
 def read_lines(text: bytes, salt: bytes, *, digests: bool) -> Iterator[Line]:
-    """Read the lines of a key file that have a key; `digests` says that they are salted."""
+    """Parse the lines that have a key. With `digests` they hold salted digests, not keys."""
     for number, line in enumerate(text.removeprefix(BOM).splitlines(), 1):
         key, words, label = split_line(line)
         if not key:
@@ -77,7 +78,7 @@ def read_lines(text: bytes, salt: bytes, *, digests: bool) -> Iterator[Line]:
 
 
 def _read_key(key: bytes, salt: bytes, *, digests: bool) -> tuple[bytes | None, str]:
-    """Return the salted digest of a line's key, and what is wrong with it."""
+    """Return the salted digest of a line's key, and its fault, if any."""
     if not _KEY.fullmatch(key):
         return None, "has a control character in its key"
     if not digests:
@@ -96,7 +97,7 @@ _SHORT = (
 
 
 def _mistake(key: bytes) -> str:
-    """Say what is probably wrong with a plain key, without quoting it."""
+    """Return what is probably wrong with a plain key, without quoting it."""
     if not _ODD.search(key):
         return ""
     name, _, value = key.partition(b"=")
@@ -113,10 +114,10 @@ def _mistake(key: bytes) -> str:
 
 @dataclass(slots=True)
 class Parsed:
-    """What a key file says: the keys by salted digest, and reports for the log.
+    """The contents of a key file: the keys by salted digest, and reports for the log.
 
-    `strangers` counts the lines that are not digests where a salt is set, `lookalikes` those
-    that look like one. `changed` says whether the keys differ from those in force.
+    `strangers` counts lines without a digest although a salt is set, `lookalikes` all lines that
+    look like a digest. `changed` is false if the keys are the same as before.
     """
 
     keys: dict[bytes, Key] = field(repr=False)
@@ -127,10 +128,10 @@ class Parsed:
 
 
 def slices(items: Iterable[T]) -> Iterator[T]:
-    """Yield the items, and sleep for `REST` after each `WORK` seconds.
+    """Yield the items, and sleep for `REST` after every `WORK` seconds.
 
-    A thread that runs Python code gives the GIL up only every 5 ms. The event loop would wait
-    that long after each of its system calls.
+    A busy thread releases the GIL only every 5 ms, so without this the event loop would wait that
+    long after each system call.
     """
     end = time.perf_counter() + WORK
     for item in items:
@@ -149,21 +150,21 @@ def parse(
     defaults: Mapping[str, Any] | None = None,
     in_slices: bool = False,
 ) -> Parsed:
-    """Read a key file's text.
+    """Parse a key file.
 
     Args:
         text: of the file.
         salt: of the digests.
         digests: the lines hold salted digests, not keys.
-        admin_labels: keys with these labels may do everything.
-        defaults: options of lines that do not say otherwise.
-        in_slices: rest often, so that other threads can run.
+        admin_labels: labels whose keys get the option `admin`.
+        defaults: options for lines that do not set them.
+        in_slices: sleep often, so that other threads can run.
 
     """
     parsed = Parsed({}, [])
     keys, reports = parsed.keys, parsed.reports
-    lines: dict[bytes, int] = {}  # the last good line of each key
-    closed: set[bytes] = set()  # keys that a line with a fault has
+    lines: dict[bytes, int] = {}  # the last line without a fault, for each key
+    closed: set[bytes] = set()  # keys on a line with a fault
     found = read_lines(text, salt, digests=digests)
     for line in slices(found) if in_slices else found:
         parsed.lookalikes += line.looks_salted
@@ -194,7 +195,7 @@ def parse(
 
 
 def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> list[str]:
-    """Give the keys with these labels the right `admin`; report the labels that no key has."""
+    """Give the keys with these labels the option `admin`; report labels that no key has."""
     if not keys or not labels:
         return []
     found = set()
@@ -202,7 +203,7 @@ def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> list[str]:
         if key.label in labels:
             found.add(key.label)
             keys[digest] = replace(key, admin=True)
-    return [  # a label that is missing may be a key, so it is not shown
+    return [  # not by name: somebody may have put a key there
         f"has no key with the label that is number {number} in ADMIN_LABELS"
         for number, label in enumerate(labels, 1)
         if label not in found
@@ -210,11 +211,11 @@ def _give_admin(keys: dict[bytes, Key], labels: Sequence[str]) -> list[str]:
 
 
 def read_file(path: Path) -> tuple[bytes, os.stat_result]:
-    """Read a key file; return its text and its status.
+    """Return a key file's text and status.
 
     Raises:
-        OSError: it is not there, cannot be read, or is not a regular file. A FIFO is recognized
-            by its kind and never waited for.
+        OSError: it is missing, cannot be read, is too large or not UTF-8, or is not a regular
+            file. A FIFO is refused without waiting for a writer.
 
     """
     if path.is_dir():
@@ -233,5 +234,5 @@ def read_file(path: Path) -> tuple[bytes, os.stat_result]:
 
 
 def reason(error: OSError) -> str:
-    """Say why, without the path."""
+    """Return the reason of an error, without the path."""
     return error.strerror or type(error).__name__

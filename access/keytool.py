@@ -22,24 +22,24 @@ def _line(key: bytes, options: Iterable[bytes], label: bytes) -> bytes:
 
 
 class Failure(Exception):
-    """What the command line cannot do; its text is the one line to show."""
+    """A command failed; the message is the one line to show."""
 
-    status = 1  # of the process
+    status = 1  # exit status of the process
 
 
 class Misuse(Failure):
-    """Arguments or settings that are wrong."""
+    """The arguments or settings are wrong."""
 
     status = 2
 
 
 class Tool:
-    """The commands, each a method of its name.
+    """The commands: one method each, with the command's name.
 
     Args:
-        chosen: the arguments.
-        salt: of the digests, empty for plain keys.
-        path: of the key file, None if none is set.
+        chosen: the parsed arguments.
+        salt: of the digests; empty if the file holds plain keys.
+        path: of the key file; None if API_KEY_FILE is not set.
 
     """
 
@@ -49,13 +49,13 @@ class Tool:
         self._path = path
 
     def new(self) -> None:
-        """Print a fresh key and its line."""
+        """Print a new key and its line."""
         key, line = self._make()
         print(f"API key, for its user:          {key}")
         print(f"line to append to the key file: {line.decode(errors='surrogateescape')}")
 
     def add(self) -> None:
-        """Append a fresh key to the key file."""
+        """Append a new key to the key file."""
         key, line = self._make()
         path = self._file()
 
@@ -68,7 +68,7 @@ class Tool:
         print(f"its line was added to {path}")
 
     def list(self) -> None:
-        """Print labels and options, and what is wrong with lines."""
+        """Print labels and options, and to standard error what is wrong with lines."""
         path = self._file()
         parsed = parse(read_file(path)[0], self._salt, digests=bool(self._salt))
         now = time.time()
@@ -81,7 +81,7 @@ class Tool:
             print(report, file=sys.stderr)
 
     def revoke(self) -> None:
-        """Remove each key of a label from the key file, on all its lines."""
+        """Remove all keys of a label from the key file, with every line they are on."""
         path, label = self._file(), _label(self._chosen.label)
         if not label:
             raise Misuse("name a label; remove a key without one from the file by hand")
@@ -102,7 +102,7 @@ class Tool:
         print(f"{len(removed)} line{'s' * (len(removed) > 1)} removed from {path}")
 
     def hash(self) -> None:
-        """Turn plain keys on standard input into digest lines."""
+        """Convert plain keys on standard input to lines with digests."""
         if not self._salt:
             raise Misuse(
                 "API_KEY_SALT is not set: put API_KEY_SALT=, and what `salt` prints, in .env"
@@ -119,14 +119,14 @@ class Tool:
                     raise Failure(f"line {number} {lines[number].fault}")
                 raw = _line(salted_digest(self._salt, key).hex().encode(), options, label)
             written.append(raw + b"\n")
-        sys.stdout.buffer.write(b"".join(written))  # nothing at all if a line has a fault
+        sys.stdout.buffer.write(b"".join(written))  # only if no line has a fault
 
     def salt(self) -> None:
-        """Print a fresh salt."""
+        """Print a new salt."""
         print(secrets.token_hex(16))
 
     def _make(self) -> tuple[str, bytes]:
-        """Make a key and its line."""
+        """Return a new key and its line."""
         options = self._chosen.options.split()
         try:
             parse_options(options)
@@ -148,19 +148,18 @@ def _label(text: str) -> bytes:
 
 
 def change_file(path: Path, change: Callable[[bytes], bytes]) -> None:
-    """Replace a file's text by `change` of it, at once and durably; make it if there is none.
+    """Replace a file's text with `change(text)`, atomically and durably; create it if missing.
 
-    The file that a symbolic link leads to is replaced, with its owner and mode. Changes at the
-    same time wait for each other.
+    Follows a symbolic link, and keeps owner and mode. Concurrent changes wait for each other.
 
     Raises:
-        OSError: it cannot be read or written; it is as before.
+        OSError: the file cannot be read or written; it is unchanged.
 
     """
     path = path.resolve()
     folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # not the file, which is replaced
+        fcntl.flock(folder, fcntl.LOCK_EX)  # not the file, since it is replaced
         try:
             text, status = read_file(path)
             owner, mode = (status.st_uid, status.st_gid), stat.S_IMODE(status.st_mode)
@@ -195,18 +194,18 @@ def _parser() -> argparse.ArgumentParser:
     line.add_argument("--options", default="", help='what it may do: "rate=5/hour running=2"')
     file = argparse.ArgumentParser(add_help=False)
     file.add_argument("file", nargs="?", metavar="FILE", help="the key file, else API_KEY_FILE")
-    commands.add_parser("add", parents=[line, file], help="add a fresh key to the key file")
-    commands.add_parser("list", parents=[file], help="list labels and options, but no keys")
-    revoke = commands.add_parser("revoke", help="remove each key of a label from the key file")
+    commands.add_parser("add", parents=[line, file], help="add a new key to the key file")
+    commands.add_parser("list", parents=[file], help="list labels and options, without the keys")
+    revoke = commands.add_parser("revoke", help="remove all keys of a label from the key file")
     revoke.add_argument("label", metavar="LABEL")
     revoke.add_argument("file", nargs="?", metavar="FILE", help="the key file, else API_KEY_FILE")
-    commands.add_parser("new", parents=[line], help="print a fresh key and its line")
+    commands.add_parser("new", parents=[line], help="print a new key and its line")
     commands.add_parser(
         "hash",
-        help="turn plain keys on standard input into digest lines, keeping options, labels and"
+        help="convert plain keys on standard input to lines with digests; keeps options, labels and"
         " comments",
     )
-    commands.add_parser("salt", help="print a fresh salt, for API_KEY_SALT in .env")
+    commands.add_parser("salt", help="print a new salt, for API_KEY_SALT in .env")
     return parser
 
 

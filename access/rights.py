@@ -1,4 +1,4 @@
-"""What an API key may do: the options of its line in the key file, and the models they allow."""
+"""What an API key may do: its options in the key file, and the models that they allow."""
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from settings import REGISTRY, normalize_model
 
 MAX_NAME_CHARS = 600  # of a model; Ollama takes 350 for the host and 80 for each other part
 
-_LABEL_SCOPE = b"label".ljust(32)  # with a label after it, longer than any digest
+_LABEL_SCOPE = b"label".ljust(32)  # followed by a label it is longer than any digest
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -22,7 +22,7 @@ class Limit:
     seconds: int
 
     def __str__(self) -> str:
-        """Write it as in the key file."""
+        """Return it as written in the key file."""
         unit = next(unit for unit, seconds in _UNITS.items() if seconds == self.seconds)
         return f"{self.count}/{unit}"
 
@@ -31,12 +31,15 @@ class Limit:
 class Key:
     """An API key and its rights.
 
-    `digest` is salted. `scope` tells callers apart where answers are kept for each: the label's
-    bytes, or the digest of a key without a label. `models` are patterns of normalized names, None
-    for all; `models_also` are those of further lines with the same key, which must match too.
-    `rate` counts generations, `tokens` generated tokens, each once for a unit of time. `running`
-    bounds the generations at once. `until` is the first second, since 1970 in UTC, at which the
-    key does not hold any more. None, or an empty tuple, is no limit.
+    - `digest`: the salted SHA-256 of the key.
+    - `scope`: separates callers with `CACHE_PER_KEY`; made from the label, or without one the
+      digest.
+    - `models`: patterns of normalized names; None allows all models.
+    - `models_also`: the patterns of further lines with the same key; each must match too.
+    - `rate`, `tokens`: limits on generations and on generated tokens, at most one per unit.
+    - `running`: how many generations it may have at once; None for any number.
+    - `until`: when the key expires, in seconds since 1970 (UTC); None for never.
+    - `weight`: its label's share of the GPU; 1 is normal.
     """
 
     digest: bytes = field(repr=False)
@@ -53,7 +56,10 @@ class Key:
     models_also: tuple[tuple[str, ...], ...] = ()
 
     def may_use(self, model: str) -> bool:
-        """Whether the key may use a model, by its normalized name. Linear in the name."""
+        """Return true if the key may use the model with this normalized name.
+
+        Takes time linear in the length of the name.
+        """
         if self.models is None:
             return True
         if len(model) > MAX_NAME_CHARS:
@@ -64,7 +70,7 @@ class Key:
         )
 
     def rights(self) -> list[tuple[str, str]]:
-        """Return the options that are set, by name and value as in the key file."""
+        """Return the options that are set, as (name, value) as written in the key file."""
         lists = [] if self.models is None else [self.models, *self.models_also]
         numbers = {"running": self.running, "weight": self.weight if self.weight > 1 else None}
         found = [(name, "") for name in ("admin", "metrics") if getattr(self, name)]
@@ -78,14 +84,14 @@ class Key:
 
 
 def make_key(digest: bytes, label: bytes, options: Mapping[str, Any]) -> Key:
-    """Make a key from its line; options that are None are left out."""
+    """Make a key from its line. An option that is None gets its default."""
     given = {name: value for name, value in options.items() if value is not None}
     scope = _LABEL_SCOPE + label if label else digest
     return Key(digest, label.decode("utf-8", "replace"), scope, **given)
 
 
 def both(one: Key, two: Key) -> Key:
-    """Return a key that stands on two lines: the second's label, and what both allow."""
+    """Return one key for two lines with the same key: the second's label, and what both allow."""
     lists = [
         patterns
         for key in (one, two)
@@ -120,10 +126,10 @@ _UNITS = {"minute": 60, "hour": 3600, "day": 86400}
 _DAY = _UNITS["day"]
 _EPOCH = date(1970, 1, 1).toordinal()
 _FLAGS = frozenset({"admin", "metrics"})
-_FORMS = {  # of each option, to show
+_FORMS = {  # examples for error messages
     "admin": "admin",
     "metrics": "metrics",
-    "models": "models=llama2,qwen3:8b,me/* with names of models, where only * is special",
+    "models": "models=llama2,qwen3:8b,me/* with names of models; * stands for any characters",
     "rate": "rate=60/minute, or /hour or /day",
     "running": "running=2, at least 1",
     "tokens": "tokens=200000/day, or /hour",
@@ -132,36 +138,36 @@ _FORMS = {  # of each option, to show
 }
 
 Options = dict[str, Any]
-"""A line's options by name, None for one that is lifted; each is a field of `Key`."""
+"""A line's options by name, each a field of `Key`. None lifts a default (`rate=none`)."""
 
 
 def parse_options(words: Iterable[str]) -> Options:
-    """Read the options of a line.
+    """Parse the options of a line.
 
     Raises:
-        ValueError: one is unknown or malformed. Its text says what would be right, and quotes
-            nothing but the names of options.
+        ValueError: one is unknown or malformed. The message says what is allowed. It quotes only
+            names of options, since any other word may be a key.
 
     """
     options: Options = {}
     for word in words:
         name, value = _read_option(word)
         if name in options:
-            value = _one_more(name, options[name], value)
+            value = _repeated(name, options[name], value)
         options[name] = value
     return options
 
 
-def _one_more(name: str, before: Any, value: Any) -> tuple[Limit, ...]:
-    """Return the limits of an option that stands twice. Raises ValueError if it must not."""
+def _repeated(name: str, before: Any, value: Any) -> tuple[Limit, ...]:
+    """Return the limits of an option that is given twice. Raises ValueError if it may not be."""
     if name == "rate" and before and value:
         limits: tuple[Limit, ...] = (*before, *value)
         if len({limit.seconds for limit in limits}) == len(limits):
             return limits
-    raise ValueError(f"{name} stands twice")
+    raise ValueError(f"{name} is given twice")
 
 
-@lru_cache(maxsize=4096)  # most lines of a large file have the options of others
+@lru_cache(maxsize=4096)  # in a large file, most options repeat
 def _read_option(word: str) -> tuple[str, Any]:
     name, equals, text = word.partition("=")
     if name not in _FORMS:
@@ -196,7 +202,7 @@ def _until(text: str) -> float:
     return float((date.fromisoformat(text).toordinal() - _EPOCH + 1) * _DAY)
 
 
-_READ: dict[str, Callable[[str], Any]] = {  # a flag with a value is a KeyError
+_READ: dict[str, Callable[[str], Any]] = {  # without flags: one with a value is a KeyError
     "models": lambda text: tuple(map(_pattern, text.split(","))),
     "rate": lambda text: _limit(text, ("minute", "hour", "day")),
     "running": _count,
@@ -206,16 +212,16 @@ _READ: dict[str, Callable[[str], Any]] = {  # a flag with a value is a KeyError
 }
 
 
-# Patterns of models' names.
+# Patterns of model names.
 
 _NAMESPACES = (f"{REGISTRY}/library/", f"{REGISTRY}/", "")  # by the slashes in a normalized name
 
 
 def _pattern(text: str) -> str:
-    """Normalize a pattern as a name is. Raises ValueError if no model can match.
+    """Normalize a pattern as model names are. Raises ValueError if no model can match.
 
-    A `*` at the end may stand for a tag too. Where a pattern has a `*` and names the default
-    host or namespace, it keeps them: `library/*` does not match `me/llama2`.
+    A `*` at the end also matches the tag. A pattern with a `*` keeps the default host or
+    namespace if it names them: `library/*` does not match `me/llama2`.
     """
     pattern = normalize_model(text)
     if text.endswith("*"):
@@ -228,7 +234,7 @@ def _pattern(text: str) -> str:
 
 
 def _matches(pattern: str, name: str) -> bool:
-    """Whether a normalized name matches; `*` stands for any characters, also none."""
+    """Return true if a normalized name matches. `*` matches any characters, or none."""
     if pattern.startswith(REGISTRY):
         name = _NAMESPACES[min(name.count("/"), 2)] + name
     start, *others = pattern.split("*")
@@ -238,7 +244,7 @@ def _matches(pattern: str, name: str) -> bool:
     if len(name) < len(start) + len(end) or not (name.startswith(start) and name.endswith(end)):
         return False
     position, stop = len(start), len(name) - len(end)
-    for part in middle:  # the first place that fits leaves the most for the parts behind
+    for part in middle:  # the first match leaves the most room for the parts after it
         position = name.find(part, position, stop)
         if position < 0:
             return False
@@ -246,9 +252,9 @@ def _matches(pattern: str, name: str) -> bool:
     return True
 
 
-# The grammar of normalized names, [[HOST/]NAMESPACE/]MODEL:TAG, as an automaton: the state after
-# each kind of character, `w` for letters, digits and `_`. A small letter is the start of a part,
-# a capital one within it.
+# The grammar of normalized names, [[HOST/]NAMESPACE/]MODEL:TAG, as a state machine. Each state maps
+# a kind of character to the next state; `w` is a letter, a digit or `_`. A lower-case state is at
+# the start of a part, an upper-case one inside it.
 _GRAMMAR = {
     "h": {"w": "H"},
     "H": {"w": "H", "-": "H", ".": "H", ":": "H", "/": "n"},
@@ -262,11 +268,11 @@ _GRAMMAR = {
 
 
 def _can_match(pattern: str) -> bool:
-    """Whether any name that Ollama takes matches a pattern."""
+    """Return true if some valid model name matches the pattern."""
     states = set("hnm")
     for char in pattern:
         if char == "*":
-            for _ in _GRAMMAR:  # more steps reach nothing new
+            for _ in _GRAMMAR:  # so many steps reach every reachable state
                 states |= {after for state in states for after in _GRAMMAR[state].values()}
         else:
             kind = "w" if char.isascii() and (char.isalnum() or char == "_") else char
