@@ -91,7 +91,7 @@ class Head:
     """A request's head, without any credential.
 
     `credentials` are the salted digests of the keys that were presented, in the order in which
-    they are to be tried; `access.credentials.take_credential` makes them.
+    they are to be tried; `keystore.take_credential` makes them.
     `length` is the declared length of the body in bytes, None where none is declared;
     `has_body` says whether bytes of it follow. `names` are those of the headers.
     """
