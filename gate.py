@@ -96,7 +96,7 @@ class Gate:
         return Admission(route, target, key)
 
     def _authenticate(self, head: Head, client: str) -> Key:
-        """Return the first valid key in a head. Raises HTTPError 401, 429."""
+        """Return the first valid key that a head presents. Raises HTTPError 401, 429."""
         now = time.time()
         for digest in head.credentials:
             if (key := self._keys.find(digest, now)) is not None:
@@ -104,7 +104,7 @@ class Gate:
         raise HTTPError(401, self._refusal(head, client, now), _CHALLENGE, kind=WRONG_KEY)
 
     def _refusal(self, head: Head, client: str, now: float) -> str:
-        """Return why no key is accepted, and how to send one. Raises HTTPError 429."""
+        """Say why no key lets the request in, and what would. Raises HTTPError 429."""
         wrong = "there is no API key"
         if presented := [digest for digest in head.credentials if digest != NO_SCHEME]:
             if any(self._keys.expired(digest, now) for digest in presented):
@@ -209,7 +209,7 @@ def _wrong_method(route: Route) -> HTTPError:
 
 
 def _goes_in_a_circle(head: Head) -> bool:
-    """Return true if the Via header names OllProx already."""
+    """Return true if our own Via is present."""
     via = head.get(b"via")
     return via is not None and any(
         member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
