@@ -198,7 +198,12 @@ def shorten(reports: Sequence[str]) -> list[str]:
     return [*reports[:MAX_REPORTED], *([f"has {more} more such lines"] if more > 0 else [])]
 
 
-if __name__ == "__main__":
-    from access.keytool import main  # the server does not need it
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit status."""
+    from access import keytool  # here, because the server does not need it
 
+    return keytool.main(arguments)
+
+
+if __name__ == "__main__":
     sys.exit(main())
