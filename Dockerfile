@@ -3,6 +3,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN pip install --no-cache-dir --require-hashes --target /packages -r requirements.txt
 COPY *.py ./
+COPY access/ access/
 COPY wire/ wire/
 COPY answers/ answers/
 COPY watch/ watch/

@@ -39,7 +39,7 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/bandit -q -c pyproject.toml -r *.py wire answers watch
+	$(BIN)/bandit -q -c pyproject.toml -r *.py access wire answers watch
 	$(MAKE) test
 
 fix: .venv/dev.stamp

@@ -26,6 +26,7 @@ from typing import Any
 
 import answers.ollama_api as api
 import startup
+from access.credentials import take_credential
 from answers.flight import Flight, Flights, Timeouts
 from answers.limits import Limits
 from answers.models import RECHECK_INTERVAL, ModelWatch, Probe
@@ -35,7 +36,7 @@ from answers.stored import StoredAnswer
 from answers.turns import Ticket, Turns, fair_queue
 from cache import Budget, Cache
 from gate import Gate
-from keystore import KeyStore, take_credential
+from keystore import KeyStore
 from proxy import Proxy
 from record import Record
 from settings import Settings, SettingsError, address, load
@@ -195,7 +196,7 @@ async def stop(parts: Parts, signals: startup.Signals) -> None:
 def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, Any, None]]:
     """Return what is done in the background, from the start to the end."""
     settings, models = parts.settings, parts.models
-    reload = partial(_reload, parts.keys, parts.certificate)
+    reload = partial(_reload, parts.keys, parts.certificate, signals.reload)
     yield repeat(1.0, partial(_tidy, parts.server, parts.upstream, parts.flights))
     yield repeat(settings.key_refresh, reload, signals.reload)
     yield _watch_lag(parts.metrics)
@@ -312,12 +313,17 @@ async def _tidy(server: Server, upstream: Upstream | Pool, flights: Flights) -> 
     upstream.sweep()
 
 
-async def _reload(keys: KeyStore, certificate: startup.Certificate | None) -> None:
-    """Read the key file and the certificate again if they have changed."""
+async def _reload(
+    keys: KeyStore, certificate: startup.Certificate | None, again: asyncio.Event
+) -> None:
+    """Read the key file and the certificate if they have changed; `again` has it called again."""
     if certificate:
         await certificate.poll()
     result = await asyncio.to_thread(keys.poll)
     if result is None:
+        return
+    if isinstance(result, float):  # the key file is unfinished
+        asyncio.get_running_loop().call_later(result, again.set)
         return
     for level, line in keys.adopt(result):
         log.log(level, "%s", line)

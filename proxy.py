@@ -15,6 +15,7 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from access.rights import Key
 from answers.flight import Flight, Flights, Reader, Wants
 from answers.lists import only_allowed
 from answers.models import ModelChange, ModelWatch
@@ -26,7 +27,6 @@ from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
-from keystore import Key
 from record import Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN

@@ -17,8 +17,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from access.credentials import new_key
+from access.keyfile import reason
+from access.rights import parse_options
 from answers.models import describe_response
-from keystore import KeyStore, new_key, parse_options, reason
+from keystore import KeyStore
 from settings import ROOT, Host, Settings, SettingsError, address, program_path
 from wire.http11 import HTTPError
 

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("wire", "answers", "watch")
+WINGS = ("access", "wire", "answers", "watch")
 SOURCES = [*ROOT.glob("*.py"), *(file for wing in WINGS for file in (ROOT / wing).glob("*.py"))]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from client import KEY
 
+from access.credentials import salted_digest
+from access.rights import Key
 from answers.flight import Flights
 from answers.limits import Limits
 from answers.models import ModelWatch, Probe
@@ -16,7 +18,7 @@ from answers.stored import StoredAnswer
 from answers.turns import Turns, fair_queue
 from cache import Budget, Cache
 from gate import Gate
-from keystore import Key, KeyStore, salted_digest
+from keystore import KeyStore
 from proxy import Proxy
 from settings import Settings
 from wire.http11 import Exchange, Head, Response

@@ -19,7 +19,7 @@ from client import KEY
 from conftest import SOURCES
 from parts import make_proxy, make_upstream
 
-from keystore import take_credential
+from access.credentials import take_credential
 from record import Record
 from watch.metrics import Metrics
 from watch.telemetry import AccessLog, LineWriter

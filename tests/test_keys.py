@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import os
+import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,10 @@ from client import KEY, Client, ask, question, request
 from conftest import Program, Start
 from standin import StandIn
 
-from keystore import MAX_WRONG, Limit, salted_digest
+from access.credentials import MAX_WRONG, salted_digest
+from access.keytool import change_file
+from access.rights import Limit
+from keystore import SETTLE_TIME
 from settings import Settings, SettingsError
 from startup import open_keys
 
@@ -387,6 +392,28 @@ async def test_a_file_rewritten_in_place_locks_nobody_out(
         assert (await client.ask("GET", "/nope", headers={"APIKEY": "new-key"})).status == 401
     assert "0 read from" not in ollprox.text()
     assert await status(ollprox.port, {"APIKEY": "new-key-0123456789"}) == 200
+
+
+@pytest.mark.parametrize(("refresh", "end"), [(1, "\n"), (1, ""), (3, "")])
+async def test_a_revoked_key_is_refused_within_a_refresh_and_a_second(
+    launch: Start, key_file: Path, refresh: int, end: str
+) -> None:
+    """Whenever it is revoked: `repeat` waits after each poll, and a poll lets a file settle."""
+    key_file.write_text(f"{KEY}\nrevoked-key-0123456789\n")
+    os.utime(key_file, (1, 1))
+    ollprox = await launch(KEY_REFRESH=refresh)
+    async with Client(ollprox.port) as client:
+        moment = random.uniform(0, refresh)
+        await asyncio.sleep(moment)
+        begun = time.monotonic()
+        change_file(key_file, lambda _: KEY.encode() + end.encode())
+        revoked = {"APIKEY": "revoked-key-0123456789"}
+        while (await client.ask("GET", "/nope", headers=revoked)).status == 404:
+            await asyncio.sleep(0.01)
+        took = time.monotonic() - begun
+        assert (await client.ask("GET", "/nope")).status == 404
+    slack = 0.8  # for a busy machine
+    assert took < refresh + SETTLE_TIME + slack, f"revoked {moment:.3f} s after the start"
 
 
 async def test_a_made_key_holds_until_the_file_gets_keys(

@@ -16,7 +16,7 @@ from client import KEY, Client, ask, question, raw, request
 from conftest import Program, Start
 from standin import StandIn
 
-from keystore import MAX_ADDRESSES, MAX_WRONG, WrongKeys
+from access.credentials import MAX_ADDRESSES, MAX_WRONG, WrongKeys
 from wire.server import GUESS_DELAY
 
 

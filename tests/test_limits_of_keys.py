@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from access.rights import Key, Limit
 from answers.limits import MAX_EVENTS, SWEEP_EVERY, LimitReached, Limits
-from keystore import Key, Limit
 
 MINUTE, HOUR = 60, 3600
 

@@ -7,13 +7,13 @@ import re
 from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qsl
 
+from access.rights import Key
 from answers.flight import Flights
 from answers.models import Probe
 from answers.notes import JSON
 from answers.permits import Permits
 from answers.stored import StoredAnswer
 from cache import Cache
-from keystore import Key
 from settings import ROOT, normalize_model
 from watch.metrics import Metrics, Viewer
 from wire.http11 import Head, Headers, HTTPError, Response
