@@ -23,11 +23,10 @@ FROM_CACHE = {"Cache-Control": "only-if-cached"}
 
 
 @pytest.fixture
-def settings(ollama: StandIn, tmp_path: Path) -> dict[str, object]:
+def settings(tmp_path: Path) -> dict[str, object]:
     path = tmp_path / "keys.txt"
     path.write_text(f"{KEY}  # tester\n{BOSS['APIKEY']}  # boss\n")
     return {
-        "OLLAMA_PORT": ollama.port,
         "API_KEY_FILE": path,
         "ADMIN_LABELS": "boss",
         "LOG_LEVEL": "INFO",

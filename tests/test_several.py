@@ -1,19 +1,17 @@
 """Several Ollama servers, with the program as users run it."""
 
 import asyncio
-from pathlib import Path
 
 from client import ask, question
 from conftest import Start
 from standin import Script, StandIn
 
 
-async def test_two_servers_serve_as_one_and_one_may_die(launch: Start, key_file: Path) -> None:
+async def test_two_servers_serve_as_one_and_one_may_die(launch: Start) -> None:
     standins = [StandIn(Script()), StandIn(Script())]
     ports = [await standin.start() for standin in standins]
     ollprox = await launch(
         OLLAMA_HOST=",".join(f"127.0.0.1:{port}" for port in ports),
-        API_KEY_FILE=key_file,
         MAX_GENERATIONS=2,
         ADMIN_LABELS="tester",
     )
