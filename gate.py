@@ -18,14 +18,14 @@ from wire.upstream import loop_error, sent_by_us
 
 log = logging.getLogger("ollprox")
 
-WRONG_KEY = "wrong key"  # the kind of an HTTPError that says that no valid key was presented
+WRONG_KEY = "wrong key"  # the kind of an HTTPError for a request without a valid key
 
-# The only challenge is Bearer. Basic works too but is not offered: a browser would then attach
-# the password to requests that pages of other sites make.
+# Only Bearer is offered. Basic works too, but after a Basic challenge a browser would attach the
+# password to requests that other sites' pages make.
 _CHALLENGE: Headers = ((b"WWW-Authenticate", b'Bearer realm="OllProx"'),)
 _EXPOSED = b"Cache-Status, Age, X-Request-ID, Retry-After, Server-Timing"
 _HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
-_HOW_TO_SEND = {  # a key, by the form of the API: the headers that its clients use
+_HOW_TO_SEND = {  # how clients of each API send a key
     Form.OLLAMA: "send yours in a header, as in curl -H 'APIKEY: <your key>' {}/call_model"
     """ -d '{{"model": "llama2", "prompt": "Hello"}}', or as 'Authorization: Bearer <your key>'""",
     Form.OPENAI: "send yours as 'Authorization: Bearer <your key>'; clients call it api_key",
@@ -35,9 +35,9 @@ _HOW_TO_SEND = {  # a key, by the form of the API: the headers that its clients 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A request that gets in: where it goes, and whose it is.
+    """The route of an admitted request, its path upstream, and the caller's key.
 
-    `target` is the path to ask upstream for. `key` is None on a route that is open to all.
+    `key` is None on a route that needs no key.
     """
 
     route: Route
@@ -49,7 +49,7 @@ class Gate:
     """Lets requests in.
 
     Args:
-        settings: which origins may call, and our own address for the example in an error.
+        settings: the allowed origins, and our own address for the example in an error.
         keys: the valid API keys.
         routes: the paths that exist.
 
@@ -64,15 +64,15 @@ class Gate:
         self._wrong_keys = WrongKeys()
 
     def admit(self, head: Head, client: str) -> Admission:
-        """Let a request in.
+        """Return the route and the key of a request that may proceed.
 
         Args:
-            head: its head.
-            client: the IP address that it comes from, by which wrong keys are counted.
+            head: the request's head.
+            client: the client's IP address; wrong keys are counted for each address.
 
         Raises:
             HTTPError: 401 no valid key, 403 not allowed, 404 no such path, 405 wrong method, 429
-                too many wrong keys, 508 a loop.
+                too many wrong keys, 508 a forwarding loop.
 
         """
         if b"via" in head.names and sent_by_us(head.get(b"via") or b""):
@@ -94,7 +94,7 @@ class Gate:
         return Admission(route, target, key)
 
     def _authenticate(self, head: Head, client: str) -> Key:
-        """Return the first valid key that a head presents. Raises HTTPError 401, 429."""
+        """Return the first valid key in a head. Raises HTTPError 401, 429."""
         now = time.time()
         for digest in head.credentials:
             if (key := self._keys.find(digest, now)) is not None:
@@ -102,7 +102,7 @@ class Gate:
         raise HTTPError(401, self._refusal(head, client, now), _CHALLENGE, kind=WRONG_KEY)
 
     def _refusal(self, head: Head, client: str, now: float) -> str:
-        """Say why no key lets the request in, and what would. Raises HTTPError 429."""
+        """Return what is wrong with a request's keys, and the fix. Raises HTTPError 429."""
         wrong = "there is no API key"
         if presented := [digest for digest in head.credentials if digest != NO_SCHEME]:
             if any(self._keys.expired(digest, now) for digest in presented):
@@ -129,10 +129,10 @@ class Gate:
             )
 
     def _refuse_foreign(self, head: Head, *, managing: bool) -> None:
-        """Refuse what a page of another site makes a browser send. Raises HTTPError 403.
+        """Refuse requests from other sites' pages. Raises HTTPError 403.
 
-        Browsers attach Basic passwords by themselves, so a page that a user merely visits could
-        use them. A page that manages models must be one of an origin that is listed by name.
+        Browsers attach Basic passwords automatically, so any page that a user visits could use
+        them. To manage models, a page's origin must be listed by name; `*` is not enough.
         """
         origin = head.get(b"origin")
         if origin is None and head.get(b"sec-fetch-site") != b"cross-site":
@@ -140,7 +140,7 @@ class Gate:
         listed = self._named_origins if managing else self._origins
         if origin is not None and (_is_same_origin(head, origin) or listed.allow(origin)):
             return
-        what = "managing models" if managing else "a password of Basic"
+        what = "managing models" if managing else "a Basic password"
         raise HTTPError(
             403,
             f"{what} is not accepted from pages of other sites: add the page's origin to"
@@ -159,7 +159,7 @@ class Gate:
         )
 
     def preflight(self, head: Head) -> Response:
-        """Answer what a browser asks before a request; no key comes with it."""
+        """Answer a browser's CORS preflight request, which carries no key."""
         found = self._routes.find(head.path)
         methods = b", ".join(found[0].methods) if found else b"GET, POST"
         wanted = head.get(b"access-control-request-headers") or b""
@@ -175,12 +175,12 @@ class Gate:
 
 
 def caller(head: Head) -> str:
-    """Return what the log shows of a caller without a valid key: digits of a digest."""
+    """Return how the log names a caller without a valid key: the start of the key's digest."""
     return next((d.hex()[:8] for d in head.credentials if d != NO_SCHEME), "-")
 
 
 def _check_rights(route: Route, key: Key) -> None:
-    """Refuse a key that lacks the right to a route. Raises HTTPError 403."""
+    """Check that a key may use a route. Raises HTTPError 403."""
     if route.access is Access.ADMIN and not key.admin:
         raise HTTPError(
             403,
@@ -190,13 +190,13 @@ def _check_rights(route: Route, key: Key) -> None:
     if route.access is Access.ANY_MODEL and key.models is not None:
         raise HTTPError(
             403,
-            "this API key may use certain models only, and OllProx does not read which one this"
-            " request asks; ask the operator for a key without models=",
+            "this API key may use certain models only, and OllProx does not read which model this"
+            " request is for; ask the operator for a key without models=",
         )
 
 
 def _is_same_origin(head: Head, origin: bytes) -> bool:
-    """Return true if the page comes from the address that it asks."""
+    """Return True if the page was served from the address that it calls."""
     host = head.get(b"host")
     return host is not None and origin.partition(b"://")[2].lower() == host.lower()
 

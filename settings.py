@@ -245,11 +245,6 @@ class Settings:
         return program_path(self.api_key_file)
 
     @property
-    def upstream_url(self) -> str:
-        """URL of upstream."""
-        return f"{'https' if self.ollama_tls else 'http'}://{self.upstream_address}"
-
-    @property
     def listen_scheme(self) -> str:
         """Scheme of our own URLs."""
         return "https" if self.tls_cert_file else "http"

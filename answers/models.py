@@ -31,17 +31,15 @@ class Probe:
     """Requests of OllProx's own to one Ollama.
 
     Args:
-        upstream: the Ollama, or several.
-        on_change: called with `up` each time that it changes.
+        upstream: the Ollama server, or a pool of several.
 
     """
 
     up: bool | None = None
     """Whether Ollama answered the last of these requests; None before the first."""
 
-    def __init__(self, upstream: One, on_change: Callable[[bool], None] = lambda up: None) -> None:
+    def __init__(self, upstream: One) -> None:
         self._upstream = upstream
-        self._on_change = on_change
         self._probed = -math.inf  # when `ready` last asked
         self._probing = asyncio.Lock()
 
@@ -123,7 +121,6 @@ class Probe:
             log.warning("Ollama does not answer any more: %s", reason)
         if up and before is not None:
             log.info("Ollama at %s answers again", self._upstream.address)
-        self._on_change(up)
 
 
 class ModelWatch:
@@ -151,11 +148,6 @@ class ModelWatch:
         self._flights = flights
         self._on_list = on_list
         self._digests: dict[str, str] | None = None  # each model's, as last listed
-
-    @property
-    def up(self) -> bool | None:
-        """Whether Ollama answered when it was last asked; None before that."""
-        return self._probe.up
 
     def digest(self, model: str) -> str:
         """Return the digest of a model, by its normalized name; empty if it is not known."""

@@ -96,7 +96,7 @@ _KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 MIN_USER_TIMEOUT = 30.0  # seconds
 
 # The first byte of the kernel's `tcp_info`.
-_TCP_ESTABLISHED, _TCP_CLOSE, _TCP_CLOSE_WAIT = 1, 7, 8
+_TCP_CLOSE, _TCP_CLOSE_WAIT = 7, 8
 
 # What may be written before it is known what follows; see "Theory of operation".
 _EVERY_RESPONSE = b"HTTP/1.1 "

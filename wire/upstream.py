@@ -424,8 +424,6 @@ class Upstream:
         connection.writer.write(message)  # not waited for: upstream may answer before it reads
         for _ in range(MAX_INTERIM):
             head = self._parse(await self._raw_head(connection, before))
-            if head.status == 101:
-                raise BadHead(502, "it switched protocols unasked")
             if head.status >= 200:
                 if head.status >= 300:
                     self._check(head)
