@@ -1,7 +1,8 @@
 """Let a generation begin: within its key's limits, and in its turn.
 
-A permit is got at once or refused, before the flight begins, so that a refusal reaches only the
-caller that would have begun it. The flight gives it back at its end.
+A permit is given or refused before the flight begins, so that a refusal reaches only the caller
+that would have begun it. It may come with a ticket for the queue: the flight waits for the turn
+inside `turns.fair_queue`. The flight gives the permit back at its end.
 """
 
 from typing import NamedTuple
@@ -14,9 +15,10 @@ from wire.http11 import HTTPError
 
 
 class Permit(NamedTuple):
-    """A generation that may begin, with a ticket as soon as its turn comes.
+    """Permission for one generation.
 
-    `ticket` is None if nothing bounds how many run, `charge` if its key has no limit.
+    `ticket` is its place in the queue, None if any number may run; `charge` is what it counts
+    against the key's limits, None if the key has none.
     """
 
     key: Key
@@ -25,7 +27,7 @@ class Permit(NamedTuple):
     limits: Limits
 
     def end(self, usage: Usage) -> None:
-        """Give it back at the answer's end, and count the tokens that were generated."""
+        """Give the permit back at the answer's end, and count the generated tokens."""
         had_turn = self.ticket is None or self.ticket.had_turn
         if self.ticket is not None:
             self.ticket.withdraw()
@@ -43,16 +45,16 @@ class Permits(NamedTuple):
     turns: Turns
 
     def admit(self, key: Key, model: str, size: int) -> Permit:
-        """Let a generation begin.
+        """Return a permit for a generation.
 
         Args:
-            key: of the caller, who is charged.
-            model: its normalized name; empty if the body does not tell.
-            size: bytes of the prompt, which count while it waits.
+            key: the caller's key, which is charged.
+            model: its normalized name; empty if it is not known.
+            size: bytes of the prompt, reserved while it waits.
 
         Raises:
-            HTTPError: 429 if the key has used up a limit or its label's queue is full, 503 if
-                OllProx is stopping or has no memory; all with Retry-After.
+            HTTPError: 429 if the key has reached a limit or its label's queue is full, 503 if
+                OllProx is stopping or has no memory; always with Retry-After.
 
         """
         charge = self.limits.admit(key) if key.rate or key.tokens else None
