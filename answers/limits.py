@@ -13,31 +13,31 @@ from dataclasses import dataclass
 from keystore import Key, Limit
 from wire.http11 import HTTPError
 
-MAX_EVENTS = 1024  # of one log that are kept apart; beyond, neighbours are counted together
-SWEEP_EVERY = 1024  # new logs between two searches for logs that have run empty
+MAX_EVENTS = 1024  # in one log; beyond that, neighbouring events are merged
+SWEEP_EVERY = 1024  # new logs between two searches for empty logs
 
 
 @dataclass(slots=True)
 class Event:
-    """Something that counts, when it counted (seconds), and how much."""
+    """An amount that was counted, and when (in seconds)."""
 
     at: float
     amount: int
 
 
 class SlidingLog:
-    """What a key counted within the longest window of its limits."""
+    """What one key has used within the longest window of its limits."""
 
     def __init__(self, key: Key) -> None:
-        self.key = key  # as its last request had it
-        self.horizon = 0.0  # seconds that events are kept
+        self.key = key  # with the rights of its last request
+        self.horizon = 0.0  # seconds for which events are kept
         self._events: deque[Event] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._events)
 
     def add(self, now: float, amount: int) -> Event:
-        """Count `amount`; return the event, so that it can be given back."""
+        """Count `amount`; return the event, so that it can be refunded."""
         events = self._events
         if len(events) >= MAX_EVENTS and now - events[-1].at < self.horizon / MAX_EVENTS:
             last = events[-1]
@@ -47,48 +47,48 @@ class SlidingLog:
         return event
 
     def prune(self, now: float) -> None:
-        """Forget what is older than the horizon."""
+        """Remove events older than the horizon."""
         events = self._events
         while events and now - events[0].at >= self.horizon:
             events.popleft()
 
     def used(self, window: float, now: float) -> int:
-        """Return how much counted in the last `window` seconds."""
+        """Return the amount of the last `window` seconds."""
         return sum(event.amount for event in self._events if now - event.at < window)
 
     def free_in(self, limit: Limit, now: float) -> float:
-        """Return the seconds until one more is within the limit; 0 if it is now."""
+        """Return the seconds until one more fits the limit; 0 if it fits now."""
         excess = self.used(limit.seconds, now) - limit.count + 1
         if excess <= 0:
             return 0.0
         for event in self._events:
             if now - event.at < limit.seconds and (excess := excess - event.amount) <= 0:
                 return event.at + limit.seconds - now
-        return limit.seconds  # a limit of 0: nothing is ever free
+        return limit.seconds  # the limit is 0
 
     def empty_in(self, limit: Limit, now: float) -> float:
-        """Return the seconds until nothing of it counts any more."""
+        """Return the seconds until nothing counts against the limit any more."""
         last = max((event.at for event in self._events if event.amount), default=-math.inf)
         return max(0.0, last + limit.seconds - now)
 
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """A generation that was counted; `refund` gives it back if it never began."""
+    """A generation that was counted; `refund` it if it never began."""
 
     _event: Event | None
 
     def refund(self) -> None:
-        """Do not count it after all. To be called at most once."""
+        """Undo the count. Call it at most once."""
         if self._event is not None:
             self._event.amount -= 1
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a key stands against the limit that it is closest to.
+    """How much a key has used of the limit that it is closest to.
 
-    `used` of `limit` counts now; in `resets` seconds nothing will, if nothing more is used.
+    In `resets` seconds nothing counts any more, if the key uses nothing until then.
     """
 
     key: Key
@@ -115,7 +115,7 @@ class Limits:
         """Count a generation that is about to begin.
 
         Raises:
-            LimitReached: 429; nothing was counted.
+            LimitReached: 429; then nothing is counted.
 
         """
         now = self._clock()
@@ -135,7 +135,7 @@ class Limits:
             log.add(now, tokens)
 
     def standing(self, key: Key) -> dict[str, Standing]:
-        """Return how a key stands, by the names of the options that limit it."""
+        """Return a key's use of its limits, by the option that sets them."""
         now = self._clock()
         found = {}
         for what, table, limits in self._tables(key):
@@ -145,7 +145,7 @@ class Limits:
         return found
 
     def in_use(self) -> Iterator[Standing]:
-        """Return how the keys stand of which something counts."""
+        """Yield the use of limits for all keys that have used something."""
         now = self._clock()
         for what, table in (("rate", self._rates), ("tokens", self._tokens)):
             for log in table.values():
@@ -177,7 +177,7 @@ class Limits:
 
     @staticmethod
     def _sweep(table: dict[bytes, SlidingLog], now: float) -> None:
-        """Forget the logs in which nothing counts any more."""
+        """Remove the logs in which nothing counts any more."""
         for log in table.values():
             log.prune(now)
         for digest in [digest for digest, log in table.items() if not log]:
@@ -195,7 +195,7 @@ def _closest(
 class LimitReached(HTTPError):
     """A key has used up a limit.
 
-    Its headers are those that OpenAI's clients read; `Retry-After` is the true time.
+    The headers are those that OpenAI's clients read, and `Retry-After`.
     """
 
     def __init__(self, what: str, limit: Limit, wait: float) -> None:

@@ -1,4 +1,4 @@
-"""Decide whose turn it is to use a slot of the GPU. Pure: no I/O, and the time is handed in."""
+"""Decide whose turn it is to use a slot of the GPU. Pure: no I/O, and the time is an argument."""
 
 import enum
 import itertools
@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
-MAX_RETRY_AFTER = 120  # seconds; the openai client does not retry if it is told to wait longer
-FIRST_TURN = 10.0  # seconds that a turn is thought to take, before one has ended
-RECENT = 0.1  # the share of the last turn in the average of recent ones
+MAX_RETRY_AFTER = 120  # seconds; the openai client does not retry after a longer wait
+FIRST_TURN = 10.0  # assumed length of a turn in seconds, until one has ended
+RECENT = 0.1  # weight of the last turn in the moving average
 
 
 class Key(Protocol):
@@ -17,15 +17,15 @@ class Key(Protocol):
 
     @property
     def label(self) -> str:
-        """Whose key it is: turns are shared between labels."""
+        """The label of the key; turns are shared between labels."""
 
     @property
     def digest(self) -> bytes:
-        """Identify the key: `running` is counted for each."""
+        """Identifies the key; `running` is counted for each key."""
 
     @property
     def weight(self) -> float:
-        """How many times the share of a label of weight 1 it gets; more than 0."""
+        """Its share, compared with a label of weight 1; more than 0."""
 
     @property
     def running(self) -> int | None:
@@ -37,7 +37,7 @@ class Slots(Protocol):
 
     @property
     def total(self) -> int:
-        """How many there are, free or taken, on hosts that are out too; 0 if unlimited."""
+        """The number of slots, free or taken, even on hosts that are down; 0 if unlimited."""
 
     def take(self, model: str) -> object | None:
         """Take a slot on which a model can run; None if none is free."""
@@ -68,19 +68,19 @@ class CountedSlots:
 class State(enum.Enum):
     """Where a turn is."""
 
-    WAITING = "waits for a slot, or for another turn of its key to end"
-    GRANTED = "has a slot, which its request has not begun to use"
-    RUNNING = "uses its slot"
-    ENDED = "has given its slot back, or has left the queue without one"
+    WAITING = "it waits for a slot, or for another turn of its key to end"
+    GRANTED = "it has a slot, but its request has not begun to use it"
+    RUNNING = "its request uses the slot"
+    ENDED = "it has returned its slot, or left the queue without one"
 
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One request's turn. Times are in seconds, on the clock of whoever calls the scheduler."""
+    """One request's turn. Times are in seconds, on the caller's clock."""
 
     key: Key
     model: str
-    number: int  # turns count up in the order they come
+    number: int  # in the order of arrival
     entered: float
     began: float | None = None  # when it got its slot
     ended: float | None = None
@@ -90,29 +90,29 @@ class Turn:
 
 @dataclass(slots=True)
 class _Label:
-    """What a label has used, and its turns that wait or run."""
+    """A label's use so far, and its waiting and running turns."""
 
     since: float
     used: float = 0.0  # slot-seconds until `since`, each divided by the weight at its time
     weight: float = 1.0  # the largest of its keys that wait or run
-    weights: Counter[float] = field(default_factory=Counter)  # of their turns
+    weights: Counter[float] = field(default_factory=Counter)  # the number of turns by weight
     running: int = 0
     waiting: dict[Turn, None] = field(default_factory=dict)  # its line, in order
 
     def charge(self, now: float) -> float:
-        """Return the slot-seconds used, divided by the weight; running turns count so far."""
+        """Return the slot-seconds used, including running turns so far, divided by the weight."""
         return self.used + self.running * (now - self.since) / self.weight
 
     def rank(self, now: float) -> tuple[float, float]:
-        """Return what labels are ordered by, the smallest first."""
+        """Return the sort key of a label; the smallest is next."""
         return self.charge(now), self.running / self.weight
 
     def settle(self, now: float) -> None:
-        """Count what was used until now, before turns or weights change."""
+        """Add up the use until now, before turns or weights change."""
         self.used, self.since = self.charge(now), now
 
     def count(self, weight: float, turns: int, now: float) -> None:
-        """Let so many turns of a weight come, or go if negative."""
+        """Add turns with this weight; a negative number removes them."""
         self.settle(now)
         self.weights[weight] += turns
         if not self.weights[weight]:
@@ -122,30 +122,30 @@ class _Label:
 
 @dataclass(slots=True)
 class _Use:
-    """What one key has in the queue, and how much it may run at once."""
+    """The turns of one key, and its limit of running turns."""
 
-    bound: int | None = None  # as its last request said, since a reload may change it
+    bound: int | None = None  # of its last request, since a reload may change it
     waiting: int = 0
     running: int = 0
 
     def full(self, more: int = 0) -> bool:
-        """Whether the key may start no turn, beside `more` that it would start before."""
+        """Return True if the key may start no turn, given `more` that would start before."""
         return self.bound is not None and self.running + more >= self.bound
 
 
 class Scheduler:
     """Decide whose turn is next. Pure: `now` is handed in, in seconds, and never goes back.
 
-    - Each label has a charge: the slot-seconds that it used, divided by its weight. The label
-      with the smallest gets the next slot. A turn counts while it runs with the time it has run
-      so far, or a label with long turns would look cheap until they end.
-    - A label contends while one of its requests waits for nothing but a slot. One that begins
-      to contend starts at the largest of its own charge, the smallest of the other active
-      labels, and `_floor`: so nobody saves up turns by asking for few.
+    - Each label has a charge: the slot-seconds that it has used, divided by its weight. The label
+      with the smallest charge gets the next slot. Running turns count with the time they have
+      run so far; otherwise a label with long turns would look cheap until they end.
+    - A label contends while one of its requests waits only for a slot. When it begins to
+      contend, its charge is raised to the smallest charge of the other active labels, and to
+      `_floor`. So an idle label does not save up turns.
     - `_floor` is the smallest charge among the labels that contended when a slot was last given.
-      It rises by a second for each second in which no label is active, for all could have run.
-    - An idle label whose charge is no larger than `_floor` is forgotten: it would start there.
-    - A key at its `running` bound and a model without a free slot are skipped, and nothing else.
+      It rises by a second for each second in which no label is active.
+    - An idle label whose charge is not above `_floor` is forgotten: it would start there anyway.
+    - Only keys at their `running` bound, and models without a free slot, are skipped.
     """
 
     def __init__(self, slots: Slots) -> None:
@@ -153,7 +153,7 @@ class Scheduler:
         self.slots = slots
         self._numbers = itertools.count(1)
         self._labels: dict[str, _Label] = {}  # the active ones: they wait or run
-        self._idle: dict[str, _Label] = {}  # those ahead of the floor
+        self._idle: dict[str, _Label] = {}  # idle ones whose charge is above the floor
         self._uses: dict[bytes, _Use] = {}
         self._floor = 0.0
         self._waiting = 0  # turns
@@ -161,7 +161,7 @@ class Scheduler:
         self._idle_since: float | None = None
 
     def add(self, key: Key, model: str, now: float) -> Turn:
-        """Put a request at the end of its label's line; see `grant`."""
+        """Add a request at the end of its label's line. Call `grant` next."""
         if not self._labels and self._idle_since is not None:
             self._floor += now - self._idle_since
         label = self._labels.get(key.label) or self._idle.pop(key.label, None) or _Label(now)
@@ -179,15 +179,15 @@ class Scheduler:
         return turn
 
     def grant(self, now: float) -> list[Turn]:
-        """Give slots to whoever may run, in the order of turns, and return those that got one."""
+        """Begin all turns that may begin, in order, and return them."""
         granted: list[Turn] = []
-        taken: set[str] = set()  # models that no slot is free for
+        taken: set[str] = set()  # models without a free slot
         while self._waiting and (turn := self._grant_one(now, taken)):
             granted.append(turn)
         return granted
 
     def end(self, turn: Turn, now: float) -> None:
-        """End a turn that runs or waits, and free its slot; then `grant`."""
+        """End a running or waiting turn, and free its slot. Call `grant` next."""
         label, use = self._labels[turn.key.label], self._uses[turn.key.digest]
         label.count(turn.key.weight, -1, now)
         if turn.began is not None:
@@ -208,9 +208,9 @@ class Scheduler:
             self._rest(turn.key.label, now)
 
     def order(self, now: float) -> list[Turn]:
-        """Return those that wait in the order they would run, if each took an average time.
+        """Return the waiting turns in their expected order, if each took the average time.
 
-        Those that wait for another turn of their key come last.
+        Turns that wait for another turn of their key come last.
         """
         places = []
         for label in self._labels.values():
@@ -230,32 +230,32 @@ class Scheduler:
         return len(self._labels[label].waiting) if label in self._labels else 0
 
     def running(self) -> dict[str, int]:
-        """Return how many turns each label has that run, for those with any."""
+        """Return the number of running turns by label, without labels that have none."""
         return {name: label.running for name, label in self._labels.items() if label.running}
 
     def of_key(self, digest: bytes) -> tuple[int, int]:
-        """Return how many turns of a key run, and how many wait."""
+        """Return how many turns of a key are running, and how many are waiting."""
         use = self._uses.get(digest, _Use())
         return use.running, use.waiting
 
     def charges(self, now: float) -> dict[str, float]:
-        """Return the charge of each label that is not forgotten: seconds divided by weight."""
+        """Return the charge of each known label, in seconds divided by weight."""
         return {name: label.charge(now) for name, label in (self._labels | self._idle).items()}
 
     def estimate(self, key: Key) -> int:
-        """Return in how many seconds a request that came now would get its turn, 1 to 120."""
+        """Return the expected wait of a new request in seconds, from 1 to 120."""
         lines = [len(label.waiting) for label in self._labels.values() if label.waiting]
-        own = self.waiting(key.label) + 1
+        in_label = self.waiting(key.label) + 1
         seconds = 1.0
         if self.slots.total:
-            ahead = min(sum(lines) + 1, own * max(1, len(lines)))
+            ahead = min(sum(lines) + 1, in_label * max(1, len(lines)))
             seconds = self.turn_seconds * ahead / self.slots.total
         if key.running:
-            seconds = max(seconds, self.turn_seconds * own / key.running)
+            seconds = max(seconds, self.turn_seconds * in_label / key.running)
         return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
 
     def _grant_one(self, now: float, taken: set[str]) -> Turn | None:
-        """Start the next turn; note the models that no slot is free for."""
+        """Start the next turn; add models without a free slot to `taken`."""
         contending = [
             ((*label.rank(now), turn.number), label)
             for label in self._labels.values()
@@ -284,17 +284,17 @@ class Scheduler:
         self._waiting -= 1
 
     def _first_free(self, label: _Label) -> Turn | None:
-        """Return the first of a label's requests that waits for nothing but a slot."""
+        """Return the first of a label's turns that waits only for a slot."""
         free = (turn for turn in label.waiting if not self._uses[turn.key.digest].full())
         return next(free, None)
 
     def _level(self, label: _Label, now: float) -> float:
-        """Return the charge at which a label starts at the least."""
+        """Return the smallest charge with which a label may begin to contend."""
         others = (other.charge(now) for other in self._labels.values() if other is not label)
         return max(self._floor, min(others, default=self._floor))
 
     def _rest(self, name: str, now: float) -> None:
-        """Let a label be idle, and forget those that would start at the floor all the same."""
+        """Make a label idle, and forget idle labels that are not above the floor."""
         self._idle[name] = self._labels.pop(name)
         self._idle_since = now
         self._idle = {name: idle for name, idle in self._idle.items() if idle.used > self._floor}

@@ -1,13 +1,13 @@
-"""Let labels share the slots of the GPU fairly: a request waits in line for its turn.
+"""The fair queue: a request waits for its turn to use a slot of the GPU.
 
-`answers/schedule.py` has the rules of who is next. A request is admitted first, which may refuse
-it, and waits for its turn later, inside its flight:
+`answers/schedule.py` decides whose turn is next. A request is first admitted or refused, before its
+flight begins. It waits for its turn later, inside the flight, in `fair_queue`:
 
     ticket = turns.admit(key, model, size)  # raises HTTPError; begin the flight at once
     async with ticket as slot: ...          # waits; the turn ends with the block
 
-Whoever ends the flight calls `ticket.withdraw()`: a task that is cancelled before its first step
-never reaches its `async with`.
+The code that ends the flight calls `ticket.withdraw()`, because a task that is cancelled before
+its first step never reaches its `async with`.
 """
 
 import asyncio
@@ -23,21 +23,21 @@ from typing import Protocol, TypeVar
 from answers.schedule import Key, Scheduler, Slots, State, Turn
 from wire.http11 import HTTPError
 
-RESTART = 5  # seconds until another process has probably taken over from one that drains
+RESTART = 5  # seconds until another process has probably replaced one that drains
 
 
 class Budget(Protocol):
     """The bytes that waiting prompts share with tapes and stored answers."""
 
     def reserve(self, size: int) -> bool:
-        """Set `size` bytes aside; False if there is no room."""
+        """Reserve `size` bytes; False if there is no room."""
 
     def release(self, size: int) -> None:
         """Give `size` bytes back."""
 
 
 class Refusal(enum.Enum):
-    """Why the queue refused a request, as metrics say it."""
+    """Why the queue refused a request; the values are labels of a metric."""
 
     QUEUE_FULL = "queue full"
     TIMEOUT = "timeout"
@@ -47,7 +47,7 @@ class Refusal(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that waits; `position` counts from 1, in the order they would run now."""
+    """A waiting request; `position` counts from 1, in the order of turns."""
 
     label: str
     model: str
@@ -65,14 +65,14 @@ class Snapshot:
 
 
 class Turns:
-    """The queue in asyncio. Call it from one event loop; nothing but a ticket's wait awaits.
+    """The queue, for one event loop.
 
     Args:
-        slots: where turns run.
-        queue_max: requests of a label that may wait.
-        queue_timeout: seconds that a request may wait.
-        budget: where the bytes of waiting prompts are reserved.
-        clock: seconds on a clock that never goes back.
+        slots: the slots of the GPU.
+        queue_max: how many requests of a label may wait.
+        queue_timeout: how long a request may wait, in seconds.
+        budget: reserves the bytes of waiting prompts.
+        clock: returns seconds on a clock that never goes back.
 
     """
 
@@ -95,20 +95,20 @@ class Turns:
         self._draining = False
 
     def bounds(self, key: Key) -> bool:
-        """Return true if a request of the key may have to wait."""
+        """Return True if a request with this key may have to wait."""
         return self._slots.total > 0 or key.running is not None
 
     def admit(self, key: Key, model: str, size: int = 0) -> "Ticket":
-        """Let a request in: its turn begins at once, or it waits in line.
+        """Return a ticket: its turn begins at once, or it waits.
 
         Args:
-            key: the caller's, who is charged.
+            key: the caller's key, which is charged.
             model: its normalized name.
-            size: bytes of the prompt, held while it waits.
+            size: bytes of the prompt, reserved while it waits.
 
         Raises:
-            HTTPError: 429 if too many requests of its label wait, 503 while draining or if
-                there is no memory to wait in; both with Retry-After in seconds.
+            HTTPError: 429 if too many requests of its label wait; 503 while draining, or if
+                there is no memory for its prompt. Both have Retry-After in seconds.
 
         """
         if self._draining:
@@ -129,7 +129,7 @@ class Turns:
         return ticket
 
     def leave(self, ticket: "Ticket") -> None:
-        """End a ticket's turn or its wait, once; the next ones get what it frees."""
+        """End a ticket's turn or its wait, and begin the turns that this makes possible."""
         if ticket.turn.state is State.ENDED:
             return
         now = self.clock()
@@ -139,18 +139,18 @@ class Turns:
             self._grant(now)
 
     def wake(self) -> None:
-        """Begin all turns that can begin. Call it when slots have come, as a host recovers."""
+        """Begin all turns that can begin. Call it when slots were added."""
         self._grant(self.clock())
 
     def drain(self) -> None:
-        """Refuse those that wait and those that come; turns that run go on."""
+        """Refuse waiting and new requests; running turns continue."""
         self._draining = True
         for turn in list(self._waiting):
             self._scheduler.end(turn, self.clock())
             self._let_out(turn)
 
     def refuse(self, why: Refusal, key: Key) -> HTTPError:
-        """Count a refusal; return the error that says why, and when to come again."""
+        """Count a refusal; return the error, with the reason and the time to retry."""
         self._refusals[why] += 1
         seconds = RESTART if why is Refusal.DRAINING else self._scheduler.estimate(key)
         what = {
@@ -165,11 +165,11 @@ class Turns:
         return HTTPError(status, f"{what}; try again in {seconds} s", (retry_after,))
 
     def of_key(self, digest: bytes) -> tuple[int, int]:
-        """Return how many turns of a key run, and how many wait."""
+        """Return how many turns of a key are running, and how many are waiting."""
         return self._scheduler.of_key(digest)
 
     def snapshot(self) -> Snapshot:
-        """Return who waits and who runs now."""
+        """Return what is waiting and running now."""
         now = self.clock()
         waiting = [
             Waiting(turn.key.label, turn.model, now - turn.entered, position)
@@ -186,14 +186,14 @@ class Turns:
             self._let_out(turn)
 
     def _let_out(self, turn: Turn) -> None:
-        """Take a turn off those that wait, if it is one, and wake its ticket."""
+        """Stop a turn's wait, if it waits, and wake its ticket."""
         if (ticket := self._waiting.pop(turn, None)) is not None:
             self._budget.release(ticket.size)
             ticket.wake()
 
 
 class Ticket:
-    """A request's place in the queue; `async with` waits for its turn, which gives the slot.
+    """A request's place in the queue. `async with` waits for its turn and returns its slot.
 
     Raises on entering:
         HTTPError: 503 with Retry-After, if no turn comes in time or the queue drains.
@@ -213,22 +213,22 @@ class Ticket:
 
     @property
     def had_turn(self) -> bool:
-        """Whether its turn has begun, be it ended by now or not."""
+        """True if its turn has begun, even if it has ended since."""
         return self.turn.began is not None
 
     def waited(self) -> float:
-        """Return the seconds it was queued, so far if it still is."""
+        """Return how long it was queued, or has been queued so far, in seconds."""
         turn = self.turn
         until = turn.began if turn.began is not None else turn.ended
         return (self._turns.clock() if until is None else until) - turn.entered
 
     def withdraw(self) -> None:
-        """Give the place up at once, unless an `async with` has the turn: that ends it."""
+        """Leave the queue at once, unless an `async with` holds the turn and will end it."""
         if self.turn.state is not State.RUNNING:
             self._turns.leave(self)
 
     def wake(self) -> None:
-        """Let whoever waits look again."""
+        """Make the waiting task check again."""
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -251,7 +251,7 @@ class Ticket:
                     self._news = asyncio.get_running_loop().create_future()
                     await self._news
         except TimeoutError:
-            if turn.state is State.WAITING:  # else its turn came at the same moment
+            if turn.state is State.WAITING:  # else its turn began at the same moment
                 turns.leave(self)
                 raise turns.refuse(Refusal.TIMEOUT, turn.key) from None
         except BaseException:
@@ -262,7 +262,7 @@ class Ticket:
 
 
 class Queued(Protocol):
-    """What an exchange is asked, as far as the queue needs to know."""
+    """What the queue needs to know of a request to upstream."""
 
     @property
     def ticket(self) -> AbstractAsyncContextManager[object] | None:
@@ -276,7 +276,7 @@ ResponseT = TypeVar("ResponseT")
 def fair_queue(
     exchange: Callable[[AskT], AbstractAsyncContextManager[ResponseT]],
 ) -> Callable[[AskT], AbstractAsyncContextManager[ResponseT]]:
-    """Return an exchange that waits for its ask's turn, which lasts until its response ends."""
+    """Return an exchange that waits for its turn first; the turn ends with the response."""
 
     @asynccontextmanager
     async def in_turn(

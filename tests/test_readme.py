@@ -483,7 +483,7 @@ def errors(path: Path) -> Iterator[list[str]]:
             yield from ([text] for text in fixed(node.value))
         elif isinstance(node, ast.Yield) and path.name == "keystore.py":
             yield fixed(node.value)
-        elif isinstance(node, ast.FunctionDef) and node.name in {"_mend", "close"}:
+        elif isinstance(node, ast.FunctionDef) and node.name in {"_fix", "close"}:
             yield from (fixed(r.value) for r in ast.walk(node) if isinstance(r, ast.Return))
 
 
