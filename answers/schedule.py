@@ -134,7 +134,7 @@ class _Use:
 
 
 class Scheduler:
-    """Decide whose turn is next. Pure: `now` is handed in, in seconds, and never goes back.
+    """Decides whose turn is next. `now` is always a time in seconds that never goes back.
 
     - Each label has a charge: the slot-seconds that it has used, divided by its weight. The label
       with the smallest charge gets the next slot. Running turns count with the time they have

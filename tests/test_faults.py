@@ -519,7 +519,7 @@ async def test_credentials_that_upstream_wants_are_not_asked_of_clients(
         body = {"model": "llama2", "prompt": "x", "messages": []}
         answer = await ask(ollprox.port, "POST", path, body)
         assert answer.status == 502
-        assert b"wants credentials" in answer.body
+        assert b"requires credentials" in answer.body
         assert not {"www-authenticate", "proxy-authenticate"} & set(answer.headers)
 
 
