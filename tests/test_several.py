@@ -25,7 +25,7 @@ async def test_two_servers_serve_as_one_and_one_may_die(launch: Start) -> None:
         *(ask(ollprox.port, "POST", "/call_model", question(f"b{n}")) for n in range(20))
     )
     assert {answer.status for answer in answers} == {200}
-    await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is out")
+    await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is down")
     assert len((await ask(ollprox.port, "GET", "/api/tags")).json()["models"]) == 2
     assert (await ask(ollprox.port, "GET", "/ready")).status == 200
     await standins[0].start(port=ports[0])
