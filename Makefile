@@ -21,11 +21,10 @@ test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
 
 # Each program can also be run by itself; the report uses the last results of each.
 bench: .venv/run.stamp
-	-$(BIN)/python bench/shared.py
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/streams.py
 	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/big.py
+	$(BIN)/python bench/waits.py
 	$(BIN)/python bench/report.py
 
 # Flame graphs: bench/profile-*.svg.

@@ -60,7 +60,7 @@ log = logging.getLogger("ollprox")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """The parts of the program that are started and stopped; the others are held by these."""
+    """The parts of the program that are started, stopped, or run in the background."""
 
     settings: Settings
     keys: KeyStore
@@ -152,7 +152,7 @@ async def serve(parts: Parts) -> int:
     """Serve until a signal; return the exit status."""
     settings, server, keys = parts.settings, parts.server, parts.keys
     if isinstance(parts.upstream, Pool):
-        await parts.upstream.tick()  # so that the first request finds a server with its model
+        await parts.upstream.tick()  # the first request needs to know which server has its model
     asyncio.get_running_loop().set_exception_handler(startup.LoopErrors())
     tls = parts.certificate.context if parts.certificate else None
     try:
@@ -177,7 +177,7 @@ async def serve(parts: Parts) -> int:
 
 
 async def stop(parts: Parts, signals: startup.Signals) -> None:
-    """Let the answers under way end, at most until the second signal; then cut what is left."""
+    """Stop: let answers finish until DRAIN_TIMEOUT or the second signal, then abort the rest."""
     server, seconds = parts.server, parts.settings.drain_timeout
     log.info("stopping: %d clients have %g s to finish", len(server.clients), seconds)
     parts.turns.drain()
@@ -194,7 +194,7 @@ async def stop(parts: Parts, signals: startup.Signals) -> None:
 
 
 def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, Any, None]]:
-    """Return what is done in the background, from the start to the end."""
+    """Yield the background tasks of the whole run."""
     settings, models = parts.settings, parts.models
     reload = partial(_reload, parts.keys, parts.certificate, signals.reload)
     yield repeat(1.0, partial(_tidy, parts.server, parts.upstream, parts.flights))
@@ -210,7 +210,7 @@ def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, A
 
 
 def _make_upstream(settings: Settings) -> Upstream | Pool:
-    """Return the Ollama of the settings, or a pool if there are several."""
+    """Return the Ollama server of the settings, or a pool if there are several."""
     tls = startup.upstream_tls(settings)
     upstreams = [
         Upstream(
@@ -257,7 +257,7 @@ def _client_limits(settings: Settings) -> ClientLimits:
 def _upstream_states(
     upstream: Upstream | Pool, probe: Probe, turns: Turns, metrics: Metrics
 ) -> list[UpstreamState]:
-    """Return what operators see of each server. Those that wait have none yet in a pool."""
+    """Return the state of each server. In a pool, a waiting request belongs to no server yet."""
     if isinstance(upstream, Pool):
         conflicts = upstream.conflicts()
         return [
@@ -287,9 +287,9 @@ def _upstream_states(
 async def repeat(
     seconds: float, chore: Callable[[], Awaitable[object]], soon: asyncio.Event | None = None
 ) -> None:
-    """Run a chore now, every so many seconds, and whenever `soon` is set.
+    """Run a background task now, then every `seconds`, and whenever `soon` is set.
 
-    An exception of the chore is logged, and the next run is tried.
+    An exception is logged, and does not stop the next run.
     """
     soon = soon or asyncio.Event()
     while True:
@@ -297,7 +297,7 @@ async def repeat(
         try:
             await chore()
         except Exception:
-            log.exception("a chore failed by a fault of OllProx")
+            log.exception("a background task failed because of a bug in OllProx")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await soon.wait()
@@ -342,7 +342,7 @@ async def _report_upstream(probe: Probe, address: str) -> None:
 
 
 async def _check(settings: Settings, keys: KeyStore) -> int:
-    """Print what would be done and what answers in Ollama's place; return the exit status."""
+    """Print what OllProx would do, and whether Ollama answers; return the exit status."""
     print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
     print(startup.describe(settings, keys))
     upstream = _make_upstream(settings)

@@ -1,4 +1,4 @@
-"""Decide how each request is answered: from the cache, by a flight, or by a page of our own.
+"""Decide how each request is answered: from the cache, by a flight, or by an OllProx page.
 
 Read `Proxy.handle` first.
 """
@@ -44,24 +44,24 @@ from wire.http11 import (
 from wire.pool import HOST
 from wire.upstream import VIA, add_via, forwarded
 
-MAX_QUESTIONS = 512  # small bodies whose question is remembered
-MAX_KNOWN_BODY = 2048  # bytes of such a body
+MAX_QUESTIONS = 512  # parsed bodies that are remembered
+MAX_KNOWN_BODY = 2048  # bytes of the largest body that is remembered
 MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is parsed on the event loop
-PARSERS = 2  # threads that parse larger ones
+PARSERS = 2  # threads that parse larger bodies
 
 
 @dataclass(frozen=True, slots=True)
 class CacheDirectives:
-    """What a request says of caching (RFC 9111 section 5.2.1)."""
+    """A request's cache directives (RFC 9111 section 5.2.1)."""
 
-    max_age: float = math.inf  # seconds that an answer may be old
+    max_age: float = math.inf  # maximum age of an answer, in seconds
     reload: bool = False  # `no-cache`: ask upstream
     private: bool = False  # `no-store`: ask upstream, and neither store nor share the answer
     only_if_cached: bool = False
 
     @classmethod
     def of(cls, head: Head) -> "CacheDirectives":
-        """Read them from a head; Pragma counts where there is no Cache-Control."""
+        """Read the directives of a head. Pragma counts only without a Cache-Control."""
         if head.names.isdisjoint(_DIRECTIVES):
             return _NO_DIRECTIVES
         value = head.get(b"cache-control")
@@ -84,27 +84,27 @@ _MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
 
 
 class Decision(NamedTuple):
-    """Where the answer to a request comes from: it is stored, or else a flight brings it."""
+    """Where the answer to a request comes from: either `stored` or `flight` is set."""
 
     outcome: Outcome
     cache_status: bytes
     stored: StoredAnswer | None = None
-    age: float = 0.0  # seconds that the stored answer is old
+    age: float = 0.0  # of the stored answer, in seconds
     flight: Flight | None = None
 
 
 class Proxy:
-    """How requests are answered.
+    """Answers requests.
 
     Args:
-        settings: what the user chose.
-        gate: lets requests in.
-        routes: what is known of Ollama's API.
+        settings: the user's settings.
+        gate: decides which requests get in.
+        routes: the routes of Ollama's API.
         cache: the stored answers.
         flights: the answers under way.
-        permits: lets generations begin.
-        models: knows the models' digests, and is told of requests that change models.
-        page: returns one of OllProx's own pages: by its name, for the caller's key.
+        permits: decides whether a generation may begin.
+        models: knows the models' digests, and watches requests that change models.
+        page: returns the OllProx page of that name, for the caller's key.
 
     """
 
@@ -128,10 +128,11 @@ class Proxy:
         self.models = models
         self.page = page
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
-        self._parsers = ThreadPoolExecutor(PARSERS, "parse")  # not the pool that keys need
+        # A separate pool, so that parsing never delays the reading of the key file.
+        self._parsers = ThreadPoolExecutor(PARSERS, "parse")
 
     async def handle(self, request: Request, record: Record) -> Response:
-        """Answer a request. The head decides who is let in; then the body is read."""
+        """Answer a request: check its head first, then read its body. Raises HTTPError."""
         head = request.head
         record.method = _METHODS.get(head.method, "other")
         if b"origin" in head.names:
@@ -144,7 +145,7 @@ class Proxy:
         self._note_route(record, head, route)
         _note_caller(record, head, key)
         if route.page:
-            # The probes of load balancers, and the polls of Prometheus and the dashboard.
+            # Probes of load balancers, and polls of Prometheus and the dashboard.
             record.quiet = route.access is not Access.ADMIN
             return await self.page(route.page, head, key)
         record.headers += VIA
@@ -153,7 +154,7 @@ class Proxy:
         return await self._answer(request, admission, record)
 
     async def _answer(self, request: Request, admission: Admission, record: Record) -> Response:
-        """Answer what the body asks: with a stored answer, or from a flight."""
+        """Read the body, and answer with a stored answer or from a flight."""
         route, key = admission.route, admission.key
         question = await self._read_question(route, request)
         record.model = question.model or "-"
@@ -171,7 +172,7 @@ class Proxy:
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
-        """Write an error in the form of the API that was called."""
+        """Return the response for an error, in the form of the API that was called."""
         if head is not None and record.route == NO_ROUTE:  # the gate refused it
             if (found := self.routes.find(head.path)) is not None:
                 self._note_route(record, head, found[0])
@@ -182,7 +183,7 @@ class Proxy:
         return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
 
     def _note_route(self, record: Record, head: Head, route: Route) -> None:
-        """Note in the record what kind of request it is."""
+        """Record the path, the route and the kind of a request."""
         record.path = head.path[:MAX_SHOWN].decode()
         known = head.path if head.path in self.routes.rows else route.target or b""
         record.route = known.decode()
@@ -190,10 +191,10 @@ class Proxy:
         if route.page:
             record.outcome = Outcome.PAGE
 
-    # What is asked.
+    # Read the question.
 
     async def _read_question(self, route: Route, request: Request) -> Question:
-        """Read the body and what it asks, where the route has one."""
+        """Read the body, if the route reads bodies. Raises HTTPError 400, 411, 413, 415."""
         head, codec, limit = request.head, route.codec, self.settings.max_body_bytes
         if codec is None or route.target is None:
             return _NO_QUESTION
@@ -211,7 +212,7 @@ class Proxy:
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read)
 
     def _question(self, codec: Codec, target: bytes, path: bytes, body: bytes) -> Question:
-        """Read what a body asks; small ones that came before are known."""
+        """Parse a body; small bodies are parsed only once."""
         if len(body) > MAX_KNOWN_BODY:
             return codec.question(body, target)
         index = hashlib.sha256(path + b"\n" + body).digest()
@@ -223,7 +224,10 @@ class Proxy:
         return question
 
     def _scoped_key(self, question: Question, key: Key | None) -> bytes | None:
-        """Return the cache key in its scope; None where nothing may be stored or shared."""
+        """Return the cache key, for this caller only if CACHE_PER_KEY is set.
+
+        None if the answer may be neither stored nor shared.
+        """
         settings = self.settings
         if settings.cache_only_deterministic and not question.deterministic:
             return None
@@ -231,16 +235,18 @@ class Proxy:
             return hashlib.sha256(question.key + key.scope).digest()
         return question.key
 
-    # Where the answer comes from.
+    # Find or begin the answer.
 
     def _decide(
         self, head: Head, question: Question, admission: Admission, request_id: bytes
     ) -> Decision:
-        """Find the answer, or begin to make it; at once, or two might begin the same.
+        """Return the stored answer, the flight to join, or a new flight.
+
+        There is no `await` in here: two identical requests must not both begin a flight.
 
         Raises:
-            HTTPError: 429, 503 the caller may not begin a generation now; 504 the answer is not
-                in the cache, and nothing else was wanted.
+            HTTPError: 429, 503 the caller may not begin a generation now; 504 the answer is
+                not in the cache, and the request has `only-if-cached`.
 
         """
         directives = CacheDirectives.of(head)
@@ -255,7 +261,9 @@ class Proxy:
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         if directives.only_if_cached:
-            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+            raise HTTPError(
+                504, "the answer is not in the cache, and the request has only-if-cached"
+            )
         outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
         flight_key = None if directives.private else cache_key
         flight = self._begin(head, question, admission, request_id, flight_key)
@@ -264,7 +272,7 @@ class Proxy:
     def _look_up(
         self, cache_key: bytes, directives: CacheDirectives
     ) -> tuple[StoredAnswer | None, float, bytes]:
-        """Return the stored answer if it may be used, its age, and what Cache-Status says."""
+        """Return the stored answer or None, its age, and the value for Cache-Status."""
         if directives.reload or directives.private:
             return None, 0.0, b"fwd=request"
         answer = self.cache.get(cache_key)
@@ -276,7 +284,7 @@ class Proxy:
         return answer, age, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
 
     def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
-        """Return the flight that a request may join."""
+        """Return the flight that a request may join, if there is one."""
         if directives.reload or directives.private:
             return None
         return self.flights.find(cache_key, directives.max_age)
@@ -289,7 +297,7 @@ class Proxy:
         request_id: bytes,
         flight_key: bytes | None,
     ) -> Flight:
-        """Begin a flight; the caller's key is charged. Raises HTTPError 429, 503."""
+        """Begin a flight and charge the caller's key. Raises HTTPError 429, 503."""
         route, model = admission.route, normalize_model(question.model)
         permit = None
         if route.generates and not question.unloads and admission.key is not None:
@@ -328,7 +336,7 @@ class Proxy:
         return Response(200, headers, answer.body)
 
     async def _upload(self, request: Request, admission: Admission, record: Record) -> Response:
-        """Pass a request on whose body is streamed through unread, and its progress back."""
+        """Stream a request's body through unread, and relay the response."""
         head, route = request.head, admission.route
         limit = self.settings.max_body_bytes if route.upload is Upload.LIMITED else None
         if limit is not None and (head.length or 0) > limit:
@@ -354,15 +362,15 @@ class Proxy:
         return self.cache.put(cache_key, answer)
 
     async def _replay(self, reader: Reader, form: Form, record: Record) -> Response:
-        """Replay a flight to its reader, and note in the record what came of it."""
+        """Replay a flight to its reader, and record the result."""
         flight = reader.flight
         try:
             response = await replay(reader, form)
         finally:
             if flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
-        waited = isinstance(response.body, bytes)  # else it is not known yet
-        if waited and flight.stored and record.outcome is Outcome.MISS:
+        ended = isinstance(response.body, bytes)  # else it is not known yet if it is stored
+        if ended and flight.stored and record.outcome is Outcome.MISS:
             record.cache_status += b"; stored"
         if record.queued is not None:
             duration = b"queue;dur=%.1f" % (record.queued * 1000)
@@ -379,8 +387,8 @@ class Proxy:
 
 NO_ROUTE = Record.route
 _MISS = b"OllProx; fwd=miss"
-# Headers that go no further: they are about this connection, or about who the client is;
-# and codings, in which OllProx could not read an answer.
+# Headers that are not forwarded: they concern this connection or identify the client, or they
+# would let Ollama compress the answer, which OllProx must read.
 _STOPPED = frozenset(
     b"host expect via origin referer cookie proxy-authorization accept-encoding forwarded"
     b" x-real-ip x-request-id".split()
@@ -398,7 +406,7 @@ def _note_caller(record: Record, head: Head, key: Key | None) -> None:
 
 
 def _check_model(key: Key, question: Question, admission: Admission) -> None:
-    """Refuse a model that the key may not use. Raises HTTPError 403."""
+    """Check that the key may use the model. Raises HTTPError 403."""
     route, model = admission.route, question.model
     if route.names_model:
         model = unquote(admission.target.rpartition(route.target or b"")[2].decode())
@@ -420,7 +428,7 @@ def _queued(permit: Permit, record: Record) -> float | None:
 async def _limited(
     pieces: AsyncIterator[bytes], limit: int | None, change: ModelChange | None
 ) -> AsyncIterator[bytes]:
-    """Pass a body on. Raises HTTPError 413 beyond the limit."""
+    """Yield a body's pieces. Raises HTTPError 413 beyond the limit."""
     size = 0
     async for piece in pieces:
         size += len(piece)
@@ -436,7 +444,7 @@ def _too_large(limit: int) -> HTTPError:
 
 
 def _passed_on(head: Head, *, without: frozenset[bytes] = frozenset()) -> Headers:
-    """Return what upstream gets of a client's headers, where its answer is the client's alone."""
+    """Return the client's headers to forward, for an answer that only this client gets."""
     kept = end_to_end(head.headers, without=_STOPPED | without)
     passed = (pair for pair in kept if not pair[0].startswith(b"x-forwarded-"))
     return (*passed, *add_via(head.get(b"via")))

@@ -1,8 +1,8 @@
 """The settings: one frozen dataclass, read from the environment and `.env`.
 
 Each field is the environment variable of the same name in upper case. The environment
-wins over `.env`, and an empty value means the default. A bad value raises a
-`SettingsError` whose one line names the variable and the fix.
+overrides `.env`, and an empty value means the default. A bad value raises a
+`SettingsError`; its message is one line with the variable and the fix.
 """
 
 import base64
@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-_CLOSE = 0.88  # difflib's ratio: LOG_LEVLE is close to LOG_LEVEL, SSL_CERT_FILE is not to TLS_...
-_NOT_OURS = {"LOGLEVEL"}  # other programs' variables that are close to ours
+_CLOSE = 0.88  # of difflib: LOG_LEVLE is a misspelt LOG_LEVEL, SSL_CERT_FILE is not TLS_...
+_NOT_OURS = {"LOGLEVEL"}  # other programs' variables with similar names
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used; its text is the one line to show the user."""
+    """A setting cannot be used; the message is the one line to show to the user."""
 
 
 def _seconds(text: str) -> float:
@@ -140,7 +140,7 @@ _WEB_PORTS = {"http": "80", "https": "443"}  # left out of an origin
 
 
 def _can_match(pattern: str) -> bool:
-    """Return whether any page's origin can match the pattern."""
+    """Return True if the origin of some page can match the pattern."""
     match = _PATTERN.fullmatch(pattern)
     if match is None:
         return _NO_SCHEME.fullmatch(pattern) is not None
@@ -154,8 +154,7 @@ class Origins:
     """The origins of CORS_ORIGINS, compiled for matching.
 
     Args:
-        patterns: origins, in each of which a `*` stands for any characters, as in
-            OLLAMA_ORIGINS.
+        patterns: origins, in which `*` stands for any characters, as in OLLAMA_ORIGINS.
 
     """
 
@@ -165,16 +164,18 @@ class Origins:
         self._split = [pattern.split(b"*") for pattern in encoded if b"*" in pattern]
 
     def allow(self, origin: bytes) -> bool:
-        """Return whether a page of this origin, the value of an `Origin` header, may call.
+        """Return True if pages of an origin may call. Takes linear time.
 
-        The time is linear in the origin's length.
+        Args:
+            origin: the value of an `Origin` header.
+
         """
         origin = origin.lower()
         return origin in self._exact or any(_fits(parts, origin) for parts in self._split)
 
 
 def _fits(parts: list[bytes], origin: bytes) -> bool:
-    """Return whether the parts between a pattern's stars follow one another in the origin."""
+    """Return True if the parts between a pattern's stars occur in the origin in order."""
     first, *middle, last = parts
     at, end = len(first), len(origin) - len(last)
     if at > end or not (origin.startswith(first) and origin.endswith(last)):
@@ -200,7 +201,7 @@ class Settings:
     ollama_tls: bool = field(default=False)  # OLLAMA_HOST was an https URL
     hosts: tuple["Host", ...] = field(
         default=(), compare=False
-    )  # all of OLLAMA_HOST; the first is in the above
+    )  # all of OLLAMA_HOST; `ollama_host` is the first
     upstream_api_key: str = _setting("", str, secret=True)
     listen_host: str = _setting("0.0.0.0", _host)
     listen_port: int = _setting(8000, _listen_port)
@@ -243,11 +244,6 @@ class Settings:
     def key_path(self) -> Path:
         """Path of the key file."""
         return program_path(self.api_key_file)
-
-    @property
-    def upstream_url(self) -> str:
-        """URL of upstream."""
-        return f"{'https' if self.ollama_tls else 'http'}://{self.upstream_address}"
 
     @property
     def listen_scheme(self) -> str:
@@ -302,10 +298,10 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
 
 
 def _misspelt(names: Iterable[str]) -> tuple[str, ...]:
-    """Return a warning for each name that is almost one of ours.
+    """Return a warning for each name that looks like a misspelt setting.
 
     The environment is full of other programs' variables, so only a close match counts, and
-    Ollama's own variables never do.
+    Ollama's variables never do.
     """
     ours = [item.name.upper() for item in fields(Settings) if item.metadata]
     others = sorted(set(names).difference(ours, _NOT_OURS))
@@ -356,17 +352,17 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-REGISTRY = "registry.ollama.ai"  # the host of a model's name that has none
+REGISTRY = "registry.ollama.ai"  # the default host of a model's name
 
 
 def normalize_model(name: str) -> str:
-    """Write a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
+    """Return a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
 
     These are the rules of Ollama 0.33, from its `internal/modelref` and `types/model`: white
     space around the name is dropped, ASCII letters are in lower case, a scheme before a host is
     dropped, and so is `:local`. `:cloud` behind a tag is written `-cloud`. The default host
     registry.ollama.ai, then the default namespace `library`, are left out; the default tag is
-    `latest`. A name that Ollama would refuse stays one that it refuses. Linear in the name.
+    `latest`. A name that Ollama refuses is still refused afterwards. Takes linear time.
     """
     name = name.strip()
     if not name:
@@ -384,9 +380,9 @@ def normalize_model(name: str) -> str:
 
 
 def _without_source(name: str) -> str:
-    """Drop the source `:local`, and write the source `:cloud` in one way.
+    """Drop the source `:local`, and normalize the source `:cloud`.
 
-    A name with two sources is an error to Ollama, and stays as it is.
+    A name with two sources is an error in Ollama, and is returned unchanged.
     """
     base, source = _split_source(name)
     if not source or _split_source(base)[1]:
@@ -414,8 +410,8 @@ class Host:
     """One Ollama server of OLLAMA_HOST.
 
     `name` identifies it to people: the host, or `HOST:PORT` if two servers share a host.
-    `authorization` is the value of the `Authorization` header that it gets, empty for none; no
-    other server gets it, and nothing shows it.
+    `authorization` is the value of the `Authorization` header for this server alone, empty for
+    none; it is never shown.
     """
 
     host: str
@@ -443,14 +439,14 @@ _ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 def parse_hosts(text: str, default_port: int | None, api_key: str = "") -> tuple[Host, ...]:
-    """Parse OLLAMA_HOST: servers separated by commas, each with `*WEIGHT` behind it if wanted.
+    """Parse OLLAMA_HOST: servers separated by commas, each optionally followed by `*WEIGHT`.
 
-    Each is written as for Ollama itself: a host, `HOST:PORT` or a URL. A URL may have
-    credentials, percent-encoded, as in `https://user:password@host`.
+    A server is a host, `HOST:PORT` or a URL, as for Ollama itself. A URL may have credentials,
+    percent-encoded, as in `https://user:password@host`.
 
     Args:
         text: the variable's value.
-        default_port: OLLAMA_PORT, for servers without a port of their own; None if not set.
+        default_port: OLLAMA_PORT, for servers without a port; None if it is not set.
         api_key: UPSTREAM_API_KEY; see `_give_keys`.
 
     Raises:
@@ -501,14 +497,14 @@ def _parse_host(text: str, default_port: int | None) -> Host:
 
 
 def _is_host(name: str) -> bool:
-    """Tell whether a name can be a host's."""
+    """Return True if a name can be a host name."""
     if not _HOST_NAME.fullmatch(name) or ".." in name or name.startswith("."):
         return False
     return max(map(len, name.split("."))) <= 63
 
 
 def _basic(user: str | None, password: str | None) -> str:
-    """Return the `Authorization` of a URL's user and password (RFC 7617); empty for none."""
+    """Return `Authorization` for a URL's user and password (RFC 7617); empty for none."""
     if user is None and password is None:
         return ""
     pair = unquote_to_bytes(user or "") + b":" + unquote_to_bytes(password or "")
@@ -516,11 +512,10 @@ def _basic(user: str | None, password: str | None) -> str:
 
 
 def _give_keys(hosts: list[Host], text: str) -> list[Host]:
-    """Give UPSTREAM_API_KEY to the servers that it is for, as a bearer token.
+    """Return the servers with the keys of UPSTREAM_API_KEY, as bearer tokens.
 
-    It is one key, for all https servers without credentials of their own, or a list of
-    `NAME=KEY` separated by commas. It is a list only if its first part begins with a server's
-    name and `=`.
+    It is one key, for all https servers without credentials, or a list of `NAME=KEY` separated
+    by commas. It is a list only if it begins with a server's name and `=`.
     """
     names = {host.name for host in hosts}
     parts = [part.strip() for part in text.split(",")]
@@ -529,7 +524,7 @@ def _give_keys(hosts: list[Host], text: str) -> list[Host]:
         keys = dict(_named_key(part, names) for part in parts)
     elif not keys:
         raise SettingsError(
-            "UPSTREAM_API_KEY is sent to https servers alone, and OLLAMA_HOST has none without"
+            "UPSTREAM_API_KEY is sent only to https servers, and OLLAMA_HOST has none without"
             " credentials: write NAME=KEY to send it to the server of that name"
         )
     if not all(_TOKEN.fullmatch(key) for key in keys.values()):

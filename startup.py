@@ -1,4 +1,4 @@
-"""Checks at the start, the messages of the start, TLS, signals, and `--ping`."""
+"""What happens at the start: checks, messages, TLS, signals; and `--ping`."""
 
 import asyncio
 import contextlib
@@ -27,11 +27,11 @@ from wire.http11 import HTTPError
 
 log = logging.getLogger("ollprox")
 
-MADE = "made-at-start"  # the label of the key that is made where there is none
+MADE = "made-at-start"  # the label of the key that is made if there is none
 EXIT_SETTINGS = 2  # a setting is wrong
 EXIT_FAILED = 1  # the start, or --ping, failed for another reason
 PING_TIMEOUT = 3.0  # seconds
-MAX_PONG = 1024  # bytes that --ping reads of an answer's body
+MAX_PONG = 1024  # bytes of a body that --ping reads
 _PLAIN = re.compile(r"[\w.+-]+", re.ASCII)  # versions that need no quotes
 LOOP_ERROR_INTERVAL = 60.0  # seconds between two log lines for the same failure
 
@@ -71,38 +71,38 @@ def open_keys(settings: Settings) -> KeyStore:
     if not keys.digests and result.lookalikes == len(result.keys) > 0:
         log.warning(
             "API_KEY_SALT is empty, but each line of API_KEY_FILE %s looks like a salted digest:"
-            " if they are, set API_KEY_SALT, or nobody's key will fit",
+            " if so, set API_KEY_SALT, or no key will be valid",
             path,
         )
     return keys
 
 
 def _warn_without_a_file(settings: Settings) -> None:
-    """Warn about settings that do nothing without a key file."""
+    """Warn about settings that have no effect without a key file."""
     if settings.api_key_salt:
-        log.warning("API_KEY_SALT is set, but API_KEY_FILE is not: the salt does nothing")
+        log.warning("API_KEY_SALT is set, but API_KEY_FILE is not: the salt has no effect")
     if set(settings.admin_labels) - {MADE}:
         log.warning("ADMIN_LABELS is set, but API_KEY_FILE is not: no key has these labels")
 
 
 def _unusable(path: Path, text: str, error: OSError) -> str:
-    """Say why the key file, set as `text`, cannot be used."""
+    """Return why the key file, set as `text`, cannot be used."""
     if isinstance(error, FileNotFoundError) and _may_be_a_key(path, text):
         return (
             "it does not name a file, and looks like a key (not shown); put the key into a file"
             " such as keys/keys.txt, and set API_KEY_FILE=keys/keys.txt"
         )
-    return f"{path}: {_mend(path, error)}"
+    return f"{path}: {_fix(path, error)}"
 
 
 def _may_be_a_key(path: Path, text: str) -> bool:
-    """Whether a missing file's path may be a key: it has no suffix, and is in no folder."""
+    """Return True if the path of a missing file may be a key: no suffix, and no folder."""
     in_a_folder = "/" in text and (text[0] in "/~." or path.parent.is_dir())
     return not in_a_folder and not re.search(r"\.[A-Za-z]{2,5}\Z", text)
 
 
-def _mend(path: Path, error: OSError) -> str:
-    """Say what is wrong with the key file, and what to do."""
+def _fix(path: Path, error: OSError) -> str:
+    """Return what is wrong with the key file, and the fix."""
     inside = ROOT / "keys" in path.parents
     image = Path("/app") == ROOT and any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
     if image and not inside and isinstance(error, FileNotFoundError):
@@ -123,7 +123,7 @@ def _mend(path: Path, error: OSError) -> str:
 
 
 def make_key(keys: KeyStore, scheme: str, port: int) -> str:
-    """Make a key for this run, where there is none, and say how it is used."""
+    """Make a key for this run; return the message that shows it and how to use it."""
     key = new_key()
     keys.admit(key.encode(), MADE)
     why = f"API_KEY_FILE {keys.path} has no key in it" if keys.path else "No API key is set"
@@ -142,7 +142,7 @@ that it prints to keys/keys.txt, and set API_KEY_FILE=keys/keys.txt in .env
 
 
 def describe(settings: Settings, keys: KeyStore) -> str:
-    """Return three lines that say what OllProx does with these settings."""
+    """Return three lines that summarize the settings."""
     source = f"from {keys.path}" if keys.path else "(API_KEY_FILE is not set)"
     limits = f"up to {_size(settings.cache_max_bytes)}"
     limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
@@ -155,13 +155,13 @@ def describe(settings: Settings, keys: KeyStore) -> str:
 
 
 def _host(host: Host) -> str:
-    """Return what may be shown of a server."""
+    """Describe a server without showing its credentials."""
     weight = f" (weight {host.weight:g})" if host.weight != 1 else ""
     return f"{host.url}{weight}{' with credentials' if host.authorization else ''}"
 
 
 def _size(count: int) -> str:
-    """Return a number of bytes as it may be written in a setting."""
+    """Return a number of bytes as a setting would have it, such as 8M."""
     for unit, power in (("G", 30), ("M", 20), ("K", 10)):
         if count % (1 << power) == 0:
             return f"{count >> power}{unit}"
@@ -169,10 +169,10 @@ def _size(count: int) -> str:
 
 
 def describe_upstream(version: str | HTTPError, address: str) -> str:
-    """Return one line that says what answers at upstream's address.
+    """Return one line about what answers at upstream's address.
 
     Args:
-        version: Ollama's version, or the error of asking for it.
+        version: Ollama's version, or the error of the request for it.
         address: host and port of upstream.
 
     """
@@ -185,9 +185,9 @@ def describe_upstream(version: str | HTTPError, address: str) -> str:
 
 
 def raise_file_limit(wanted: int) -> int:
-    """Raise the limit of open files; return the number of clients it allows, at most `wanted`.
+    """Raise the limit of open files; return how many clients it allows, at most `wanted`.
 
-    Each client needs one file, and may need another for its connection to Ollama.
+    Each client needs one open file, and perhaps another for its connection to Ollama.
     """
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(OSError, ValueError):
@@ -266,7 +266,7 @@ class Certificate:
         if state == self._loaded:
             return
         try:
-            # A pair that does not match would break the context in use, so try another first.
+            # A pair that does not match would break the current context, so test it first.
             self._load(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
             self._load(self.context)
         except (OSError, ValueError) as error:
@@ -302,10 +302,10 @@ def _tls_reason(error: BaseException) -> str:
 
 
 class LoopErrors:
-    """Logs errors of the event loop; the same failure of the system at most once a minute."""
+    """Logs errors of the event loop, the same OS error at most once a minute."""
 
     def __init__(self) -> None:
-        self._logged: dict[str, float] = {}  # time of the last log line by message; few messages
+        self._logged: dict[str, float] = {}  # when each message was last logged; there are few
 
     def __call__(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         """Log one error."""
@@ -313,7 +313,7 @@ class LoopErrors:
         if isinstance(error, ssl.SSLError | asyncio.CancelledError):
             log.debug("%s: %s", message, _tls_reason(error))
         elif isinstance(error, ValueError) and "file descriptor" in str(error):
-            log.debug("%s", message)  # asyncio accepts once more on a closed socket
+            log.debug("%s", message)  # asyncio calls accept once more after closing the socket
         elif not isinstance(error, OSError):
             log.error("%s", message, exc_info=error)
         elif loop.time() - self._logged.get(message, -math.inf) > LOOP_ERROR_INTERVAL:
@@ -322,26 +322,26 @@ class LoopErrors:
 
 
 def tune_collector() -> None:
-    """Keep collections of garbage short, however many answers are stored.
+    """Keep garbage collections short, however many answers are stored.
 
-    A collection looks at every object that holds others: with Python's own thresholds it
-    would go through all stored answers again and again.
+    A full collection visits all stored answers, and Python's default thresholds would make it
+    run often.
     """
     gc.collect()
-    gc.freeze()  # what the start has made stays until the end
+    gc.freeze()  # these objects live until the end
     gc.set_threshold(50_000, 20, 100)
 
 
 class Signals:
-    """SIGTERM and SIGINT, of which the first drains and the second ends at once; and SIGHUP.
+    """Handles SIGTERM and SIGINT, where the first drains and the second stops; and SIGHUP.
 
-    As PID 1 in a container an unhandled signal does nothing, so each is handled.
+    In a container, OllProx is PID 1, for which an unhandled signal does nothing.
     """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
-        self.reload = asyncio.Event()  # set by SIGHUP; cleared by whoever reloads
+        self.reload = asyncio.Event()  # set by SIGHUP; the reloading task clears it
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop)
@@ -378,13 +378,13 @@ def complain(text: str) -> None:
 
 
 def ping(settings: Settings) -> int:
-    """Ask for `/health` where these settings listen and print what answers; 0 if it is OllProx."""
+    """Request our own `/health`, and print the result; return 0 if OllProx answers."""
     import http.client  # 2 MiB that the server need not hold
 
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.listen_host, settings.listen_host)
     url = f"{settings.listen_scheme}://{address(host, settings.listen_port)}"
     connection = http.client.HTTPConnection(host, settings.listen_port, timeout=PING_TIMEOUT)
-    if settings.tls_cert_file:  # our own certificate, asked for by an address: not verified
+    if settings.tls_cert_file:  # it need not be valid for this address, so it is not verified
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
         connection = http.client.HTTPSConnection(

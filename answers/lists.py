@@ -1,4 +1,4 @@
-"""Leave out of Ollama's lists of models those that a key may not use."""
+"""Remove models that a key may not use from Ollama's lists of models."""
 
 import json
 from collections.abc import Callable
@@ -9,12 +9,12 @@ from wire.http11 import HTTPError, Response
 
 
 def only_allowed(response: Response, name: str, may_use: Callable[[str], bool]) -> None:
-    """Take out of a response with a list of models those that a key may not use.
+    """Remove the models that a key may not use from a response.
 
     Args:
-        response: it is changed. Errors, and what has no body, stay as they are.
-        name: of the list: `models` on Ollama's own routes, `data` on `/v1/models`.
-        may_use: whether the key may use a model, by its normalized name.
+        response: it is changed in place, unless it is an error or has no body.
+        name: the field with the list: `models` on Ollama's own routes, `data` on `/v1/models`.
+        may_use: returns True if the key may use the model with this normalized name.
 
     Raises:
         HTTPError: 502 if the list cannot be read, or is too large to be read.

@@ -1,8 +1,10 @@
-"""Ollama's API: its routes, the form of its errors, and what OllProx asks for itself.
+"""Ollama's API: its routes, the form of its errors, and the requests of OllProx itself.
 
-Pure: nothing here waits or reads a clock. Sources are Ollama's server/routes.go (0.33), its API
+Pure: no I/O, no clock. The sources are Ollama's server/routes.go (0.33), its API
 pages (docs/api.md, docs/openai.md), and recorded exchanges with Ollama 0.13.5 and 0.33.0.
 `questions.py` reads the bodies of requests.
+
+To add a route, add a row to one of the functions `_..._rows` below.
 """
 
 import difflib
@@ -17,7 +19,7 @@ from answers.questions import Codec, Native, PassThrough
 from settings import normalize_model
 from wire.pool import HOST, Api
 
-MAX_HINTED = 64  # bytes of an unknown path for which a similar one is looked for
+MAX_HINTED = 64  # bytes of an unknown path that gets a "did you mean"
 
 
 class Access(enum.Enum):
@@ -25,14 +27,14 @@ class Access(enum.Enum):
 
     OPEN = "anybody"
     KEY = "any valid API key"
-    ANY_MODEL = "API keys that may use every model, as the body is not read"
+    ANY_MODEL = "API keys that may use every model, since the body is not read"
     ADMIN = "keys whose label is in ADMIN_LABELS"
 
 
 class Upload(enum.Enum):
     """How a request's body reaches upstream."""
 
-    NONE = "there is none, or the route's codec reads it and writes it again"
+    NONE = "there is no body, or the route's codec reads and rewrites it"
     LIMITED = "streamed through unread, up to MAX_BODY_BYTES"
     ANY_SIZE = "streamed through unread, of any size"
 
@@ -46,7 +48,7 @@ class Form(enum.Enum):
 
     def body(self, status: int, message: str) -> bytes:
         """Return an error's body."""
-        if self is Form.OLLAMA:  # of a 401 its command line shows `status` and nothing else
+        if self is Form.OLLAMA:  # for a 401, Ollama's command line shows only `status`
             return dump({"error": message, **({"status": message} if status == 401 else {})})
         kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
         if self is Form.ANTHROPIC:
@@ -68,9 +70,9 @@ class Form(enum.Enum):
 class Route:
     """One route: who may use it, and what OllProx does with a request.
 
-    `target` is the path upstream; None if OllProx answers by itself, with the page that `page`
-    names. `suffix` is a pattern of the name that the client puts behind the path. `codec` reads
-    the body; without one the answer is never stored.
+    `target` is the path upstream, None for an OllProx page; `page` is then its name in
+    `watch/pages.py`. `suffix` is a pattern for the name that clients append to the path. `codec`
+    reads the body; without one the answer is never stored.
     """
 
     methods: tuple[bytes, ...]
@@ -81,19 +83,19 @@ class Route:
     suffix: bytes = b""
     upload: Upload = Upload.NONE
     page: str = ""
-    generates: bool = False  # a model works for it, so that it needs a turn
-    manages: bool = False  # it changes models, so that stored answers may become wrong
-    lists: str = ""  # the name of the list of models in the answer
+    generates: bool = False  # a model generates the answer, so the request needs a turn
+    manages: bool = False  # it changes models, so stored answers may become wrong
+    lists: str = ""  # the field of the answer that lists models
     names_model: bool = False  # the suffix is the name of a model
 
     @property
     def takes_compressed(self) -> bool:
-        """Whether the body may be compressed, as clients of OpenAI's API send it."""
+        """True if the body may be compressed, as some clients of OpenAI's API send it."""
         return self.codec is not None and self.form is not Form.OLLAMA
 
 
 def digests(body: bytes) -> dict[str, str] | None:
-    """Read `/api/tags`: each model's digest by its normalized name; None if it is malformed."""
+    """Return each model's digest in `/api/tags` by its normalized name; None if malformed."""
     try:
         models = json.loads(body)["models"]
         found = {normalize_model(model["name"]): model["digest"] for model in models}
@@ -104,7 +106,7 @@ def digests(body: bytes) -> dict[str, str] | None:
 
 
 def version(body: bytes) -> str:
-    """Read `/api/version`; "unknown" if there is none in it."""
+    """Return the version in `/api/version`; "unknown" if there is none."""
     try:
         found = json.loads(body)["version"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -124,7 +126,7 @@ class RouteTable:
         self.hosts: frozenset[bytes] = frozenset()
 
     def find(self, path: bytes) -> tuple[Route, bytes] | None:
-        """Return a path's route and the path to ask upstream for."""
+        """Return a path's route and its path upstream; None if there is no such path."""
         if path.startswith(HOST):
             name, slash, rest = path.removeprefix(HOST).partition(b"/")
             if unquote_to_bytes(name) not in self.hosts or (rest and not rest.startswith(b"api/")):
@@ -146,11 +148,11 @@ class RouteTable:
         return Form.OPENAI if path.startswith(_V1) else Form.OLLAMA
 
     def hint(self, path: bytes) -> str:
-        """Return which path an unknown one was probably meant to be, as a question."""
+        """Return a hint for an unknown path: which path was probably meant."""
         if len(path) > MAX_HINTED:
             return "see the README for the paths it has"
         plain = re.sub(rb"/+", b"/", path).rstrip(b"/").lower()
-        bare = re.sub(rb"\A(?:/(?:api|v1))+(?=/)", b"", plain)  # as a wrong base URL gives them
+        bare = re.sub(rb"\A(?:/(?:api|v1))+(?=/)", b"", plain)  # a wrong base URL repeats these
         names = {name: None for name, route in self.rows.items() if not route.suffix}
         meant = [known for known in (plain, b"/api" + bare, b"/v1" + bare) if known in names]
         if not meant:
@@ -170,7 +172,7 @@ _KINDS = {
     404: "not_found_error",
     429: "rate_limit_error",
 }
-VERSION = b"/api/version"  # what OllProx asks for itself
+VERSION = b"/api/version"  # requested by OllProx itself
 TAGS = b"/api/tags"
 _POST, _GET = (b"POST",), (b"GET", b"HEAD")
 
@@ -182,7 +184,7 @@ _KEY_NAME = rb"[A-Za-z0-9_=-]{1,1024}"  # a public key in URL-safe Base64
 
 
 def route_table(max_object: int) -> RouteTable:
-    """Return the table. `max_object` is the limit of a fold, in bytes."""
+    """Return the route table. `max_object` is the limit of a fold, in bytes."""
     return RouteTable(
         _native_rows(max_object) | _v1_rows() | _unread_rows() | _managing_rows() | _page_rows()
     )
@@ -214,7 +216,7 @@ def _native_rows(max_object: int) -> dict[bytes, Route]:
 
 
 def _v1_rows() -> dict[bytes, Route]:
-    """Return the rows of the APIs that Ollama has in common with others."""
+    """Return the rows of the APIs of OpenAI and Anthropic."""
     codecs: dict[bytes, Codec] = {
         b"/v1/chat/completions": PassThrough("messages"),
         b"/v1/completions": PassThrough("prompt"),
@@ -238,7 +240,7 @@ def _v1_rows() -> dict[bytes, Route]:
 
 
 def _unread_rows() -> dict[bytes, Route]:
-    """Return the rows of media, whose bodies are large or multipart."""
+    """Return the rows for images and audio, whose bodies are not read."""
     paths = (b"/v1/images/generations", b"/v1/images/edits", b"/v1/audio/transcriptions")
     return {
         path: Route(
@@ -254,7 +256,7 @@ def _unread_rows() -> dict[bytes, Route]:
 
 
 def _managing_rows() -> dict[bytes, Route]:
-    """Return the rows for admins: they change models, or use the account of the Ollama server."""
+    """Return the rows for admins: they change models or use the Ollama server's account."""
     changing = {
         b"/api/pull": _POST,
         b"/api/create": _POST,

@@ -1,4 +1,4 @@
-"""Replay a flight's tape to one client, in the form that it wants."""
+"""Replay a flight's tape to one client, as a stream or as a single object."""
 
 from collections.abc import AsyncIterator
 from functools import lru_cache
@@ -12,11 +12,11 @@ from wire.http11 import MAX_FRAMED, Headers, HTTPError, Response, Truncated
 async def replay(reader: Reader, form: Form) -> Response:
     """Return the response for a reader; its `release` leaves the flight.
 
-    A fold, and a body that is not a stream of lines, is waited for to its end, so that what
-    breaks it is still an error with a status of its own.
+    A fold, or a body that is not a stream of lines, is returned only when it is complete. So if
+    it breaks off, the client still gets an error with the right status.
 
     Raises:
-        HTTPError: upstream failed before anything was passed on; the reader has left.
+        HTTPError: upstream failed before the response began; the reader has left.
 
     """
     try:
@@ -37,7 +37,7 @@ async def _response(reader: Reader, form: Form) -> Response:
     if kind.startswith((NDJSON, SSE)):
         return Response(flight.status, flight.headers, _lines(reader, form, kind))
     body = await reader.whole()
-    if body is None:  # too large for the tape: as it comes
+    if body is None:  # too large for the tape: stream it
         return Response(flight.status, flight.headers, _bytes(reader), flight.length)
     return Response(flight.status, flight.headers, body, flight.length)
 
@@ -50,9 +50,13 @@ def as_object(headers: Headers) -> Headers:
 
 
 async def _lines(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[bytes]:
-    """Replay lines; where upstream breaks off, add a line that says so, and cut.
+    """Yield lines. If upstream breaks off, yield a last line with the error.
 
-    An error that Ollama reported is such a line already.
+    An error that Ollama itself reported is already such a line.
+
+    Raises:
+        Truncated: upstream broke off.
+
     """
     last = b"\n"
     try:
@@ -66,7 +70,7 @@ async def _lines(reader: Reader, form: Form, kind: bytes) -> AsyncIterator[bytes
 
 
 async def _bytes(reader: Reader) -> AsyncIterator[bytes]:
-    """Replay a body that has no lines; where upstream breaks off, cut."""
+    """Yield a body without lines. Raises Truncated if upstream breaks off."""
     try:
         async for piece in reader.pieces():
             yield piece

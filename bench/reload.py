@@ -21,7 +21,7 @@ from collections.abc import Awaitable, Iterator
 from pathlib import Path
 
 from common import KEY, ROOT, median, ollprox, percentile, script
-from slow import latencies
+from waits import hits as ask_for_hits
 
 sys.path[0] = str(ROOT)
 
@@ -124,6 +124,12 @@ def touched(path: Path) -> Iterator[None]:
         thread.join()
 
 
+def timed(port: int) -> list[float]:
+    """Return how long each of the hits of some seconds took, in milliseconds."""
+    end = time.monotonic() + SECONDS
+    return list(ask_for_hits(port, 0.002, lambda: time.monotonic() < end))
+
+
 def hits(path: Path, count: int) -> None:
     print("| hits | answers | median ms | 99 % ms | most ms |\n| --- | --- | --- | --- | --- |")
     with script("fast_ollama.py") as upstream:
@@ -135,7 +141,7 @@ def hits(path: Path, count: int) -> None:
             write_keys(path, keys, 1)
             change = touched(path) if reloading else contextlib.nullcontext()
             with ollprox(upstream, API_KEY_FILE=path, KEY_REFRESH=0.02) as (port, _), change:
-                print(row(name, latencies(port, SECONDS)), flush=True)
+                print(row(name, timed(port)), flush=True)
 
 
 def main() -> int:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import re
 import signal
-from pathlib import Path
 
 import pytest
 from client import KEY, Client, ask, question, raw, request, waiting
@@ -80,9 +79,9 @@ async def test_desynchronising_requests(ollprox: Program, ollama: StandIn, attac
 
 
 async def test_a_size_beyond_the_limit_is_refused_before_its_bytes_arrive(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_BODY_BYTES=100)
+    ollprox = await launch(MAX_BODY_BYTES=100)
     chunked = request("POST", "/call_model", b"", {"Transfer-Encoding": "chunked"})
     attacks = [with_key(POST + b"Content-Length: " + n + b"\r\n\r\n") for n in HUGE_LENGTHS]
     attacks += [chunked + size + b"\r\n" for size in (b"65", *HUGE_CHUNKS)]
@@ -97,11 +96,9 @@ async def test_a_size_beyond_the_limit_is_refused_before_its_bytes_arrive(
 
 @pytest.mark.parametrize("chunked", [False, True])
 async def test_a_body_may_be_as_large_as_the_limit_and_not_a_byte_larger(
-    launch: Start, ollama: StandIn, key_file: Path, chunked: bool
+    launch: Start, chunked: bool
 ) -> None:
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_BODY_BYTES=len(BODY) + 2
-    )
+    ollprox = await launch(MAX_BODY_BYTES=len(BODY) + 2)
     for spaces, status in ((2, 200), (3, 413)):
         for parts in (1, 2, 7):
             body = BODY + b" " * spaces
@@ -438,10 +435,8 @@ async def test_a_client_that_closes_after_its_half_close_frees_the_gpu(
         await ollama.until(lambda: ollama.asked()[0].gone)
 
 
-async def test_empty_lines_are_no_way_to_stay(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.3)
+async def test_empty_lines_are_no_way_to_stay(launch: Start) -> None:
+    ollprox = await launch(HEAD_TIMEOUT=0.3)
     for data, status in ((b"\r\n" + GOOD, 200), (b"\r\n\r\n" + GOOD, 400)):
         for step in (1, 2, 1000):
             async with Client(ollprox.port) as client:
@@ -454,9 +449,7 @@ async def test_empty_lines_are_no_way_to_stay(
         assert (await client.reader.read()) == b""  # it did not begin a request in time
 
 
-async def test_a_malformed_chunk_of_an_upload_is_the_clients_fault(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, ADMIN_LABELS="tester")
+async def test_a_malformed_chunk_of_an_upload_is_the_clients_fault(launch: Start) -> None:
+    ollprox = await launch(ADMIN_LABELS="tester")
     head = request("POST", "/api/create", b"", {"Transfer-Encoding": "chunked"})
     assert await statuses(ollprox.port, head + b"5\r\nhello\r\n5 \r\nhello\r\n") == [400]

@@ -223,10 +223,10 @@ async def test_a_client_gets_what_it_gets_without_ollprox(
 
 @pytest.mark.parametrize("use", CLIENTS)
 async def test_clients_that_join_each_other_get_the_same(
-    launch: Start, ollama: StandIn, key_file: Path, use: Use
+    launch: Start, ollama: StandIn, use: Use
 ) -> None:
     straight = await asyncio.to_thread(use, at(ollama.port), "none")
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_TTL=0)
+    ollprox = await launch(CACHE_TTL=0)
     before = len(ollama.asked())
     ollama.script.hold_head = True
     tasks = [asyncio.create_task(asyncio.to_thread(use, at(ollprox.port), KEY)) for _ in range(3)]

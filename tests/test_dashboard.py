@@ -53,9 +53,9 @@ async def stage(page: Page) -> Stage:
 
 
 async def test_what_ollama_generates_is_seen_while_it_grows(
-    page: Page, launch: Start, ollama: StandIn, key_file: Path
+    page: Page, launch: Start, ollama: StandIn
 ) -> None:
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, ADMIN_LABELS="tester")
+    program = await launch(ADMIN_LABELS="tester")
     failures: list[str] = []
     page.on("requestfailed", lambda request: failures.append(request.url))
     lines = asyncio.Semaphore(0)
@@ -91,9 +91,9 @@ async def test_what_ollama_generates_is_seen_while_it_grows(
 
 
 async def test_an_ollama_that_goes_away_and_comes_back_is_seen(
-    page: Page, launch: Start, ollama: StandIn, key_file: Path
+    page: Page, launch: Start, ollama: StandIn
 ) -> None:
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH="0.1")
+    program = await launch(MODEL_REFRESH="0.1")
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, KEY)
     badge = page.get_by_role("status").filter(has_text="Ollama")
@@ -110,7 +110,7 @@ async def test_an_admin_drops_the_stored_answers_of_a_model(
 ) -> None:
     keys = tmp_path / "two.txt"
     keys.write_text(f"{KEY}  # tester\nanother-key  # other\n")
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=keys, ADMIN_LABELS="tester")
+    program = await launch(API_KEY_FILE=keys, ADMIN_LABELS="tester")
     await ollama.until(lambda: bool(ollama.asked("/api/tags")))
     for prompt in ("a", "b"):
         await ask(program.port, "POST", "/call_model", question(prompt))
@@ -128,13 +128,11 @@ async def test_an_admin_drops_the_stored_answers_of_a_model(
     await expect(page.locator("#drop")).to_be_hidden()
 
 
-async def test_a_wrong_key_is_said_to_be_wrong(
-    page: Page, launch: Start, ollama: StandIn, tmp_path: Path
-) -> None:
+async def test_a_wrong_key_is_said_to_be_wrong(page: Page, launch: Start, tmp_path: Path) -> None:
     key = "schlüssel-鍵"  # more than a header takes as it is
     file = tmp_path / "foreign.txt"
     file.write_text(f"{key}\nanother-one-that-may-not-see-it\n")
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=file)
+    program = await launch(API_KEY_FILE=file)
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, "no-such-key")
     await expect(page.get_by_role("alert")).to_have_text("This key is not valid.")
@@ -146,17 +144,15 @@ async def test_a_wrong_key_is_said_to_be_wrong(
     await expect(page.get_by_text("Only this key's label.")).to_be_visible()
 
 
-async def test_figures_are_old_while_ollprox_is_away(
-    page: Page, launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+async def test_figures_are_old_while_ollprox_is_away(page: Page, launch: Start) -> None:
+    program = await launch()
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, KEY)
     await expect(page.locator("#hits")).to_have_text("0")
     await program.stop()
     old = page.get_by_role("alert").get_by_text("OllProx does not answer")
     await expect(old).to_be_visible()
-    await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LISTEN_PORT=program.port)
+    await launch(LISTEN_PORT=program.port)
     await expect(old).to_be_hidden()
     await expect(page.locator("#hits")).to_be_visible()
 

@@ -219,16 +219,15 @@ class FrontClient(Client):
 
 @pytest_asyncio.fixture(params=[nginx, caddy])
 async def front(
-    request: pytest.FixtureRequest, launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    request: pytest.FixtureRequest, launch: Start, tmp_path: Path
 ) -> AsyncIterator[Front]:
     configure: Callable[[Path, Path, Path, int], list[str]] = request.param
     tool(configure.__name__)
     tool("openssl")
     cert, key = certificate(tmp_path, "front")
-    settings = {"OLLAMA_PORT": ollama.port, "API_KEY_FILE": key_file, "API_KEY_IN_PATH": "true"}
     folder = tmp_path / "f"
     folder.mkdir()
-    ollprox = await launch(**settings)
+    ollprox = await launch(API_KEY_IN_PATH="true")
     command = configure(folder, cert, key, ollprox.port)
     front = Front(command, folder, ollprox, ssl.create_default_context(cafile=cert))
     try:

@@ -129,11 +129,9 @@ async def test_no_key_passes_on_in_any_header(ollprox: Program, ollama: StandIn)
 # Rights.
 
 
-async def test_an_expired_key_is_told_so_and_nobody_else(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_an_expired_key_is_told_so_and_nobody_else(launch: Start, key_file: Path) -> None:
     key_file.write_text(f"{KEY} until=2020-01-31  # old\ngood-key-0123456789\n")
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
     async with Client(ollprox.port) as client:
         for _ in range(MAX_WRONG + 2):  # which is no guess
             answer = await client.ask("GET", "/api/tags")
@@ -145,13 +143,11 @@ async def test_an_expired_key_is_told_so_and_nobody_else(
         assert (await client.ask("GET", "/api/tags", headers=beside)).status == 200
 
 
-async def test_the_options_admin_and_metrics(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_the_options_admin_and_metrics(launch: Start, key_file: Path) -> None:
     key_file.write_text(
         f"{KEY} admin\nmetrics-key-0123 metrics # m\nplain-key-012345 # p\nother-key-012345 # o\n"
     )
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
     await ask(ollprox.port, "POST", "/call_model", question(), {"APIKEY": "other-key-012345"})
     found = {}
     for key in (KEY, "metrics-key-0123", "plain-key-012345"):
@@ -161,15 +157,11 @@ async def test_the_options_admin_and_metrics(
     assert list(found.values()) == [(200, True), (403, True), (403, False)]
 
 
-async def test_with_cache_per_key_two_callers_never_share(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_with_cache_per_key_two_callers_never_share(launch: Start, key_file: Path) -> None:
     """Not with labels that look alike either, nor with a label that is the start of a digest."""
     lines = [b"one-key-01234567 # \xff", b"two-key-01234567 # \xfe", b"three-key-01234567"]
     key_file.write_bytes(b"\n".join([*lines, b"four-key-01234567 # \xff"]) + b"\n")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_PER_KEY="1", LOG_LEVEL="DEBUG"
-    )
+    ollprox = await launch(CACHE_PER_KEY="1", LOG_LEVEL="DEBUG")
     hits = []
     for key in ("one", "two", "three", "four", "three"):
         headers = {"APIKEY": f"{key}-key-01234567"}
@@ -179,7 +171,7 @@ async def test_with_cache_per_key_two_callers_never_share(
 
 
 async def test_key_defaults_are_checked_at_the_start(launch: Start, key_file: Path) -> None:
-    ollprox = await launch("--check", API_KEY_FILE=key_file, KEY_DEFAULTS="rate=60/minutes")
+    ollprox = await launch("--check", KEY_DEFAULTS="rate=60/minutes")
     assert await ollprox.process.wait() == 2
     (line,) = ollprox.text().splitlines()
     assert line.startswith("ollprox: KEY_DEFAULTS: rate is malformed; write rate=60/minute")
@@ -190,13 +182,13 @@ async def test_key_defaults_are_checked_at_the_start(launch: Start, key_file: Pa
 
 
 async def test_a_file_of_ten_thousand_keys_with_rights_is_read(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, key_file: Path
 ) -> None:
     lines = [
         f"key-{number:020d} models=llama{number % 9}*,qwen3:8b rate=60/minute  # l{number}\n"
         for number in range(10_000)
     ]
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+    ollprox = await launch(KEY_REFRESH=0.1)
     key_file.write_text("".join([*lines, f"{KEY} running=2\n"]))
     await ollprox.says("API keys: 10001 read from")
     assert await status(ollprox.port, {"APIKEY": KEY}) == 200
@@ -224,7 +216,6 @@ async def test_keys_are_never_seen_outside(launch: Start, ollama: StandIn, tmp_p
     path = tmp_path / "salted.txt"
     path.write_text(hashlib.sha256((salt + good).encode()).hexdigest() + "\nmarked-in-the-file\n")
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
         API_KEY_FILE=path,
         API_KEY_SALT=salt,
         LOG_LEVEL="DEBUG",
@@ -270,9 +261,9 @@ async def until(port: int, key: str, expected: int) -> None:
 
 
 async def test_adding_and_removing_keys_takes_effect_on_open_connections(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, key_file: Path
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+    ollprox = await launch(KEY_REFRESH=0.1)
     async with Client(ollprox.port) as client:
         assert (await client.ask("POST", "/call_model", question())).status == 200
         replacement = key_file.with_suffix(".new")
@@ -288,7 +279,7 @@ async def test_a_key_that_sits_in_every_table_is_revoked_all_the_same(
     launch: Start, ollama: StandIn, key_file: Path
 ) -> None:
     """The head is known, the question is known, and the answer is stored: byte for byte."""
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.2)
+    ollprox = await launch(KEY_REFRESH=0.2)
     async with Client(ollprox.port) as client, asyncio.timeout(10):
         outcomes = [await client.ask("POST", "/call_model", question()) for _ in range(3)]
         assert ["hit" in answer.cache_status for answer in outcomes] == [False, True, True]
@@ -300,19 +291,15 @@ async def test_a_key_that_sits_in_every_table_is_revoked_all_the_same(
     assert len(ollama.asked()) == 1
 
 
-async def test_an_emptied_file_lets_nobody_in(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+async def test_an_emptied_file_lets_nobody_in(launch: Start, key_file: Path) -> None:
+    ollprox = await launch(KEY_REFRESH=0.1)
     await until(ollprox.port, KEY, 404)
     key_file.write_text("")
     await until(ollprox.port, KEY, 401)
 
 
-async def test_a_file_that_vanishes_keeps_the_keys(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.05)
+async def test_a_file_that_vanishes_keeps_the_keys(launch: Start, key_file: Path) -> None:
+    ollprox = await launch(KEY_REFRESH=0.05)
     text = key_file.read_text()
     key_file.unlink()
     await ollprox.says("ERROR .*cannot be read")
@@ -323,10 +310,8 @@ async def test_a_file_that_vanishes_keeps_the_keys(
     assert ollprox.text().count("cannot be read") == 1
 
 
-async def test_a_hundred_thousand_lines_do_not_stop_the_loop(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.1)
+async def test_a_hundred_thousand_lines_do_not_stop_the_loop(launch: Start, key_file: Path) -> None:
+    ollprox = await launch(KEY_REFRESH=0.1)
     lines = [f"key-{number:020d}\r\n" for number in range(100_000)]
     key_file.write_text("\ufeff" + "".join(lines) + KEY, encoding="utf-8", newline="")
     await until(ollprox.port, "key-00000000000000099999", 404)
@@ -359,7 +344,7 @@ async def test_a_key_in_place_of_the_files_name_is_not_shown(launch: Start) -> N
 
 async def test_what_is_probably_a_mistake_is_warned_about(launch: Start, key_file: Path) -> None:
     key_file.write_text(f"{KEY}#Mary\n{KEY}#Mary\n")
-    ollprox = await launch("--check", API_KEY_FILE=key_file, ADMIN_LABELS="Mary", CACHE_PERKEY="1")
+    ollprox = await launch("--check", ADMIN_LABELS="Mary", CACHE_PERKEY="1")
     assert await ollprox.process.wait() == 0
     text = ollprox.text()
     assert "line 1 has a # in its key" in text
@@ -375,10 +360,8 @@ async def test_what_is_probably_a_mistake_is_warned_about(launch: Start, key_fil
     assert "WARNING ADMIN_LABELS is set, but API_KEY_FILE is not" in ollprox.text()
 
 
-async def test_a_file_rewritten_in_place_locks_nobody_out(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.05)
+async def test_a_file_rewritten_in_place_locks_nobody_out(launch: Start, key_file: Path) -> None:
+    ollprox = await launch(KEY_REFRESH=0.05)
     async with Client(ollprox.port) as client:
         with key_file.open("w") as file:  # empty, then half, then whole
             for part in ("", f"{KEY}  # tester\nnew-key", "-0123456789\n"):
@@ -416,12 +399,10 @@ async def test_a_revoked_key_is_refused_within_a_refresh_and_a_second(
     assert took < refresh + SETTLE_TIME + slack, f"revoked {moment:.3f} s after the start"
 
 
-async def test_a_made_key_holds_until_the_file_gets_keys(
-    launch: Start, ollama: StandIn, tmp_path: Path
-) -> None:
+async def test_a_made_key_holds_until_the_file_gets_keys(launch: Start, tmp_path: Path) -> None:
     path = tmp_path / "keys.txt"
     path.write_text("# nobody yet\n")
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=path, KEY_REFRESH=0.1)
+    ollprox = await launch(API_KEY_FILE=path, KEY_REFRESH=0.1)
     await ollprox.says("API_KEY_FILE .*keys.txt has no key in it, so this one was made")
     key = (await ollprox.says(r'-H "APIKEY: (\S+)"'))[1]
     await until(ollprox.port, key, 404)
@@ -480,10 +461,8 @@ def test_a_key_file_that_may_not_be_read_fails_the_start(tmp_path: Path) -> None
     assert "a+r" not in text
 
 
-async def test_a_salt_that_does_not_fit_the_file_fails_the_start(
-    launch: Start, key_file: Path
-) -> None:
-    ollprox = await launch("--check", API_KEY_FILE=key_file, API_KEY_SALT="pepper")
+async def test_a_salt_that_does_not_fit_the_file_fails_the_start(launch: Start) -> None:
+    ollprox = await launch("--check", API_KEY_SALT="pepper")
     assert await ollprox.process.wait() == 2
     (line,) = ollprox.text().splitlines()
     assert "API_KEY_SALT is set" in line
@@ -492,14 +471,14 @@ async def test_a_salt_that_does_not_fit_the_file_fails_the_start(
 
 async def test_digests_without_a_salt_are_warned_about(launch: Start, key_file: Path) -> None:
     key_file.write_text(hashlib.sha256(b"x").hexdigest())
-    ollprox = await launch("--check", API_KEY_FILE=key_file)
+    ollprox = await launch("--check")
     assert await ollprox.process.wait() == 0
     assert "API_KEY_SALT is empty" in ollprox.text()
 
 
 async def test_a_short_key_is_warned_about_by_its_line(launch: Start, key_file: Path) -> None:
     key_file.write_text(f"{KEY}\nshort\nsecretgardenkey\n")
-    ollprox = await launch("--check", API_KEY_FILE=key_file)
+    ollprox = await launch("--check")
     assert await ollprox.process.wait() == 0
     assert "WARNING" in ollprox.text()
     assert "line 2 has a key shorter than 12" in ollprox.text()

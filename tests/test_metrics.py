@@ -92,10 +92,10 @@ async def until(port: int, condition: Callable[[Numbers], bool]) -> Numbers:
 
 
 @pytest.fixture
-def settings(ollama: StandIn, tmp_path: Path) -> dict[str, object]:
+def settings(tmp_path: Path) -> dict[str, object]:
     path = tmp_path / "three-keys.txt"
     path.write_text(f"{KEY}  # tester\n{BOSS}  # boss\n{OTHER}\n")
-    return {"OLLAMA_PORT": ollama.port, "API_KEY_FILE": path, "ADMIN_LABELS": "boss"}
+    return {"API_KEY_FILE": path, "ADMIN_LABELS": "boss"}
 
 
 async def known(ollama: StandIn, port: int) -> None:
@@ -583,9 +583,9 @@ async def test_a_key_sees_its_own_rows_and_an_admin_all(
 
 
 async def test_the_only_key_sees_its_rows_until_there_is_another(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, key_file: Path
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH="0.05")
+    ollprox = await launch(KEY_REFRESH="0.05")
     await ask(ollprox.port, "POST", "/call_model", question())
     numbers = await scrape(ollprox.port)
     assert numbers("keys") == 1
@@ -604,11 +604,11 @@ async def test_the_only_key_sees_its_rows_until_there_is_another(
     assert numbers("key_reloads_total") >= reloads
 
 
-async def test_labels_are_escaped(launch: Start, ollama: StandIn, tmp_path: Path) -> None:
+async def test_labels_are_escaped(launch: Start, tmp_path: Path) -> None:
     label = r'a "b" \c\ {d="e",} \n # 鍵'
     path = tmp_path / "odd-labels.txt"
     path.write_text(f"{KEY}  # {label}\n")
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=path)
+    ollprox = await launch(API_KEY_FILE=path)
     await ask(ollprox.port, "POST", "/call_model", question())
     numbers = await scrape(ollprox.port)
     assert numbers.by("key_requests_total", "key") == {label: 1}
@@ -616,9 +616,7 @@ async def test_labels_are_escaped(launch: Start, ollama: StandIn, tmp_path: Path
     assert [row["label"] for row in view["labels"]] == [label]
 
 
-async def test_whatever_ollama_calls_a_model_can_be_read(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_whatever_ollama_calls_a_model_can_be_read(launch: Start, ollama: StandIn) -> None:
     names = ["half\ud800", 'a"b\\c\n\x1b[31m{d="e"} 7', "鍵\u2028\r鍵", "x" * 5000]
     listed = json.dumps({"models": [{"name": name, "digest": "0"} for name in names]}).encode()
     line = b'{"response":"a","done":true}\n'
@@ -629,7 +627,7 @@ async def test_whatever_ollama_calls_a_model_can_be_read(
         writer.write(b"HTTP/1.1 200 OK\r\n" + head.encode() + body)
 
     ollama.script.respond = respond
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
     await known(ollama, ollprox.port)
     for name in names:
         body = {"model": name, "prompt": "a"}

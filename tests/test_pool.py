@@ -129,7 +129,7 @@ def test_three_failures_in_a_row_take_a_server_out_until_a_request_succeeds() ->
 
 
 def test_a_failing_server_that_nobody_asks_is_trusted_again() -> None:
-    """Its digest is not the one that counts while it is out, so no request comes to end that."""
+    """Its digest is not the one that counts while it is down, so no request comes to end that."""
     a, b = members({"m": "1"}, {"m": "2"})
     roster = Roster([a, b])
     for _ in range(3):
@@ -373,7 +373,7 @@ async def test_a_list_that_does_not_come_in_time_counts_as_no_connection(
     await fakes.pool.tick()
     assert fakes.member("a").health is Health.UP
     lines = [record.getMessage() for record in caplog.records]
-    assert lines == ["Ollama on a is out: no answer within 0.05 s", "Ollama on a is back"]
+    assert lines == ["Ollama on a is down: no answer within 0.05 s", "Ollama on a is back"]
 
 
 async def test_lists_are_those_of_all_servers_from_the_last_poll() -> None:

@@ -343,11 +343,11 @@ def key_line() -> str:
 
 
 @pytest_asyncio.fixture
-async def garden(launch: Start, ollama: StandIn, tmp_path: Path) -> Program:
+async def garden(launch: Start, tmp_path: Path) -> Program:
     """OllProx with the README's key."""
     keys = tmp_path / "garden.txt"
     keys.write_text(key_line())
-    return await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=keys)
+    return await launch(API_KEY_FILE=keys)
 
 
 def at(text: str, port: int) -> str:
@@ -418,8 +418,8 @@ def test_every_path_is_in_the_readme() -> None:
         assert name in README, path
 
 
-async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+async def test_every_metric_is_in_the_table(launch: Start) -> None:
+    ollprox = await launch()
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
@@ -433,18 +433,16 @@ async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, key_
         assert labels == set(names(row[2])), name
 
 
-async def test_every_field_of_the_log_is_in_the_table(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_every_field_of_the_log_is_in_the_table(launch: Start) -> None:
     documented = [names(row[0])[0] for row in rows(METRICS, "## The log")]
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
     await ask(ollprox.port, "POST", "/call_model", question())
     line = (await ollprox.says(r"\n\S+ access (.*)\n"))[1]
     assert re.findall(r"(\w+)=", line) == documented
     example = re.search(r"^\d\S+Z access (.*)$", METRICS, re.MULTILINE)
     assert example
     assert re.findall(r"(\w+)=", example[1]) == documented
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LOG_FORMAT="json")
+    ollprox = await launch(LOG_FORMAT="json")
     await ask(ollprox.port, "POST", "/call_model", question())
     line = (await ollprox.says(r'\n(\{.*"message": "access".*\})\n'))[1]
     assert list(json.loads(line)) == ["time", "level", "message", *documented]
@@ -485,7 +483,7 @@ def errors(path: Path) -> Iterator[list[str]]:
             yield from ([text] for text in fixed(node.value))
         elif isinstance(node, ast.Yield) and path.name == "keystore.py":
             yield fixed(node.value)
-        elif isinstance(node, ast.FunctionDef) and node.name in {"_mend", "close"}:
+        elif isinstance(node, ast.FunctionDef) and node.name in {"_fix", "close"}:
             yield from (fixed(r.value) for r in ast.walk(node) if isinstance(r, ast.Return))
 
 

@@ -117,10 +117,8 @@ def test_a_body_is_decompressed_within_a_limit(body: bytes, status: int) -> None
     assert caught.value.status == status
 
 
-async def test_a_small_body_that_becomes_large_costs_no_memory(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_BODY_BYTES="1M")
+async def test_a_small_body_that_becomes_large_costs_no_memory(launch: Start) -> None:
+    ollprox = await launch(MAX_BODY_BYTES="1M")
     bomb = gzip.compress(bytes(256 << 20), 9)
     before = ollprox.resident("VmHWM")
     answer = await ask(ollprox.port, "POST", "/v1/chat/completions", bomb, GZIP)
@@ -150,12 +148,10 @@ async def test_a_long_prompt_full_of_commas_is_answered(ollprox: Program, ollama
 
 
 async def test_many_large_bodies_leave_the_threads_that_keys_need(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     """The default pool resolves names and reads the key file; these bodies have their own."""
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.05, measured=True
-    )
+    ollprox = await launch(KEY_REFRESH=0.05, measured=True)
     bodies = [question("x" * (4 << 20), n=n) for n in range(40)]
     asked = [asyncio.create_task(ask(ollprox.port, "POST", "/call_model", b)) for b in bodies]
     await ollama.until(lambda: len(ollama.asked()) > 0)
@@ -227,9 +223,7 @@ async def test_a_stream_beyond_the_limit_is_413(
 ) -> None:
     keys = tmp_path / "boss.txt"
     keys.write_text(f"{KEY}  # boss\n")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=keys, ADMIN_LABELS="boss", MAX_BODY_BYTES="64K"
-    )
+    ollprox = await launch(API_KEY_FILE=keys, ADMIN_LABELS="boss", MAX_BODY_BYTES="64K")
 
     async def swallow(reader: asyncio.StreamReader, size: int | None) -> None:
         while await reader.read(1 << 16):

@@ -30,8 +30,8 @@ def keys(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(ollama: StandIn, keys: Path) -> dict[str, object]:
-    return {"OLLAMA_PORT": ollama.port, "API_KEY_FILE": keys, "ADMIN_LABELS": "root, boss"}
+def settings(keys: Path) -> dict[str, object]:
+    return {"API_KEY_FILE": keys, "ADMIN_LABELS": "root, boss"}
 
 
 # The table.
@@ -364,9 +364,7 @@ async def test_a_marked_key_is_seen_nowhere(launch: Start, ollama: StandIn, tmp_
     marked = "MARKED-key-0123456789"
     path = tmp_path / "marked-keys.txt"
     path.write_text(marked)
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=path, LOG_LEVEL="DEBUG", API_KEY_IN_PATH="1"
-    )
+    ollprox = await launch(API_KEY_FILE=path, LOG_LEVEL="DEBUG", API_KEY_IN_PATH="1")
     basic = base64.b64encode(f"u:{marked}".encode()).decode()
     ways = [
         ("", f"APIKEY: {marked}"),

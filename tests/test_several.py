@@ -1,19 +1,17 @@
 """Several Ollama servers, with the program as users run it."""
 
 import asyncio
-from pathlib import Path
 
 from client import ask, question
 from conftest import Start
 from standin import Script, StandIn
 
 
-async def test_two_servers_serve_as_one_and_one_may_die(launch: Start, key_file: Path) -> None:
+async def test_two_servers_serve_as_one_and_one_may_die(launch: Start) -> None:
     standins = [StandIn(Script()), StandIn(Script())]
     ports = [await standin.start() for standin in standins]
     ollprox = await launch(
         OLLAMA_HOST=",".join(f"127.0.0.1:{port}" for port in ports),
-        API_KEY_FILE=key_file,
         MAX_GENERATIONS=2,
         ADMIN_LABELS="tester",
     )
@@ -27,7 +25,7 @@ async def test_two_servers_serve_as_one_and_one_may_die(launch: Start, key_file:
         *(ask(ollprox.port, "POST", "/call_model", question(f"b{n}")) for n in range(20))
     )
     assert {answer.status for answer in answers} == {200}
-    await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is out")
+    await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is down")
     assert len((await ask(ollprox.port, "GET", "/api/tags")).json()["models"]) == 2
     assert (await ask(ollprox.port, "GET", "/ready")).status == 200
     await standins[0].start(port=ports[0])
@@ -42,12 +40,11 @@ async def test_two_servers_serve_as_one_and_one_may_die(launch: Start, key_file:
         await standin.stop()
 
 
-async def test_one_server_by_name(launch: Start, key_file: Path) -> None:
+async def test_one_server_by_name(launch: Start) -> None:
     standins = [StandIn(Script()), StandIn(Script())]
     ports = [await standin.start() for standin in standins]
     ollprox = await launch(
         OLLAMA_HOST=",".join(f"127.0.0.1:{port}" for port in ports),
-        API_KEY_FILE=key_file,
         ADMIN_LABELS="tester",
         MAX_GENERATIONS=2,
     )

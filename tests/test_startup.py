@@ -60,7 +60,7 @@ FOREIGN = [
     ),
     (response(b"200 OK", b"<html>welcome"), 'status 200, .*body "<html>welcome"'),
     (response(b"200 OK", b'{"hello": 1}'), "Is that Ollama"),
-    (response(b"401 Unauthorized", b"x"), "wants credentials .status 401"),
+    (response(b"401 Unauthorized", b"x"), "requires credentials .status 401"),
     (response(b"403 Forbidden", b"x" * 100_000), r"status 403, .*x{80}\.\.\."),
     (response(b"200 OK", b""), "status 200"),
     (response(b"200 OK", b"", server=b"a\x1b[31m"), "HTTP response"),

@@ -121,13 +121,11 @@ async def far_ollama(hosts: Hosts, script: Script | None = None) -> AsyncIterato
 
 
 async def test_a_host_that_vanishes_under_a_request_is_found_within_30_s(
-    launch: Start, key_file: Path, hosts: Hosts
+    launch: Start, hosts: Hosts
 ) -> None:
     """Before its first byte, in mid-stream, and whoever joined."""
     async with far_ollama(hosts, Script(hold_before=1)) as ollama:
-        ollprox = await launch(
-            OLLAMA_HOST=f"{OLLAMA}:{ollama.port}", API_KEY_FILE=key_file, MODEL_REFRESH=0
-        )
+        ollprox = await launch(OLLAMA_HOST=f"{OLLAMA}:{ollama.port}", MODEL_REFRESH=0)
         async with Client(ollprox.port) as first, Client(ollprox.port) as streamed:
             answer = await streamed.begin("POST", "/api/generate", question("stream"))
             await anext(streamed.chunks(answer))
@@ -154,12 +152,11 @@ async def test_a_host_that_vanishes_under_a_request_is_found_within_30_s(
 
 @pytest.mark.parametrize("own_link", [False, True])
 async def test_a_kept_connection_to_a_vanished_host_costs_no_more_than_a_connect(
-    launch: Start, key_file: Path, hosts: Hosts, own_link: bool
+    launch: Start, hosts: Hosts, own_link: bool
 ) -> None:
     async with far_ollama(hosts) as ollama:
         ollprox = await launch(
             OLLAMA_HOST=f"{OLLAMA}:{ollama.port}",
-            API_KEY_FILE=key_file,
             MODEL_REFRESH=0,
             CONNECT_TIMEOUT=2,
         )

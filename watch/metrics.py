@@ -1,8 +1,8 @@
 """Count what OllProx does; report it as text for Prometheus and as JSON for the dashboard.
 
 Every number comes from the record of a request at its end, from a flight at its end, or
-from a part that is asked when somebody looks. Only known models and labels get series of
-their own, and their number is bounded, so clients cannot add series.
+from a part of the program when somebody looks. Only known models and labels get their own
+series, and their number is bounded, so clients cannot add series.
 """
 
 import os
@@ -22,23 +22,23 @@ from record import Outcome, Record, Usage
 from settings import normalize_model
 from watch.telemetry import MAX_SHOWN
 
-MAX_NAMES = 1000  # models, and labels, that are counted one by one
+MAX_NAMES = 1000  # models, and labels, that are counted separately
 MAX_LISTED = 100  # answers being generated, and requests waiting, that the page lists
-MAX_RECENT = 2000  # requests whose figures are remembered one by one
-MAX_SHOWN_REQUESTS = 200  # of these, the newest that one key may see
+MAX_RECENT = 2000  # requests that are remembered
+MAX_SHOWN_REQUESTS = 200  # of these, the newest ones that a key may see
 OTHER = "other"  # all models, or labels, beyond MAX_NAMES
-HOUR = 3600.0  # seconds that the page looks back
+HOUR = 3600.0  # seconds of history on the page
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 ANSWERED: tuple[Outcome, ...] = tuple(outcome for outcome in Outcome if outcome is not Outcome.PAGE)
 
-# What the parts tell, each when it is asked.
+# What the parts of the program report when somebody looks.
 
 
 class Viewer(NamedTuple):
     """Whose key looks at the figures."""
 
     label: str
-    sees_all: bool  # the rows of every label, not only of its own
+    sees_all: bool  # the rows of every label, not only of this one
     admin: bool  # may drop stored answers
 
 
@@ -51,7 +51,7 @@ class UpstreamState(NamedTuple):
     waiting: int  # generations
     errors: int  # since the start
     models: Sequence[str] = ()  # loaded
-    conflicts: Sequence[str] = ()  # models that it is not used for: their digest is another one
+    conflicts: Sequence[str] = ()  # models it is not used for, because of their digest
 
 
 class Limit(NamedTuple):
@@ -166,7 +166,7 @@ def _escaped(value: str) -> str:
 
 
 def process_rows(started: float) -> Iterator[Row]:
-    """Yield what all Prometheus clients tell about their process, by the usual names."""
+    """Yield the usual metrics of a process, by the names that all Prometheus clients use."""
     times = resource.getrusage(resource.RUSAGE_SELF)
     cpu = times.ru_utime + times.ru_stime
     yield Row("counter", "process_cpu_seconds_total", "CPU time used, in seconds.", cpu)
@@ -187,10 +187,10 @@ def process_rows(started: float) -> Iterator[Row]:
 
 @dataclass(slots=True)
 class Use:
-    """What one label or one model has had: requests for answers, and tokens."""
+    """The requests and tokens of one label or one model."""
 
     requests: int = 0
-    saved: int = 0  # requests that needed no GPU: hits, and joined ones that got the whole answer
+    saved: int = 0  # requests without GPU time: hits, and joined ones that got a complete answer
     prompt_tokens: int = 0
     tokens: int = 0  # generated
 
@@ -244,7 +244,7 @@ class Metrics:
 
     Args:
         version: OllProx's own.
-        cache, flights, keys: the parts that are asked for their figures.
+        cache, flights, keys: the parts that report figures.
         connections: how many clients are connected.
         upstream_requests: how many requests were sent to Ollama.
         upstreams: the Ollama servers.
@@ -274,22 +274,22 @@ class Metrics:
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
         self._recent: deque[Recent] = deque(maxlen=MAX_RECENT)
-        # Requests without a valid key, apart, so that they cannot push out all others.
+        # Separate, so that requests without a valid key cannot displace all others.
         self._without_key: deque[Recent] = deque(maxlen=MAX_SHOWN_REQUESTS)
         self._minutes = deque([Minute(0)], maxlen=60)
-        self._minute_ends = 0.0  # the last of them, on the monotonic clock
+        self._minute_ends = 0.0  # end of the current minute, on the monotonic clock
         self._ended_tokens = 0  # of answers that have ended; see `_count_tokens`
-        self._counted_tokens = 0  # that some minute has
-        self._lags = deque([0.0], maxlen=120)  # seconds, one each half a second
+        self._counted_tokens = 0  # already added to a minute
+        self._lags = deque([0.0], maxlen=120)  # seconds; measured every half second
         self._errors: dict[str, int] = defaultdict(int)  # of upstream, by kind
         self._cancelled = 0
-        self._saved = 0  # answers: hits, and joined ones that were received whole
+        self._saved = 0  # hits, and joined requests that received a complete answer
         self._wrong_keys = 0
         self._generated = Total()
         self._from_cache = Total()
         self._shared = Total()
-        self._models: frozenset[str] = frozenset()  # that upstream lists
-        self._names: dict[str, str] = {}  # their names, by what requests call them
+        self._models: frozenset[str] = frozenset()  # in upstream's list
+        self._names: dict[str, str] = {}  # their names, by the names used in requests
 
     # What happens.
 
@@ -380,9 +380,9 @@ class Metrics:
         self._count_tokens()
 
     def _count_tokens(self) -> None:
-        """Give the tokens since the last call to the current minute.
+        """Add the tokens since the last call to the current minute.
 
-        Until Ollama reports their number, each line is one.
+        Until Ollama reports their number, each line counts as one token.
         """
         running = sum(
             (usage := flight.notes.usage).tokens or usage.lines
@@ -394,17 +394,17 @@ class Metrics:
         self._counted_tokens = now
 
     def set_models(self, models: Iterable[str]) -> None:
-        """Take the names of the models that upstream has."""
+        """Set the names of the models that upstream has."""
         self._models, self._names = frozenset(models), {}
 
     @property
     def running(self) -> int:
-        """How many answers are being generated, or wait for their turn."""
+        """Number of answers that are being generated or wait for a turn."""
         return sum(flight.permit is not None for flight in self.flights)
 
     @property
     def upstream_errors(self) -> int:
-        """How many answers upstream has failed to give."""
+        """Number of answers that upstream failed to give."""
         return sum(self._errors.values())
 
     def _known(self, model: str) -> str:
@@ -477,7 +477,7 @@ class Metrics:
         }
 
     def _running(self, viewer: Viewer) -> list[dict[str, object]]:
-        """List what is being generated, without the labels that the viewer may not see."""
+        """List the running generations, without the labels that the viewer may not see."""
         running = [flight for flight in self.flights if flight.permit is not None]
         return [
             {
@@ -492,7 +492,7 @@ class Metrics:
         ]
 
     def _waiting(self, viewer: Viewer) -> dict[str, object]:
-        """List the requests in the queue that the viewer may see; their number tells of all."""
+        """List the queued requests that the viewer may see; the depth counts all."""
         waiting = self.queue().waiting
         seen = [row for row in waiting if _may_see(viewer, row.label)][:MAX_LISTED]
         return {
@@ -509,7 +509,7 @@ class Metrics:
         }
 
     def _latency(self) -> list[dict[str, object]]:
-        """Return percentiles by outcome, of the last hour's answers that are remembered."""
+        """Return percentiles by outcome, of the remembered answers of the last hour."""
         since = time.monotonic() - HOUR
         by_outcome: dict[Outcome, list[Recent]] = defaultdict(list)
         for request in self._recent:
@@ -683,13 +683,13 @@ class Metrics:
 
 
 def _label_for(viewer: Viewer, flight: Flight) -> str | None:
-    """Return whose answer a flight makes, if the viewer may know it."""
+    """Return the label that a flight is charged to, if the viewer may see it."""
     label = flight.permit.key.label if flight.permit is not None else ""
     return label if _may_see(viewer, label) else None
 
 
 def _may_see(viewer: Viewer, label: str | None) -> bool:
-    """Tell whether a viewer may see the rows of a label; keys without one have no own rows."""
+    """Return True if a viewer may see the rows of a label. Keys without a label have none."""
     return viewer.sees_all or (label == viewer.label and label != "")
 
 
@@ -701,7 +701,7 @@ def _percentiles(seconds: list[float]) -> tuple[float, float]:
 
 
 def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
-    """Yield what each model, or each label, has had."""
+    """Yield the use of each model, or of each label."""
     uses = list(uses)
     for name, meaning in (
         ("requests", "Requests for answers"),
@@ -713,7 +713,7 @@ def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
         yield Row("counter", f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", values)
 
 
-_REASONS = ("queue full", "timeout", "draining", "memory")  # to refuse a request a turn
+_REASONS = ("queue full", "timeout", "draining", "memory")  # why the queue refuses a request
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",
@@ -726,7 +726,7 @@ _KINDS = {
 
 
 def _error_of(flight: Flight) -> str:
-    """Return the kind of upstream's error; empty if there is none, or it was not upstream's."""
+    """Return the kind of upstream's error; empty if there is none."""
     if flight.error is not None:
         return flight.error.kind
     if flight.ending is Ending.INCOMPLETE:

@@ -23,13 +23,13 @@ _FRESH: Headers = ((b"Cache-Control", b"no-store"),)
 
 
 class Pages:
-    """The pages, each by its name in the route table.
+    """OllProx's own pages, by the names in the route table.
 
     Args:
-        probe: knows whether upstream answers.
-        cache: whose answers `DELETE /cache` drops.
-        flights: whose answers are then not stored.
-        metrics: the counts.
+        probe: checks whether upstream answers.
+        cache: the stored answers, which `DELETE /cache` drops.
+        flights: the answers under way, which `DELETE /cache` grounds.
+        metrics: the figures.
         permits: the limits of keys, and the queue.
 
     """
@@ -60,11 +60,11 @@ class Pages:
         }
 
     async def answer(self, name: str, head: Head, key: Key | None) -> Response:
-        """Return a page for a key, None on an open route. Raises HTTPError."""
+        """Return a page; `key` is None on a route that needs none. Raises HTTPError."""
         return await self._by_name[name](head, key)
 
     def _viewer(self, key: Key | None) -> Viewer:
-        """Return what a key may see and do. A key that is alone may see everything."""
+        """Return what a key may see and do. If it is the only key, it may see everything."""
         assert key is not None, "a page with figures needs a key"
         sees_all = key.admin or key.metrics or len(self._metrics.keys) == 1
         return Viewer(key.label, sees_all, key.admin)
@@ -95,7 +95,7 @@ class Pages:
         return _json(self._metrics.view(self._viewer(key)), _FRESH)
 
     async def _whoami(self, head: Head, key: Key | None) -> Response:
-        """Tell a key's holder its label, its rights, and how it stands against its limits."""
+        """Return a key's label, its rights, and its use of its limits."""
         assert key is not None
         limits, turns = self._permits
         waiting = turns.of_key(key.digest)[1]
@@ -111,7 +111,7 @@ class Pages:
         return _json(view, _FRESH)
 
     async def _drop(self, head: Head, key: Key | None) -> Response:
-        """Drop all stored answers, or those of `?model=NAME`; answers under way are not stored."""
+        """Drop all stored answers, or those of `?model=NAME`; ground the answers under way."""
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]
         if len(wanted) > 1 or len(names) != len(wanted):
@@ -123,7 +123,7 @@ class Pages:
 
 
 def _rights(key: Key) -> dict[str, object]:
-    """Return the options of a key by name: flags are true, and what stands twice is joined."""
+    """Return a key's options by name: flags are True, and repeated options are joined."""
     found: dict[str, object] = {}
     for name, value in key.rights():
         if name in found:

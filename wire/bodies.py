@@ -21,7 +21,7 @@ _CHUNK_START = re.compile(rb"[0-9A-Fa-f]+(?:;[\t\x20-\x7e\x80-\xff]*)?\r?|")
 
 
 class LengthDecoder:
-    """Decode a body that is `length` bytes long, or of any length until the connection closes.
+    """Decodes a body of `length` bytes, or of any length until the connection closes.
 
     Args:
         length: in bytes; None if the connection's close ends the body.
@@ -39,7 +39,7 @@ class LengthDecoder:
         self._left = length
 
     def decode(self, buffer: bytearray) -> bytes:
-        """Take the body's bytes off the front of `buffer` and return them."""
+        """Remove the body's bytes from the front of `buffer` and return them."""
         with memoryview(buffer) as view:
             piece = bytes(view[: self._left])
         del buffer[: len(piece)]
@@ -49,17 +49,17 @@ class LengthDecoder:
         return piece
 
     def end(self) -> None:
-        """Note an orderly end of the connection. Raises Truncated if the body needs more bytes."""
+        """Handle the connection's orderly end. Raises Truncated if bytes are missing."""
         if self._left:
             raise Truncated
         self.done = True
 
 
 class ChunkedDecoder:
-    """Decode a chunked body strictly (RFC 9112 section 7.1), however it is cut into reads.
+    """Decodes a chunked body strictly (RFC 9112 section 7.1), in reads of any size.
 
-    Pass what has arrived to `decode`. Once `done`, the rest of the buffer does not belong to this
-    body. Extensions and trailers are checked, bounded and dropped.
+    Pass the bytes that have arrived to `decode`. Once it is `done`, the rest of the buffer does
+    not belong to this body. Extensions and trailers are checked, limited and dropped.
     """
 
     def __init__(self, limit: int = sys.maxsize) -> None:
@@ -67,12 +67,12 @@ class ChunkedDecoder:
         self._limit = limit
         self._room = limit  # bytes of data that may still be declared
         self._left = 0  # bytes still to come of the current chunk and its CRLF
-        self._last = False  # the chunk of size 0 has come
-        self._checked = 0  # bytes of the trailers that are known to be fine
+        self._last = False  # the chunk of size 0 has arrived
+        self._checked = 0  # bytes of the trailers that are already checked
         self._failure: BadHead | None = None  # to be raised by the next call
 
     def decode(self, buffer: bytearray) -> bytes:
-        """Take what can be decoded off the front of `buffer` and return its data.
+        """Decode and remove as much as possible from the front of `buffer`; return the data.
 
         Raises:
             BadHead: 400 the framing is malformed; 413 a chunk exceeds the limit.
@@ -86,23 +86,23 @@ class ChunkedDecoder:
         except BadHead as error:
             if not pieces:
                 raise
-            self._failure = error  # raised after the data before it was returned
+            self._failure = error  # raised by the next call, after this data
         return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
     def end(self) -> None:
-        """Note an orderly end of the connection. Raises Truncated: the last chunk is missing."""
+        """Handle the connection's orderly end. Raises Truncated: the last chunk is missing."""
         raise Truncated
 
     def _decode(self, buffer: bytearray, pieces: list[bytes]) -> None:
         position, end = 0, len(buffer)
-        in_one_go = True  # not tried yet
+        try_many = True  # many chunks at once
         with memoryview(buffer) as view:
             while position < end and not self._last:
                 if self._left:
                     taken = min(self._left, end - position)
                     position = self._take(view, position, taken, pieces)
-                elif in_one_go:
-                    in_one_go = False
+                elif try_many:
+                    try_many = False
                     data, taken = _whole_chunks(bytes(view[position:]))
                     if taken:
                         self._room -= len(data)
@@ -125,7 +125,7 @@ class ChunkedDecoder:
             self._take_trailers(buffer)
 
     def _take(self, view: memoryview, position: int, taken: int, pieces: list[bytes]) -> int:
-        """Take bytes of a chunk and of the CRLF after it."""
+        """Take bytes of a chunk and of the CRLF that follows."""
         data = min(taken, max(self._left - 2, 0))
         if data:
             pieces.append(bytes(view[position : position + data]))
@@ -168,7 +168,7 @@ async def read_body(
 
     Args:
         decoder: finds the body's end.
-        buffer: the bytes that have arrived; the body is taken off its front.
+        buffer: the bytes that have arrived; the body is removed from its front.
         more: waits until more bytes are in the buffer; returns False at the orderly end of the
             connection, and raises if it breaks.
 
@@ -185,12 +185,12 @@ async def read_body(
 
 
 def _whole_chunks(buffer: bytes) -> tuple[bytes, int]:
-    """Decode the chunks that have arrived whole, many at once, if none has anything unusual.
+    """Decode many complete chunks at once, if none of them is unusual.
 
-    An extension, or CRLF in the data, leaves them all to be decoded one by one.
+    With an extension, or CRLF in the data, all must be decoded one by one.
 
     Returns:
-        Their data, and the number of bytes of the buffer that they took.
+        Their data, and the number of bytes that they take in the buffer.
 
     """
     parts = buffer.split(b"\r\n")
@@ -210,7 +210,7 @@ def _too_large(limit: int) -> BadHead:
 
 
 def frame_chunk(piece: bytes) -> bytes:
-    """Return a piece as one chunk; an empty one would end the body."""
+    """Return a piece as one chunk. It must not be empty: that would end the body."""
     return b"%x\r\n%b\r\n" % (len(piece), piece)
 
 

@@ -1,4 +1,4 @@
-"""Connect to a host by any of its addresses, and find out when it has vanished."""
+"""Connect to a host by any of its addresses, and detect when it has vanished."""
 
 import asyncio
 import itertools
@@ -6,7 +6,7 @@ import socket
 import sys
 
 NEXT_ADDRESS = 0.25  # seconds until a host's next address is tried too (RFC 8305 section 5)
-SILENCE = 20  # seconds without an acknowledgement after which a host has vanished
+SILENCE = 20  # seconds without an acknowledgement until a host counts as vanished
 PROBE_AFTER = 10  # seconds of silence until keep-alive probes begin
 PROBE_INTERVAL = 5  # seconds between two of them
 
@@ -19,14 +19,14 @@ _Address = tuple[socket.AddressFamily, tuple[object, ...]]
 
 
 async def dial(host: str, port: int) -> socket.socket:
-    """Return a socket that is connected to the first of the host's addresses that answers.
+    """Return a socket connected to the first of the host's addresses that answers.
 
     asyncio can do this too (`happy_eyeballs_delay`), but in Python 3.11 it loses the socket if
     it is cancelled at the moment of success.
 
     Raises:
         OSError: no address answers, or the name has none.
-        UnicodeError: the name cannot be one.
+        UnicodeError: the name is not a valid host name.
 
     """
     left = await _resolve(host, port)
@@ -46,12 +46,12 @@ async def dial(host: str, port: int) -> socket.socket:
             if task is not winner:
                 task.cancel()
                 task.add_done_callback(_close)
-        errors.clear()  # each holds this frame
+        errors.clear()  # each refers to this frame
 
 
 async def _resolve(host: str, port: int) -> list[_Address]:
-    """Return a host's addresses, those of two families in turn."""
-    try:  # without a thread, if it is an address already
+    """Return a host's addresses, alternating between the address families."""
+    try:  # without a thread, if it is an IP address
         flags = socket.AI_NUMERICHOST
         infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=flags)
     except socket.gaierror:
@@ -95,10 +95,10 @@ def _close(task: asyncio.Task[socket.socket]) -> None:
 
 
 def watch(plain: socket.socket, *, uploads: bool) -> None:
-    """Let the kernel find out that the host at the other end has vanished.
+    """Make the kernel detect that the host at the other end has vanished.
 
-    TCP_USER_TIMEOUT would also end an upload whose receiver reads nothing for a while, such as
-    an Ollama whose disk is slow. While a socket `uploads`, `silence` alone has to do.
+    TCP_USER_TIMEOUT would also end an upload while the receiver reads nothing, as an Ollama with
+    a slow disk does. So it is off while a socket `uploads`; use `silence` then.
     """
     plain.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     milliseconds = 0 if uploads else SILENCE * 1000
@@ -108,10 +108,10 @@ def watch(plain: socket.socket, *, uploads: bool) -> None:
 
 
 def silence(plain: socket.socket) -> float:
-    """Return the seconds since the peer last acknowledged anything; 0 if it owes nothing.
+    """Return how long the peer has owed an acknowledgement, in seconds; 0 if it owes none.
 
-    A peer that reads nothing still answers the probes of its window, so it owes nothing. Always
-    0 where the system does not say (all but Linux).
+    A peer that reads nothing still acknowledges window probes, so it owes nothing. Always 0 on
+    systems other than Linux.
     """
     if sys.platform != "linux":
         return 0.0
@@ -119,6 +119,6 @@ def silence(plain: socket.socket) -> float:
     unacknowledged, last_ack, unsent = (
         int.from_bytes(info[offset : offset + 4], sys.byteorder) for offset in (24, 56, 144)
     )
-    # One probe may have been sent just now; bytes stay unsent if our own link is down.
+    # A single probe may just have been sent; bytes stay unsent if our own link is down.
     is_owing = unacknowledged or (unsent and info[3] > 1)
     return last_ack / 1000 if is_owing else 0.0

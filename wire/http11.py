@@ -63,17 +63,17 @@ _NOT_A_HEAD = re.compile(rb"\A[^!#$%&'*+\-.^_`|~0-9A-Za-z\r]|(?<!\r)\n|\r(?!\n|\
 
 
 class HTTPError(Exception):
-    """A request is answered with an error.
+    """An error to be sent as the response to a request.
 
     The message is shown to the client. It says what is wrong and how to fix it, and quotes
     neither keys nor header lines.
 
     Args:
         status: the response's status.
-        message: for a person.
-        headers: further headers of the response.
-        body: sent as it is instead of a rendered message.
-        kind: what upstream did, in one word; metrics count by it.
+        message: for people.
+        headers: additional headers of the response.
+        body: sent unchanged instead of a rendered message.
+        kind: the kind of upstream's error, such as `timeout`; a label of a metric.
 
     """
 
@@ -98,16 +98,16 @@ class BadHead(HTTPError):
 
 
 class Truncated(Exception):
-    """A body stopped before its end; the copy that the client gets must not look complete."""
+    """A body stopped before its end; the client's copy must not look complete."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
     """A request's head, without any credential.
 
-    `credentials` are the salted digests of the keys that were sent, in the order in which they
-    are tried. `length` is the declared length of the body in bytes, None if none was declared.
-    `has_body` is True if bytes of a body follow. `names` are the names of the headers.
+    `credentials` are the salted digests of the keys that were sent, in the order to try them.
+    `length` is the declared length of the body in bytes, None if none was declared. `has_body` is
+    True if bytes of a body follow. `names` are the names of the headers.
     """
 
     method: bytes
@@ -122,7 +122,7 @@ class Head:
     http10: bool
     has_body: bool
     names: frozenset[bytes]
-    basic: bool = False  # a credential is a password of Basic, which browsers attach themselves
+    basic: bool = False  # a key came as a Basic password, which browsers attach automatically
 
     def get(self, name: bytes) -> bytes | None:
         """Return a header's values, joined by commas; None if the head does not have it."""
@@ -153,11 +153,11 @@ class ResponseHead:
 
 @dataclass(slots=True)
 class Response:
-    """A response to a client, or one of upstream's; its body is whole or a stream.
+    """A response to a client or from upstream; its body is complete or a stream.
 
     `headers` are end-to-end headers without Content-Length. `length` is the length of a
-    body that comes as a stream, in bytes, where it is known. `release` is called once the
-    response was sent, or could not be. `storable` is False if upstream's response is meant
+    body that is a stream, in bytes, if it is known. `release` is called once the response was
+    sent, or could not be sent. `storable` is False if upstream's response is meant
     for one client: it has a cookie, or says `private` or `no-store`. `server` is what upstream
     calls itself, for the operator.
     """
@@ -177,14 +177,14 @@ def _nobody() -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A request to upstream, with all that whoever carries it out needs to know.
+    """A request to upstream, with everything that an exchange needs to know.
 
     `headers` are end-to-end headers without Host and length. `body` is encoded only when it is
-    sent, so that a request that waits holds its prompt once; an upload is an iterator instead,
-    is sent once, and in chunks unless `length` is known. `model` is the normalized name, empty
-    if no model is needed. `whole_wanted` returns True while somebody waits for the answer as a
-    whole: then a silence in its middle is for the asker to judge. `ticket` is its place in the
-    queue, None if it takes no turn.
+    sent, so that a waiting request holds its prompt once. For an upload it is an iterator: it can
+    be sent only once, in chunks unless `length` is known. `model` is the normalized name, empty
+    if no model is needed. `whole_wanted` returns True while a reader waits for the fold: then
+    the flight, not upstream, ends silences that are too long. `ticket` is the request's place in
+    the queue, None if it takes no turn.
     """
 
     method: bytes
@@ -210,7 +210,7 @@ class Request(Protocol):
     head: Head
 
     async def read(self, limit: int) -> bytes:
-        """Return the whole body. Raises HTTPError: 413 it is larger than `limit` bytes."""
+        """Return the complete body. Raises HTTPError 413 if it is larger than `limit` bytes."""
 
     def pieces(self) -> AsyncIterator[bytes]:
         """Yield the body, of any size, as it arrives."""
@@ -249,7 +249,7 @@ class KnownHeads(Generic[M]):
 
 
 def cannot_be_head(start: bytes | bytearray, checked: int = 0) -> bool:
-    """Return True if no head begins with `start`, whose first `checked` bytes can begin one."""
+    """Return True if no head can begin with `start`; its first `checked` bytes are checked."""
     return _NOT_A_HEAD.search(start, max(0, checked - 1)) is not None
 
 
@@ -355,7 +355,7 @@ def _first(pairs: Pairs, wanted: bytes) -> bytes:
 
 
 def _is_storable(pairs: Pairs) -> bool:
-    """Tell whether a response may be given to other clients (RFC 9111 section 3).
+    """Return True if a response may be sent to other clients (RFC 9111 section 3).
 
     `no-cache` does not count: Ollama says it on its event streams, to browsers.
     """
@@ -416,7 +416,7 @@ def _tokens(pairs: Pairs | Headers, wanted: bytes) -> set[bytes]:
 
 
 def end_to_end(headers: Headers, *, without: frozenset[bytes] = frozenset()) -> Headers:
-    """Drop the headers that are for one connection alone, the body's length, and `without`.
+    """Return the headers without hop-by-hop ones, the body's length, and those in `without`.
 
     RFC 9110 section 7.6.1: the hop-by-hop headers and whatever `Connection` names.
     """
@@ -429,7 +429,7 @@ _REASONS = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 @lru_cache(maxsize=MAX_FRAMED)
 def frame_start(status: int, headers: Headers, date: bytes) -> bytes:
-    """Write a response's first lines, with a Date unless `headers` have one."""
+    """Serialize the start of a response's head, with a Date unless `headers` have one."""
     lines = [b"HTTP/1.1 %d %b\r\n" % (status, _REASONS.get(status, b"Unknown"))]
     if not any(name.lower() == b"date" for name, _ in headers):
         lines.append(b"Date: %b\r\n" % date)
@@ -438,18 +438,18 @@ def frame_start(status: int, headers: Headers, date: bytes) -> bytes:
 
 @lru_cache(maxsize=MAX_FRAMED)
 def frame_headers(headers: Headers) -> bytes:
-    """Write headers, each with its line's end."""
+    """Serialize headers, each followed by CRLF."""
     return pack(headers) + b"\r\n" if headers else b""
 
 
 def pack(headers: Headers) -> bytes:
-    """Write headers as one object, which takes a fraction of their memory."""
+    """Serialize headers as one bytes object, which takes a fraction of their memory."""
     return b"\r\n".join([b"%b: %b" % pair for pair in headers])
 
 
 @lru_cache(maxsize=MAX_FRAMED)
 def unpack(packed: bytes) -> Headers:
-    """Read what `pack` has written."""
+    """Return the headers that `pack` serialized."""
     lines = packed.split(b"\r\n") if packed else []
     return tuple((name, value) for name, _, value in (line.partition(b": ") for line in lines))
 
@@ -457,7 +457,7 @@ def unpack(packed: bytes) -> Headers:
 def frame_request(
     method: bytes, target: bytes, headers: Headers, length: int | None, *, chunked: bool = False
 ) -> bytes:
-    """Write a request's head, for a body of so many bytes, in chunks, or for none."""
+    """Serialize a request's head; `length` is the body's, None if there is none or chunked."""
     lines = [b"%b %b HTTP/1.1" % (method, target)]
     lines += [b"%b: %b" % pair for pair in headers]
     if chunked:

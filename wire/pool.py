@@ -1,9 +1,9 @@
-"""Use several Ollama servers as one: an exchange that asks the right one, and its polls.
+"""Use several Ollama servers as one.
 
-`roster.py` decides which one that is. A request that needs a model is asked of another server if
-the first sends no byte of a response or says 503, since the client has seen nothing then. Lists of
-models are answered from the last poll, so that a server that is out cannot stall them. Models
-are managed on all servers or on the first, or with `/host/NAME` before the path on that one alone.
+`roster.py` chooses the server. If it sends no byte of a response or responds with 503, a request
+that needs a model goes to another server, since the client has seen nothing yet. Lists of models
+are answered from the last poll, so that a server that is down cannot delay them. Models are
+managed on all servers or on the first; with `/host/NAME` before the path, on that server alone.
 """
 
 import asyncio
@@ -29,12 +29,12 @@ from wire.upstream import FORWARDED, NoAnswer
 
 log = logging.getLogger("ollprox")
 
-POLL_TIMEOUT = 2.0  # seconds that a server may take to list its models
-LOADED_INTERVAL = 5.0  # seconds between two polls of the models that are loaded
+POLL_TIMEOUT = 2.0  # seconds for a server to list its models
+LOADED_INTERVAL = 5.0  # seconds between two polls of the loaded models
 MAX_LIST = 16 << 20  # bytes of a list
 MAX_COMMAND = 1 << 20  # bytes of a request that goes to all servers
 
-HOST = b"/host/"  # with a server's name and a path behind it: that server alone
+HOST = b"/host/"  # followed by a server's name and a path: for that server alone
 _READS = frozenset({b"GET", b"HEAD"})
 _JSON: Headers = ((b"Content-Type", b"application/json; charset=utf-8"),)
 _LINES: Headers = ((b"Content-Type", b"application/x-ndjson"),)
@@ -44,20 +44,20 @@ Listed = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Api:
-    """What the pool needs to know of Ollama's API: some paths, and how a name is normalized."""
+    """The parts of Ollama's API that the pool needs: paths, and how to normalize a name."""
 
     normalize: Callable[[str], str]
     tags: bytes  # lists a server's models
-    loaded: bytes  # lists those that are loaded
-    models: bytes  # lists them in OpenAI's form; with `/NAME` behind it, one of them
+    loaded: bytes  # lists the loaded models
+    models: bytes  # lists the models in OpenAI's form; followed by `/NAME`, one of them
     pull: bytes
     delete: bytes
-    blobs: bytes  # with a digest behind it
+    blobs: bytes  # followed by a digest
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """What operators see of a server."""
+    """The state of a server, for operators."""
 
     name: str
     health: Health
@@ -75,32 +75,32 @@ class One(Protocol):
 
     @property
     def requests(self) -> int:
-        """How many requests were sent to it."""
+        """The number of requests sent to it."""
 
     def exchange(self, ask: Ask) -> AbstractAsyncContextManager[Response]:
         """Carry out a request; see `Exchange`."""
 
     def sweep(self) -> None:
-        """End waits that last too long."""
+        """End waits that take too long."""
 
     async def close(self) -> None:
-        """Close the connections that are kept."""
+        """Close the idle connections."""
 
 
 @dataclass(slots=True)
 class _Server:
-    """A member of the roster, and what is needed to talk to it."""
+    """A member of the roster, its connections, and its last lists of models."""
 
     member: Member
     upstream: One
-    tags: list[Listed]  # as it listed them last
+    tags: list[Listed]  # from the last poll
     ps: list[Listed]
-    tags_at: float = 0.0  # when they are to be polled next
+    tags_at: float = 0.0  # when the next poll is due
     ps_at: float = 0.0
 
     @property
     def is_stale(self) -> bool:
-        """True if its models may have changed; a server that is out must hold nobody up."""
+        """True if its models may have changed, unless it is down: then waiting is pointless."""
         return not self.tags_at and self.member.health is not Health.UNREACHABLE
 
 
@@ -111,10 +111,10 @@ class Pool:
         servers: the members and their servers, in the order of the settings.
         api: what is known of Ollama's API.
         model_refresh: seconds between two polls of a server's models; 0 for none.
-        changed: called when what the models' names stand for may have changed, or a server's
-            health; it must not wait.
-        slot_of: returns the slot that the fair queue took for a request, None for none.
-        clock: seconds on a clock that never goes back.
+        changed: called when the digests of models or a server's health may have changed; it
+            must not block.
+        slot_of: returns the slot that a request has from the fair queue, or None.
+        clock: returns seconds on a clock that never goes back.
 
     """
 
@@ -138,7 +138,7 @@ class Pool:
         self._digests: dict[str, str] = {}
         self._conflicts: set[tuple[str, str]] = set()
 
-    # What it has in common with a single `Upstream`.
+    # The interface of a single `Upstream`.
 
     @property
     def address(self) -> str:
@@ -147,11 +147,11 @@ class Pool:
 
     @property
     def requests(self) -> int:
-        """How many requests were sent to all servers."""
+        """The number of requests sent to all servers."""
         return sum(server.upstream.requests for server in self._servers.values())
 
     def sweep(self) -> None:
-        """End waits that last too long. Call it once a second."""
+        """End waits that take too long. Call it once a second."""
         for server in self._servers.values():
             server.upstream.sweep()
 
@@ -180,7 +180,7 @@ class Pool:
 
     @asynccontextmanager
     async def exchange(self, ask: Ask) -> AsyncIterator[Response]:
-        """Carry out a request on the server that it is for; see `Exchange`."""
+        """Carry out a request on the right server; see `Exchange`."""
         async with AsyncExitStack() as stack:
             yield await self._answer(ask, stack)
 
@@ -202,11 +202,11 @@ class Pool:
         everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
         if (manage := everywhere.get(ask.target)) is not None:
             return await manage(replace(ask, body=await _read(ask), length=None), stack)
-        # The first server, since it leaves something behind there that is needed again.
+        # On the first server: what such a request leaves there is needed by later ones.
         return await stack.enter_async_context(self._on(self.roster.members[0], ask))
 
     async def _ask_one(self, ask: Ask, stack: AsyncExitStack) -> Response:
-        """Ask the server that the target names. Raises HTTPError 404."""
+        """Send a request to the server named in its path. Raises HTTPError 404."""
         name, slash, rest = ask.target.removeprefix(HOST).partition(b"/")
         member = self._named(unquote(name.decode("latin-1")))
         if member is None:
@@ -218,14 +218,14 @@ class Pool:
         return await stack.enter_async_context(self._on(member, replace(ask, target=slash + rest)))
 
     async def _known(self, target: bytes) -> bytes | None:
-        """Return a list of models, read again if models were managed; None if it is no list."""
+        """Return a list of models, after polling stale servers; None for any other target."""
         stale = [server for server in self._servers.values() if server.is_stale]
         if stale and target == self._api.tags:
             await self._poll_all(stale)
         return self.union(target)
 
     async def _read_from_any(self, ask: Ask, stack: AsyncExitStack) -> Response:
-        """Ask the first server that is up, and the next ones if it does not answer."""
+        """Send a request to the first server that is up, or the next one that answers."""
         members: Sequence[Member] = self.roster.members
         if ask.target.startswith(self._api.models + b"/"):
             name = unquote(ask.target[len(self._api.models) + 1 :].decode("latin-1"))
@@ -237,7 +237,7 @@ class Pool:
         return await stack.enter_async_context(self._on(last, ask))
 
     async def _generate(self, ask: Ask, stack: AsyncExitStack) -> Response:
-        """Ask one server after another, until one answers or none is left."""
+        """Try one server after another, until one answers or none is left."""
         slot = self._slot_of(ask)
         if slot is None:
             slot = Slot()
@@ -265,14 +265,14 @@ class Pool:
             return response
 
     def _other(self, ask: Ask, tried: set[Member]) -> Member | None:
-        """Return the server to ask next; None if a request can be asked of none, or only once."""
+        """Return the next server to try; None if none is left or the body was already sent."""
         if isinstance(ask.body, AsyncIterator):
             return None if tried else self.roster.choose(ask.model, bytes, self._clock())
         return self.roster.choose(ask.model, ask.body, self._clock(), tried)
 
     @asynccontextmanager
     async def _on(self, member: Member, ask: Ask) -> AsyncIterator[Response]:
-        """Carry out a request on one server, and note what it tells of the server's health."""
+        """Carry out a request on one server, and update the server's health."""
         async with AsyncExitStack() as stack:
             try:
                 one = self._servers[member].upstream
@@ -298,7 +298,7 @@ class Pool:
     # Managing models.
 
     async def _pull(self, ask: Ask, stack: AsyncExitStack) -> Response:
-        """Pull a model on all servers in turn; each line of progress says on which."""
+        """Pull a model on all servers in turn; each progress line names the server."""
         lines = self._pull_all(ask)
         stack.push_async_callback(lines.aclose)
         assert not isinstance(ask.body, AsyncIterator)
@@ -325,20 +325,20 @@ class Pool:
     async def _progress(
         self, member: Member, ask: Ask, failed: list[str]
     ) -> AsyncGenerator[bytes, None]:
-        """Yield a server's lines with its name; add it to `failed` unless it succeeds."""
-        error: object = "it ended before it was done"
+        """Yield a server's lines with its name; add the name to `failed` if the pull fails."""
+        error: object = "the pull ended too early"
         rest = b""
         try:
             async with self._on(member, ask) as response:
                 async for piece in _pieces(response):
                     *lines, rest = (rest + piece).split(b"\n")
-                    for told in filter(None, map(_object, lines)):
-                        error = told.get("error", error)
-                        if told.get("status") == "success":
+                    for line in filter(None, map(_object, lines)):
+                        error = line.get("error", error)
+                        if line.get("status") == "success":
                             error = None
-                        if "error" not in told:
-                            status = f"{member.name}: {told.get('status', '')}"
-                            yield _line({**told, "status": status, "host": member.name})
+                        if "error" not in line:
+                            status = f"{member.name}: {line.get('status', '')}"
+                            yield _line({**line, "status": status, "host": member.name})
                 if (last := _object(rest)) is not None:
                     error = None if last.get("status") == "success" else last.get("error", error)
         except HTTPError as broken:
@@ -364,18 +364,18 @@ class Pool:
         status = 200 if 200 in bodies else 404
         return _response(status, bodies[status], stack)
 
-    # Polls, and what they have told.
+    # Polls.
 
     async def tick(self) -> None:
-        """Poll the servers that are due. Call it once a second, and once before the first request.
+        """Poll the servers that are due. Call it once a second, and before the first request.
 
-        It takes `POLL_TIMEOUT` at most for each list.
+        Each list takes at most `POLL_TIMEOUT`.
         """
         self.roster.trust_again(self._clock())
         await self._poll_all(self._servers.values())
 
     async def _poll_all(self, servers: Iterable[_Server]) -> None:
-        """Poll those of the servers that are due, and take over what they list."""
+        """Poll the servers that are due, and update the digests."""
         now = self._clock()
         async with asyncio.TaskGroup() as group:
             for server in servers:
@@ -394,7 +394,7 @@ class Pool:
             self.changed()
 
     def poll_soon(self) -> None:
-        """Let the next tick read all lists again, as after a model was managed."""
+        """Make the next tick read all lists again, because models may have changed."""
         for server in self._servers.values():
             server.tags_at = server.ps_at = 0.0
 
@@ -416,14 +416,14 @@ class Pool:
         member = server.member
         if (listed := await self._list(member, self._api.tags)) is None:
             if member.health is Health.UNREACHABLE and self._clock() >= member.probe_at:
-                self.roster.note_unreachable(member, self._clock())  # it answered, with no list
+                self.roster.note_unreachable(member, self._clock())  # it answered without a list
             return
         if self._model_refresh:
             found = {self._name(m): m.get("digest") for m in listed}
             server.tags = listed
             member.digests = {n: d for n, d in found.items() if n and isinstance(d, str) and d}
         with self._watching(member):
-            self.roster.note_reached(member)  # not before its models are known
+            self.roster.note_reached(member)  # only now, when its models are known
 
     def _name(self, listed: Listed) -> str:
         """Return a listed model's normalized name; empty if it has none."""
@@ -431,7 +431,7 @@ class Pool:
         return self._api.normalize(name) if isinstance(name, str) else ""
 
     async def _list(self, member: Member, target: bytes) -> list[Listed] | None:
-        """Read a list of models; None if there is none to be had."""
+        """Return a server's list of models; None if it cannot be read."""
         try:
             async with asyncio.timeout(POLL_TIMEOUT):
                 async with self._on(member, Ask(b"GET", target, FORWARDED)) as response:
@@ -448,26 +448,26 @@ class Pool:
         return [model for model in listed if isinstance(model, dict)]
 
     def digests(self) -> dict[str, str] | None:
-        """Return the digest that each model's name stands for; None if no server told any."""
+        """Return each model's digest by name; None if no server has listed its models."""
         known = any(member.digests is not None for member in self.roster.members)
         return dict(self._digests) if known else None
 
     def conflicts(self) -> set[tuple[str, str]]:
-        """Return the servers and models that are not used, since their digest is another one."""
+        """Return pairs of server and model that are not used, because their digest differs."""
         return set(self._conflicts)
 
     def statuses(self) -> list[Status]:
-        """Return what operators see of each server."""
+        """Return the state of each server."""
         return [
             Status(m.name, m.health, tuple(sorted(m.loaded)), m.running, m.errors)
             for m in self.roster.members
         ]
 
     def union(self, target: bytes) -> bytes | None:
-        """Return the list of all servers' models; None if it is no list, or not known.
+        """Return the list of all servers' models; None if the target is not a list, or not known.
 
         Args:
-            target: the path of the request, which may be any.
+            target: the path of any request.
 
         """
         if target == self._api.loaded:
@@ -477,7 +477,7 @@ class Pool:
             return None
         named = {
             self._name(model): model
-            for server in reversed(self._servers.values())  # the first listed comes last, and wins
+            for server in reversed(self._servers.values())  # so the first server wins
             for model in server.tags
             if model.get("digest") == self._digests.get(self._name(model))
         }
@@ -488,7 +488,7 @@ class Pool:
 
 
 class _Watch:
-    """Says in the log that a server's health has changed within a block."""
+    """Logs a change of a server's health within a `with` block."""
 
     def __init__(self, pool: Pool, member: Member, why: str) -> None:
         self._pool = pool
@@ -506,7 +506,7 @@ class _Watch:
         if health is Health.UP:
             log.info("Ollama on %s is back", member.name)
         elif self._before is Health.UP:
-            log.warning("Ollama on %s is out: %s", member.name, self._why or "it fails")
+            log.warning("Ollama on %s is down: %s", member.name, self._why or "it fails")
         self._pool._digests = self._pool.roster.digests()
         self._pool.changed()
 
@@ -531,7 +531,7 @@ def _line(value: Listed) -> bytes:
 
 
 def _object(data: bytes) -> Listed | None:
-    """Return a JSON object; None if it is none."""
+    """Parse a JSON object; None if it is not one."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):
@@ -540,7 +540,7 @@ def _object(data: bytes) -> Listed | None:
 
 
 def _response(status: int, body: bytes, stack: AsyncExitStack, *, head: bool = False) -> Response:
-    """Return a response of our own, as a stream like those of servers."""
+    """Return our own response, as a stream like those of servers."""
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         if body and not head:
@@ -552,7 +552,7 @@ def _response(status: int, body: bytes, stack: AsyncExitStack, *, head: bool = F
 
 
 async def _pieces(response: Response) -> AsyncGenerator[bytes, None]:
-    """Yield a body's pieces, whole or not."""
+    """Yield a body's pieces, whether it is complete or a stream."""
     if isinstance(response.body, bytes):
         yield response.body
         return
@@ -561,7 +561,7 @@ async def _pieces(response: Response) -> AsyncGenerator[bytes, None]:
 
 
 async def _all(response: Response) -> bytes:
-    """Return a whole body. Raises HTTPError 502 if it is too large."""
+    """Return a complete body. Raises HTTPError 502 if it is too large."""
     body = bytearray()
     async for piece in _pieces(response):
         body += piece
@@ -571,7 +571,7 @@ async def _all(response: Response) -> bytes:
 
 
 async def _read(ask: Ask) -> Callable[[], bytes]:
-    """Return what writes a request's body, for any number of servers. Raises HTTPError 413."""
+    """Read a request's body, to send it to several servers. Raises HTTPError 413."""
     if not isinstance(ask.body, AsyncIterator):
         return ask.body
     body = bytearray()
@@ -579,5 +579,5 @@ async def _read(ask: Ask) -> Callable[[], bytes]:
         body += piece
         if len(body) > MAX_COMMAND:
             raise HTTPError(413, f"a request for all servers has at most {MAX_COMMAND} bytes")
-    whole = bytes(body)
-    return lambda: whole
+    complete = bytes(body)
+    return lambda: complete

@@ -1,14 +1,14 @@
-"""Decide which of several Ollama servers gets a request. Pure: no I/O, and the time is handed in.
+"""Decide which of several Ollama servers gets a request. Pure: no I/O; the time is an argument.
 
 - A model's name stands for one digest: the one that most of the healthy servers have; in a tie,
-  that of the first listed. Servers with another digest do not serve the model, so a stored
-  answer stays true whichever server gave it.
-- Of the servers that are left, the one with the fewest of our generations divided by its weight
-  gets the request. In a tie it is one that has the model loaded, then always the same one for the
-  same model and beginning of the prompt, so that Ollama's own prompt cache is used.
-- A server that no connection comes about with is out at once, and so is one that fails three times
-  in a row: one that answers 503 at once would otherwise attract every request. If all servers
-  that could answer are out, they are tried all the same.
+  that of the first server in the list. Servers with another digest do not serve the model, so a
+  stored answer is valid whichever server generated it.
+- Of the remaining servers, the one with the fewest running generations divided by its weight gets
+  the request. In a tie, a server that has the model loaded is preferred; then the choice depends
+  only on the model and the start of the prompt, so that Ollama's own prompt cache is used.
+- A server is down as soon as it cannot be connected to, or when it fails three times in a row.
+  Otherwise a server that responds with 503 at once would attract every request. If all suitable
+  servers are down, they are tried anyway.
 """
 
 import enum
@@ -18,25 +18,25 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_FAILURES = 3  # in a row
-FIRST_PROBE = 1.0  # seconds until a server that is out is probed
-MAX_PROBE = 30.0  # seconds between two probes, at most
-PROMPT_START = 1024  # bytes of the request's body that the choice may depend on
+FIRST_PROBE = 1.0  # seconds until a server that is down is probed
+MAX_PROBE = 30.0  # the most seconds between two probes
+PROMPT_START = 1024  # bytes of the request's body that may influence the choice
 
 
 class Health(enum.Enum):
     """Whether a server takes requests."""
 
     UP = "it takes requests"
-    UNREACHABLE = "no connection comes about; a GET that is answered ends this"
-    FAILING = "it failed three times in a row; only a real request that succeeds ends this"
+    UNREACHABLE = "it cannot be connected to; a GET that is answered ends this"
+    FAILING = "it failed three times in a row; a generation that succeeds ends this"
 
 
 @dataclass(eq=False, slots=True)
 class Member:
     """One server of the roster, compared by identity. Times are in seconds on one clock.
 
-    `digests` are those of its models by normalized name, None until it has listed them. `slots`
-    is how many generations it may run at once, 0 for any number.
+    `digests` has its models by normalized name, None until it has listed them. `slots` is how
+    many generations it may run at once, 0 for any number.
     """
 
     name: str
@@ -45,23 +45,23 @@ class Member:
     digests: Mapping[str, str] | None = None
     loaded: frozenset[str] = frozenset()
     health: Health = Health.UP
-    running: int = 0  # our generations
+    running: int = 0  # generations of OllProx
     failures: int = 0  # in a row
     errors: int = 0  # since the start
-    probe_at: float = 0.0  # when a server that is out may be probed
-    pause: float = FIRST_PROBE  # seconds between the last failure and that
-    is_probed: bool = False  # a real request is on its way to a failing server
+    probe_at: float = 0.0  # when a server that is down may be probed
+    pause: float = FIRST_PROBE  # seconds from the last failure to that
+    is_probed: bool = False  # a failing server has one generation as a probe
 
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """A generation's place on a server; None while it may run on any."""
+    """A generation's place on a server; `member` is None while it may run on any server."""
 
     member: Member | None = None
 
 
 class Roster:
-    """The servers, in the order in which they are listed in the settings."""
+    """The servers, in the order of the settings."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
@@ -76,10 +76,10 @@ class Roster:
         return max(counts, key=counts.__getitem__, default=None)  # the first of the largest
 
     def able(self, model: str) -> list[Member]:
-        """Return the servers that may answer for a model, whatever their health.
+        """Return the servers that may serve a model, whatever their health.
 
-        A model that no server lists may be on one that has not listed any yet; else all may
-        say that there is no such model.
+        A model that no server lists may be on one that has not listed its models yet. If there
+        is none, any server may respond that there is no such model.
         """
         digest = self.digest(model) if model else None
         if digest is None:
@@ -96,14 +96,14 @@ class Roster:
         *,
         free: bool = False,
     ) -> Member | None:
-        """Return the server for a request; None if there is none beside those `tried`.
+        """Return the server for a request; None if there is none left.
 
         Args:
             model: its normalized name; empty if the request needs no model.
-            prompt: gives the request's body, of which the beginning counts.
-            now: in seconds.
-            tried: servers that have had the request already.
-            free: only a server that has a free slot.
+            prompt: returns the request's body, whose start counts.
+            now: the time in seconds.
+            tried: servers that have already failed to answer the request.
+            free: choose only a server with a free slot.
 
         """
         able = self.able(model)
@@ -118,7 +118,7 @@ class Roster:
 
     @staticmethod
     def _may_probe(member: Member, now: float) -> bool:
-        """Tell whether a failing server may get one real request."""
+        """Return True if a failing server may get one generation as a probe."""
         return member.health is Health.FAILING and not member.is_probed and now >= member.probe_at
 
     @staticmethod
@@ -151,7 +151,7 @@ class Roster:
         return None if member is None else self.move(Slot(), member)
 
     def move(self, slot: Slot, member: Member) -> Slot:
-        """Let a generation run on another server, which may be full; return its slot."""
+        """Move a generation to another server, even if it is full; return its slot."""
         self.give_back(slot)
         slot.member = member
         member.running += 1
@@ -168,7 +168,7 @@ class Roster:
     # Health.
 
     def note_unreachable(self, member: Member, now: float) -> None:
-        """Note that no connection came about."""
+        """Note that a server could not be connected to."""
         member.errors += 1
         if member.health is not Health.UNREACHABLE:
             self._take_out(member, Health.UNREACHABLE, now)
@@ -190,14 +190,14 @@ class Roster:
             self._wait_longer(member, now)
 
     def note_reached(self, member: Member) -> None:
-        """Note that a GET was answered, whatever the answer."""
+        """Note that a server responded to a GET, with any status."""
         if member.health is Health.UNREACHABLE:
             member.health, member.failures = Health.UP, 0
 
     def trust_again(self, now: float) -> None:
-        """Let failing servers that no request came for have one; a failure takes them out again.
+        """Let failing servers that got no probe for a while serve again, until the next failure.
 
-        None comes if another server's digest of all their models has become the one that counts.
+        They get none if other servers' digests of all their models have prevailed.
         """
         for member in self.members:
             if self._may_probe(member, now) and now >= member.probe_at + MAX_PROBE:
@@ -216,13 +216,13 @@ class Roster:
     # Lists.
 
     def digests(self) -> dict[str, str]:
-        """Return the digest that each model's name stands for."""
+        """Return each model's digest by name."""
         names = {name for member in self.members for name in member.digests or ()}
         found = {name: self.digest(name) for name in names}
         return {name: digest for name, digest in found.items() if digest is not None}
 
     def conflicts(self) -> set[tuple[str, str]]:
-        """Return the servers and models that are not used since the digest is another one."""
+        """Return pairs of server and model that are not used, because their digest differs."""
         chosen = self.digests()
         return {
             (member.name, name)

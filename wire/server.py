@@ -4,34 +4,34 @@ Theory of operation
 ===================
 
 Each connection is a `_Client`: an asyncio protocol that collects bytes, and one task that
-takes requests from them. The task is plain code from top to bottom: `_run` serves the
-connection, `_cycle` one request, `_next_head` and `read_body` wait for bytes, `_send` writes.
-The callbacks only add bytes, wake the task, or cancel it. `State` says where the task is.
+serves requests. The task is sequential code: `_run` serves the connection and `_cycle` one
+request, `_next_head` and `read_body` wait for bytes, and `_send` writes. The callbacks only
+add bytes, wake the task, or cancel it. `State` says where the task is.
 
 What a client may cost is bounded:
 
-- Connections. There are `max_connections` places. A new connection that finds none free takes
-  the place of the oldest one that has shown no valid API key. If all have shown one, it is
-  told so with a 503 and closed.
-- Bytes. A head has a maximum size, a body that of its reader. Reading pauses at READ_AHEAD.
-- Time. Waiting for a head has a deadline, checked once a second for all clients. A body and a
-  slow reader have timeouts where they are waited for. The kernel probes silent connections.
-- Guesses. The 429 for too many wrong keys is delayed and closes the connection.
+- Connections. There are `max_connections` places. If none is free, a new connection replaces
+  the oldest one that has shown no valid API key. If all have shown one, the new connection
+  gets a 503 and is closed.
+- Bytes. A head has a maximum size; the caller limits the body. Reading pauses at READ_AHEAD.
+- Time. The wait for a head has a deadline, checked once a second for all clients. The waits
+  for a body and for a slow reader have timeouts. The kernel probes silent connections.
+- Wrong keys. The 429 for too many of them is delayed and closes the connection.
 
-How a connection ends: every way is one of `End`, and goes through `end`.
+A connection ends in one of three ways, always through `end`:
 
 - In order, `CLOSE`: after the last response. If the client is still sending, its bytes are
-  discarded for a while first, because a close with unread bytes would reset the connection
-  and could take the response away.
+  first discarded for a while, because a close with unread bytes would reset the connection,
+  and the client could lose the response.
 - At once, `ABORT`: a deadline has passed, the client reads nothing, its place is needed, or
   the server stops. A chunked body is left without its end.
 - With a reset, `RESET`: the response is truncated, and a plain close would look like its end.
 
-A client that has sent FIN either has shut down its sending side (`nc -N`) and waits for its
-answer, or has closed its socket (Ctrl-C). The two look alike until something is written: only
-a closed socket answers data with a reset. So the server writes a byte that the client gets in
-any case: before the response the next one of `HTTP/1.1 `, within a chunked body a zero in front
-of the next chunk's size. Further bytes follow at growing intervals, because a reset may take a
+A client that has sent FIN has either shut down its sending side (`nc -N`) and waits for its
+answer, or closed its socket (Ctrl-C). The two look alike until something is written: only a
+closed socket answers data with a reset. So the server writes a byte that the client gets in
+any case: before the response the next byte of `HTTP/1.1 `, within a chunked body a leading
+zero of the next chunk's size. Further bytes follow at growing intervals, because a reset may take a
 few of them through a userland proxy. Some clients would take such a zero, followed by FIN, for
 the last chunk; so until the body's end is written, any close is a reset, even if the process is
 killed. With TLS, which has no half-close, FIN means gone.
@@ -82,25 +82,25 @@ Handler = Callable[[Request, Record], Awaitable[Response]]
 RenderError = Callable[[HTTPError, Head | None, Record], Response]
 """Renders an error in the form of the API that was called."""
 
-SLICE = 256 << 10  # bytes written at once; nginx and Go write 32 to 128 KiB
+SLICE = 256 << 10  # bytes per write; nginx and Go write 32 to 128 KiB
 MAX_SURPLUS = 256  # clients beyond `max_connections` that get a 503; more are cut off
-READ_AHEAD = 64 << 10  # bytes taken from a client before they are asked for
-LOOK_AGAIN = 0.05  # seconds
-GUESS_DELAY = 1.0  # seconds before an address that guesses keys gets its 429
+READ_AHEAD = 64 << 10  # bytes read from a client before they are needed
+RECHECK_INTERVAL = 0.05  # seconds until a state is checked that no callback reports
+GUESS_DELAY = 1.0  # seconds before the 429 for too many wrong keys
 GONE = 499  # nginx's status for a client that hung up; logged, never sent
 
-# The kernel finds a client that vanished without a word: in 15 + 3 * 5 seconds if nothing is
-# on its way to it, and within `write_timeout`, but not earlier than MIN_USER_TIMEOUT, if a
-# stream is. Linux sockets inherit these options from the listening one.
+# The kernel detects a client that has vanished: after 15 + 3 * 5 seconds if nothing is being
+# sent to it; during a stream after `write_timeout`, but not before MIN_USER_TIMEOUT. On Linux,
+# sockets inherit these options from the listening socket.
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 MIN_USER_TIMEOUT = 30.0  # seconds
 
 # The first byte of the kernel's `tcp_info`.
-_TCP_ESTABLISHED, _TCP_CLOSE, _TCP_CLOSE_WAIT = 1, 7, 8
+_TCP_CLOSE, _TCP_CLOSE_WAIT = 7, 8
 
-# What may be written before it is known what follows; see "Theory of operation".
+# Bytes that can be written before the rest is known; see "Theory of operation".
 _EVERY_RESPONSE = b"HTTP/1.1 "
-_EVERY_CHUNK = b"0" * 8  # Go takes chunk sizes of 16 digits
+_EVERY_CHUNK = b"0" * 8  # Go accepts chunk sizes of up to 16 digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Limits:
     body_timeout: float = 60.0  # without a byte of a body
     write_timeout: float = 60.0  # without a byte read by the client
     max_connections: int = 1024  # clients at once
-    linger_timeout: float = 5.0  # for a client to take an answer that it did not wait for
+    linger_timeout: float = 5.0  # for a client to stop sending after its last response
 
 
 class State(enum.Enum):
@@ -121,22 +121,22 @@ class State(enum.Enum):
 
     HANDSHAKE = enum.auto()  # TLS is not set up yet
     IDLE = enum.auto()  # between two requests, or before the first
-    HEAD = enum.auto()  # a part of a head has come
+    HEAD = enum.auto()  # a part of a head has arrived
     ANSWERING = enum.auto()  # from the end of a head to the end of its response
-    REFUSED = enum.auto()  # the last response is written; what the client sends is discarded
+    REFUSED = enum.auto()  # the last response is written; further bytes are discarded
     CLOSING = enum.auto()  # closed on our side; the kernel may still be sending
 
 
 class End(enum.Enum):
     """How a connection ends."""
 
-    CLOSE = enum.auto()  # after everything written was sent
-    ABORT = enum.auto()  # at once; bytes that are not sent yet are dropped
+    CLOSE = enum.auto()  # once everything is sent
+    ABORT = enum.auto()  # at once; unsent bytes are dropped
     RESET = enum.auto()  # at once, and the client's next read fails
 
 
 class Gone(HTTPError):
-    """The client hung up, or reads nothing."""
+    """The client has disconnected, or reads nothing."""
 
     def __init__(self) -> None:
         super().__init__(GONE, "the client has gone")
@@ -149,7 +149,7 @@ class Server:
         handler: answers requests.
         render_error: renders errors.
         parse_head: parses a raw head; raises BadHead.
-        done: gets each exchange's record at its end.
+        done: called with the record of each request at its end.
         limits: what one client may cost.
 
     """
@@ -188,7 +188,7 @@ class Server:
         return listens_on
 
     def check_deadlines(self, now: float) -> None:
-        """Drop clients that took too long or have left; to be called once a second."""
+        """Drop clients that took too long or have left. Call it once a second."""
         for client in list(self.clients):
             if client.deadline < now:
                 client.expire()
@@ -196,9 +196,9 @@ class Server:
                 client.check_presence()
 
     async def drain(self, seconds: float) -> None:
-        """Stop listening, and give exchanges this long to finish.
+        """Stop listening, and give requests this long to finish.
 
-        Never `wait_closed`: from Python 3.12 on it waits for every client.
+        This does not use `wait_closed`, which waits for every client since Python 3.12.
         """
         self.draining = True
         self.outbox.flush()
@@ -220,15 +220,15 @@ class Server:
 
 
 class _Places:
-    """The clients that are served, at most `most` of them.
+    """The places for clients.
 
-    Without free places, the oldest client that has shown no valid key makes room: a thousand
-    idle strangers must not lock out a caller with a key.
+    If all places are taken, the oldest client without a valid key is evicted: a thousand idle
+    strangers must not lock out a caller with a key.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self._strangers: dict[_Client, None] = {}  # no valid key seen yet; the oldest first
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._strangers: dict[_Client, None] = {}  # clients without a valid key, the oldest first
         self._callers: set[_Client] = set()
 
     def __len__(self) -> int:
@@ -236,13 +236,13 @@ class _Places:
 
     def take(self, client: "_Client") -> bool:
         """Give a new client a place; return False if there is none."""
-        if len(self) >= self.most and not self._evict():
+        if len(self) >= self.limit and not self._evict():
             return False
         self._strangers[client] = None
         return True
 
     def free(self, client: "_Client") -> None:
-        """Give a client's place to others."""
+        """Free a client's place."""
         self._strangers.pop(client, None)
         self._callers.discard(client)
 
@@ -259,10 +259,10 @@ class _Places:
 
 
 class _Outbox:
-    """Responses that are written after everything that is ready to run has had its turn.
+    """Responses that are written together, after all callbacks that are ready have run.
 
-    A write wakes the reader at the other end, which costs more than all the rest of a hit.
-    Of many writes in a row only the first one does.
+    A write wakes the reader at the other end, which costs more than the rest of a hit. Of many
+    consecutive writes, only the first one wakes it.
     """
 
     def __init__(self) -> None:
@@ -275,7 +275,7 @@ class _Outbox:
         self._waiting.append((transport, data))
 
     def flush(self) -> None:
-        """Write everything now; to be called before a connection is closed."""
+        """Write everything now. Call it before closing a connection."""
         waiting, self._waiting = self._waiting, []
         for transport, data in waiting:
             if not transport.is_closing():
@@ -283,18 +283,18 @@ class _Outbox:
 
 
 class _Flow:
-    """Flow control of one client's connection: waits while the client reads slowly."""
+    """Flow control of one connection: waits for a slow reader."""
 
     def __init__(self, write_timeout: float) -> None:
         self.paused: asyncio.Future[None] | None = None  # done when the client has read enough
         self._write_timeout = write_timeout
 
     def pause(self) -> None:
-        """Note that too much is waiting to be sent."""
+        """Note that the transport's buffer is full."""
         self.paused = asyncio.get_running_loop().create_future()
 
     def resume(self) -> None:
-        """Note that most of it was sent."""
+        """Note that the transport's buffer has room."""
         if self.paused is not None and not self.paused.done():
             self.paused.set_result(None)
         self.paused = None
@@ -314,16 +314,16 @@ class _Flow:
             except TimeoutError:
                 if _unread_bytes(transport) >= waiting:
                     raise Gone from None
-                if self.paused is not None:  # it reads, if slowly: wait once more
+                if self.paused is not None:  # it reads slowly: wait again
                     self.pause()
         if transport.is_closing():
             raise Gone
 
 
 class _Client(asyncio.Protocol):
-    """One connection: the bytes that came, and the task that answers them."""
+    """One connection: the bytes received, and the task that answers them."""
 
-    transport: asyncio.Transport  # what is read and written: the TCP connection, or TLS on it
+    transport: asyncio.Transport  # the TCP connection, or TLS on top of it
     task: asyncio.Task[None]
 
     def __init__(self, server: Server, tls: ssl.SSLContext | None = None) -> None:
@@ -343,15 +343,15 @@ class _Client(asyncio.Protocol):
         self._reading = True  # not paused
         self._unread = False  # bytes of the current body are still to come
         self._served = False  # a request was answered
-        self._lagging = 0  # bytes not read yet when a deadline was put off for them
-        self._ahead = b""  # bytes that may be written before what follows is known
+        self._lagging = 0  # bytes the client had not read when the deadline was extended
+        self._ahead = b""  # bytes that can be written before the rest is known
         self._probe_at = -math.inf
         self._probe_wait = 1.0  # seconds; doubles with each probe
 
     # Called by the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin with a client; with TLS called a second time, when that is set up."""
+        """Start serving a client. With TLS, this is called again after the handshake."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
         if self._wire is not None:
@@ -368,7 +368,7 @@ class _Client(asyncio.Protocol):
             self.end(End.ABORT)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; stop reading if many are waiting."""
+        """Buffer bytes; stop reading if there are many."""
         self._buffer += data
         if len(self._buffer) > READ_AHEAD and self._reading:
             self._reading = False
@@ -376,7 +376,7 @@ class _Client(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> bool:
-        """Note that the client sends no more; return True to keep our side open."""
+        """Note that the client sends nothing more; return True to keep our side open."""
         self._eof = True
         self._wake()
         if self._is_encrypted():
@@ -388,9 +388,9 @@ class _Client(asyncio.Protocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of a client."""
+        """Remove the client, and cancel the answer to its request."""
         if self not in self._server.clients:
-            return  # told already, by a handshake that failed
+            return  # already called, after a failed handshake
         self._server.clients.discard(self)
         self._server.places.free(self)
         self._eof = True
@@ -398,7 +398,7 @@ class _Client(asyncio.Protocol):
         self._flow.resume()
         if self.state is State.ANSWERING:
             self.task.cancel()
-        del self.task  # its last exception holds frames, which hold us: a cycle
+        del self.task  # its exception refers to frames, and they to this client: a cycle
 
     def pause_writing(self) -> None:
         """Note that the client reads more slowly than we write."""
@@ -450,7 +450,7 @@ class _Client(asyncio.Protocol):
     def check_presence(self) -> None:
         """Stop answering a client that has closed its socket, and not only its sending side."""
         if self.state is not State.ANSWERING or (self._reading and not self._eof):
-            return  # the transport tells if it leaves
+            return  # the transport reports if it leaves
         tcp = _tcp_state(self._wire)
         gone = tcp == _TCP_CLOSE or (self._is_encrypted() and tcp == _TCP_CLOSE_WAIT)
         if gone:
@@ -460,12 +460,12 @@ class _Client(asyncio.Protocol):
             self._probe()
 
     def _expect_reset(self) -> None:
-        """Find out soon whether a client that has sent FIN is still there."""
+        """Check soon if a client that has sent FIN is still there."""
         self.check_presence()
-        self._loop.call_later(LOOK_AGAIN, self.check_presence)
+        self._loop.call_later(RECHECK_INTERVAL, self.check_presence)
 
     def _probe(self) -> None:
-        """Write a byte that the client gets in any case; a closed socket resets the connection."""
+        """Write a byte that is needed anyway; a closed socket answers it with a reset."""
         now = self._loop.time()
         if self._ahead and now >= self._probe_at and self._flow.paused is None:
             self._server.outbox.flush()
@@ -477,7 +477,7 @@ class _Client(asyncio.Protocol):
             self._probe_wait *= 2
 
     def end(self, how: End) -> None:
-        """End the connection, and its task if that is not what calls this."""
+        """End the connection, and its task unless that is the caller."""
         if how is End.CLOSE:
             self.transport.close()
         else:
@@ -487,7 +487,7 @@ class _Client(asyncio.Protocol):
         if self.task is not asyncio.current_task():
             self.task.cancel()
 
-    # The way of a request.
+    # Requests.
 
     async def _run(self, *, placed: bool) -> None:
         try:
@@ -496,10 +496,10 @@ class _Client(asyncio.Protocol):
                     if self._buffer:
                         await asyncio.sleep(0)  # pipelined requests leave the others a turn
                     if self._eof and _tcp_state(self._wire) == _TCP_CLOSE:
-                        raise Gone  # nobody waits for the answers to what was pipelined
+                        raise Gone  # nobody waits for the pipelined requests' answers
                 self._server.outbox.flush()
                 if self._is_encrypted():
-                    await self._finish_writing()  # a close gives it only a few seconds
+                    await self._finish_writing()  # a close would allow only a few seconds
             await self._linger()
         except (Gone, OSError):
             self.end(End.ABORT)
@@ -523,9 +523,9 @@ class _Client(asyncio.Protocol):
         return placed
 
     async def _greets_with_tls(self) -> bool:
-        """Wait for the first byte; return False if it is not one of TLS.
+        """Wait for the first byte; return False if it does not begin a TLS handshake.
 
-        A client that speaks plain HTTP gets an error that it can read.
+        A client that speaks plain HTTP gets an error in plain HTTP.
         """
         self.deadline = self._loop.time() + self._server.limits.head_timeout
         while not self._buffer:
@@ -539,9 +539,9 @@ class _Client(asyncio.Protocol):
         return True
 
     async def _shake_hands(self, context: ssl.SSLContext) -> None:
-        """Put TLS between the connection and us; on failure the connection is over.
+        """Set up TLS on the connection; a failure ends the connection.
 
-        `loop.start_tls` is no help: it has no way to pass on the bytes that have come.
+        `loop.start_tls` cannot be used, as there is no way to give it the bytes received so far.
         """
         limits, wire = self._server.limits, self.transport
         hello = bytes(self._buffer)
@@ -567,7 +567,7 @@ class _Client(asyncio.Protocol):
         except OSError as error:
             log.debug("a TLS handshake failed: %s", getattr(error, "reason", None) or error)
         finally:
-            if not self._is_encrypted():  # then nobody tells us of the connection's end
+            if not self._is_encrypted():  # then no callback reports the connection's end
                 wire.abort()
                 self.connection_lost(None)
 
@@ -631,15 +631,15 @@ class _Client(asyncio.Protocol):
         return await self._send(head, self._server.render_error(failure, head, record), record)
 
     async def _next_head(self) -> bytes | None:
-        """Wait for a whole head; return None if the client leaves before it has sent one.
+        """Wait for a complete head; return None if the client leaves before that.
 
         Raises:
-            BadHead: the bytes that came are not a head.
+            BadHead: the bytes are not a head.
 
         """
         buffer = self._buffer
         checked = 0
-        begun = False  # a byte of the head has come
+        begun = False  # a byte of the head has arrived
         skipped = False  # RFC 9112 section 2.2: one empty line may come before a request
         while True:
             if not skipped and buffer.startswith(b"\r\n"):
@@ -657,21 +657,21 @@ class _Client(asyncio.Protocol):
             await self._more()
 
     def _take_head(self, checked: int) -> bytes:
-        """Take a whole head off the buffer; return nothing while its end has not come."""
-        buffer, most = self._buffer, self._server.limits.max_head
+        """Take a head from the buffer; return b"" if it is not complete yet. Raises BadHead."""
+        buffer, limit = self._buffer, self._server.limits.max_head
         end = buffer.find(b"\r\n\r\n", max(0, checked - 3)) + 4
-        if 4 <= end <= most:
+        if 4 <= end <= limit:
             raw = bytes(buffer[:end])
             del buffer[:end]
             return raw
-        if len(buffer) > most:
-            raise BadHead(431, f"the head is larger than {most} bytes (MAX_HEAD_BYTES)")
+        if len(buffer) > limit:
+            raise BadHead(431, f"the head is larger than {limit} bytes (MAX_HEAD_BYTES)")
         if cannot_be_head(buffer, checked) or buffer.startswith(b"\r\n"):
             raise BadHead(400, "the request's head is malformed")
         return b""
 
     def _set_deadline(self, *, begun: bool) -> None:
-        """Bound the wait for a head, or for its first byte."""
+        """Set the deadline for a head, or for its first byte."""
         limits = self._server.limits
         if begun:
             self.state = State.HEAD
@@ -680,22 +680,22 @@ class _Client(asyncio.Protocol):
         self.deadline = self._loop.time() + wait
 
     async def _more(self) -> None:
-        """Wait for more bytes, or for the client's end."""
+        """Wait for more bytes, or for the client's FIN."""
         if not self._reading:
             self._read_on(len(self._buffer))
         self._waiter = self._loop.create_future()
         await self._waiter
 
     def _read_on(self, most: int = READ_AHEAD) -> None:
-        """Read again if few bytes are waiting; only then is the client's end seen."""
+        """Resume reading if at most `most` bytes are buffered; only then is a FIN noticed."""
         if len(self._buffer) <= most:
             self._reading = True
             self.transport.resume_reading()
 
     async def read(self, head: Head, limit: int) -> bytes:
-        """Read the whole current body; see `Request.read`."""
+        """Read the complete body of the current request; see `Request.read`."""
         length = head.length
-        if length is not None and length <= len(self._buffer) and length <= limit:  # it is here
+        if length is not None and length <= len(self._buffer) and length <= limit:  # it has arrived
             body = bytes(memoryview(self._buffer)[:length])
             del self._buffer[:length]
             self._unread = False
@@ -706,7 +706,7 @@ class _Client(asyncio.Protocol):
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     async def pieces(self, head: Head, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
-        """Read the current body as it comes; see `Request.pieces`."""
+        """Read the body of the current request as it arrives; see `Request.pieces`."""
         decoder = ChunkedDecoder(limit) if head.chunked else LengthDecoder(head.length or 0, limit)
         if head.expects_continue and self._unread and not self._buffer and not self._eof:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -728,7 +728,7 @@ class _Client(asyncio.Protocol):
             raise HTTPError(408, f"no byte of the body came for {seconds:g} s") from None
         return True
 
-    # The way of a response.
+    # Responses.
 
     async def _send(self, head: Head, response: Response, record: Record) -> bool:
         """Write a response; return True if the connection can be used again."""
@@ -769,13 +769,13 @@ class _Client(asyncio.Protocol):
         chunked: bool,
         http10: bool,
     ) -> bytes:
-        """Return a response's head, without the bytes of it that are already sent."""
+        """Return a response's head, without the bytes that probes have already sent."""
         if length is not None and response.status != 204:
             framing = b"Content-Length: %d\r\n" % length
         else:
             framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
             if not isinstance(response.body, bytes):
-                framing += b"X-Accel-Buffering: no\r\n"  # or nginx collects the lines
+                framing += b"X-Accel-Buffering: no\r\n"  # else nginx would buffer the lines
         if not again:
             framing += b"Connection: close\r\n"
         elif http10:
@@ -793,7 +793,7 @@ class _Client(asyncio.Protocol):
         return framed
 
     async def _write_slices(self, body: bytes, record: Record) -> None:
-        """Write a long body as fast as the client takes it."""
+        """Write a long body as fast as the client reads it."""
         for start in range(0, len(body), SLICE):
             if self._flow.paused is not None:
                 await self._flow.drain(self.transport)
@@ -827,22 +827,22 @@ class _Client(asyncio.Protocol):
             self.transport.write(framed)
 
     async def _finish_writing(self) -> None:
-        """Wait until the kernel has everything that was written. Raises Gone."""
+        """Wait until everything is handed to the kernel. Raises Gone."""
         self.transport.set_write_buffer_limits(high=int(self._is_encrypted()))  # TLS: 0 is full
         await self._flow.drain(self.transport)
         try:
             async with asyncio.timeout(self._server.limits.write_timeout):
-                # What TLS has passed on: no callback tells when it is sent.
+                # The bytes that TLS has encrypted: no callback reports when they are sent.
                 while self._wire is not None and self._wire.get_write_buffer_size():  # noqa: ASYNC110
-                    await asyncio.sleep(LOOK_AGAIN)
+                    await asyncio.sleep(RECHECK_INTERVAL)
         except TimeoutError:
             raise Gone from None
 
     async def _cut(self, head: Head) -> None:
-        """End a truncated response so that no client takes it for a complete one.
+        """End a truncated response so that it cannot look complete.
 
-        A chunked body is left without its end. In HTTP/1.0 the close itself would be the end,
-        so the connection is reset once the bytes are sent.
+        A chunked body is left without its last chunk. In HTTP/1.0, a close would mark the body's
+        end, so the connection is reset once the bytes are sent.
         """
         if head.http10:
             with suppress(Gone):
@@ -850,7 +850,7 @@ class _Client(asyncio.Protocol):
             self.end(End.RESET)
 
     def _refuse(self, error: HTTPError) -> None:
-        """Answer bytes that are not a request; the connection ends with it."""
+        """Answer bytes that are not a request; the connection ends after the answer."""
         self.state = State.REFUSED
         record = Record(self._address)
         record.status = error.status
@@ -867,8 +867,8 @@ class _Client(asyncio.Protocol):
     async def _linger(self) -> None:
         """Discard what the client is still sending.
 
-        A close with unread bytes resets the connection and may take the last response from the
-        client (RFC 9112 section 9.6).
+        A close with unread bytes resets the connection, and the client may lose the last
+        response (RFC 9112 section 9.6).
         """
         if not self._unread or self._eof:
             return
@@ -899,7 +899,7 @@ class _Request:
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:
-    """Count bytes that are written but not read by the client, in our buffer and the kernel's."""
+    """Count the bytes that the client has not received, in our buffer and the kernel's."""
     sock: Any = transport.get_extra_info("socket")
     count = array.array("i", [0])
     with suppress(OSError, ValueError, AttributeError):
@@ -908,7 +908,7 @@ def _unread_bytes(transport: asyncio.Transport) -> int:
 
 
 def _tcp_state(transport: asyncio.Transport | None) -> int:
-    """Return the kernel's state of a connection, 0 if it is unknown."""
+    """Return the TCP state of a connection, 0 if it is unknown."""
     sock: Any = transport and transport.get_extra_info("socket")
     try:
         state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
@@ -918,7 +918,7 @@ def _tcp_state(transport: asyncio.Transport | None) -> int:
 
 
 def _bound_unacknowledged(transport: asyncio.Transport, seconds: float) -> None:
-    """Let the kernel drop a connection whose client acknowledges nothing for this long."""
+    """Make the kernel drop the connection if the client acknowledges nothing for this long."""
     sock: Any = transport.get_extra_info("socket")
     milliseconds = int(1000 * max(seconds, MIN_USER_TIMEOUT))
     with suppress(OSError, AttributeError, OverflowError):
@@ -940,13 +940,13 @@ def _surplus(most: int) -> HTTPError:
     )
 
 
-_PROCESS = secrets.token_hex(4).encode()  # the ids of this process begin with it
+_PROCESS = secrets.token_hex(4).encode()  # the prefix of this process's request ids
 _numbers = itertools.count(1)
 _SANE_ID = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 def _request_id(head: Head | None) -> bytes:
-    """Return the id that the request came with if it is well-formed, else a new one."""
+    """Return the request's own id if it is well formed, else a new one."""
     if head is not None and b"x-request-id" in head.names:
         given = head.get(b"x-request-id")
         if given is not None and _SANE_ID.fullmatch(given):
@@ -958,7 +958,7 @@ _date: tuple[int, bytes] = (0, b"")
 
 
 def http_date() -> bytes:
-    """Return the current time as an HTTP date; it is formatted once a second."""
+    """Return the current time as an HTTP date, which is formatted once a second."""
     global _date
     now = int(time.time())
     if _date[0] != now:

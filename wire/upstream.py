@@ -1,15 +1,15 @@
-"""Carry requests to one Ollama server, and its responses back, over kept connections.
+"""Send requests to one Ollama server over persistent connections.
 
-Upstream may have closed a kept connection in the meantime. The request is then sent once more
-on a fresh connection, but only if no byte of a response has come.
+Upstream may have closed an idle connection. Then the request is sent once more on a new
+connection, but only if no byte of a response has arrived.
 
-A response without a length ends where upstream closes the connection, so how a connection ends
-matters: only a FIN is an end, or with TLS a close_notify (RFC 9112 section 9.8). A reset, or TLS
-without its close_notify, truncates the response. Bytes that came before are still used.
+The end of the connection ends a response without a length, so it matters how the connection ends:
+only a FIN counts, or with TLS a close_notify (RFC 9112 section 9.8). A reset, or TLS without its
+close_notify, truncates the response. Bytes that arrived before are still used.
 
 A host that vanishes (power, cable, firewall) sends neither. While OllProx waits for a response,
-the kernel's keep-alive probes find that; while a request is on its way, `sweep` finds that
-nothing acknowledges it.
+the kernel's keep-alive probes detect that; while a request is being sent, `sweep` detects that
+nothing is acknowledged.
 """
 
 import asyncio
@@ -41,54 +41,54 @@ from wire.http11 import (
 )
 
 MAX_IDLE = 64  # connections kept for the next request
-MAX_IDLE_TIME = 60.0  # seconds; Ollama itself keeps them for ever
+MAX_IDLE_TIME = 60.0  # seconds; Ollama never closes idle connections
 MAX_HEAD = 64 << 10  # bytes of a response's head; Ollama's have about 120
 READ_SIZE = 64 << 10  # bytes
 MAX_INTERIM = 8  # 1xx heads before the response
 
-# The process's name in Via (RFC 9110 section 7.6.3). It is an id, so that one OllProx in front
-# of another is no loop.
+# This process's name in Via (RFC 9110 section 7.6.3). It is random, so that one OllProx in front
+# of another is not taken for a loop.
 PSEUDONYM = b"OllProx-" + secrets.token_hex(8).encode()
 VIA: Headers = ((b"Via", b"1.1 " + PSEUDONYM),)
 _ASKED: Headers = ((b"Content-Type", b"application/json"), (b"Accept", b"*/*"))
 FORWARDED: Headers = (*_ASKED, *VIA)
 
-_BODILESS = frozenset({b"GET", b"HEAD"})  # methods that need not say that no body follows
+_BODILESS = frozenset({b"GET", b"HEAD"})  # methods that need no Content-Length: 0
 _ORIGIN = re.compile(
     rb"(https?://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(?::\d{1,5})?)(?:[/?#].*)?"
 )
 
 
 def sent_by_us(via: bytes) -> bool:
-    """Return True if a Via header shows that this process has forwarded the request before."""
+    """Return True if our own name is in a Via header."""
     return any(member.split()[1:2] == [PSEUDONYM] for member in via.split(b","))
 
 
 def add_via(via: bytes | None) -> Headers:
-    """Return the Via header of a request that is sent on: whom it came through, then us."""
+    """Return the Via header of a forwarded request: the earlier proxies, then us."""
     ((name, ours),) = VIA
     return ((name, b"%b, %b" % (via, ours)),) if via else VIA
 
 
 def forwarded(via: bytes | None) -> Headers:
-    """Return the headers of a question: none of a client's, but for its Via, which shows loops."""
+    """Return the headers of a cacheable request. Only Via is the client's, to detect loops."""
     return (*_ASKED, *add_via(via)) if via else FORWARDED
 
 
 class NoAnswer(HTTPError):
     """Upstream sent no byte of a response, so another server may be asked instead.
 
-    Its kind is `unreachable` if no connection came about, or `broken` if it was closed.
+    Its kind is `unreachable` if there was no connection, `broken` if it was closed.
     """
 
 
 class End(enum.Enum):
-    """How the bytes from upstream have ended."""
+    """How the bytes from upstream ended."""
 
     ORDERLY = "upstream closed the connection"
     BROKEN = "the connection was reset, or TLS ended without close_notify"
     UNANSWERED = "upstream's host has not acknowledged what was sent"
-    VANISHED = "upstream's host had the request, and does not answer the kernel's probes"
+    VANISHED = "upstream's host has the request, but does not answer the kernel's probes"
     LATE = "one of our timeouts has passed"
 
 
@@ -98,31 +98,31 @@ _GONE = (End.UNANSWERED, End.VANISHED)
 class State(enum.Enum):
     """Where a connection is in its exchange."""
 
-    SENDING = "the request's body is not sent yet; a response may have begun all the same"
-    RECEIVING = "the request is sent; the response is under way"
+    SENDING = "the request's body is being sent; a response may already have begun"
+    RECEIVING = "the request is sent; the response has not ended"
     REUSABLE = "the response has ended, so another request may follow"
 
 
 class _Stream(asyncio.StreamReader):
-    """A stream reader that knows how its bytes ended and counts them."""
+    """A stream reader that counts its bytes and knows how they ended."""
 
-    fed = 0  # bytes that have come, read or not
+    fed = 0  # bytes received, read or not
     end: End | None = None
 
     def finish(self, end: End) -> None:
-        """End the stream. The first end counts; what came before it can still be read."""
+        """End the stream. Only the first end counts; earlier bytes can still be read."""
         if self.end is None:
             self.end = end
             super().feed_eof()
 
     def feed_eof(self) -> None:
-        """Take the loss of a connection for no end: asyncio calls this after an abort too."""
+        """Treat the end as broken, since asyncio calls this after an abort too."""
         self.finish(End.BROKEN)
 
     def set_exception(self, exc: BaseException) -> None:
-        """End after a fault of the connection.
+        """End the stream after a connection error.
 
-        A vanished host shows as ETIMEDOUT, or as EHOSTUNREACH if it was on our own network.
+        A vanished host causes ETIMEDOUT, or EHOSTUNREACH if it was on our own network.
         """
         broken = isinstance(exc, ConnectionError | ssl.SSLError)
         self.finish(End.BROKEN if broken else End.VANISHED)
@@ -134,7 +134,7 @@ class _Stream(asyncio.StreamReader):
 
 
 class _Protocol(asyncio.StreamReaderProtocol):
-    """A stream protocol that tells an orderly end from a truncation."""
+    """A stream protocol that distinguishes an orderly end from a truncation."""
 
     def __init__(self, stream: _Stream) -> None:
         super().__init__(stream)
@@ -150,12 +150,12 @@ class _Protocol(asyncio.StreamReaderProtocol):
         return super().eof_received()
 
     def _is_closed_in_order(self) -> bool:
-        """Tell a close_notify from a bare FIN, for which asyncio calls `eof_received` too."""
+        """Return False for a FIN without close_notify; asyncio reports both in the same way."""
         if self._tls is None:
             return True
         try:
             return self._tls.read(1) == b""
-        except ssl.SSLError:  # it wants more bytes, which can never come
+        except ssl.SSLError:  # it needs more bytes, which cannot arrive
             return False
 
 
@@ -163,8 +163,8 @@ class _Connection:
     """One connection to upstream.
 
     Args:
-        stream: what comes from upstream.
-        writer: what goes there.
+        stream: reads from upstream.
+        writer: writes to upstream.
 
     """
 
@@ -176,13 +176,13 @@ class _Connection:
         self.idle_since = 0.0
         self.deadline = math.inf  # for the next bytes, on the monotonic clock
         self.sent = 0.0  # when bytes were last sent, on the monotonic clock
-        self.patience: float = SILENCE  # seconds that they may stay unacknowledged
+        self.patience: float = SILENCE  # seconds for which they may stay unacknowledged
         self.whole_wanted: Callable[[], bool] | None = None  # see `Ask`; while a body is read
-        self._taken = 0  # bytes read off the stream
+        self._taken = 0  # bytes read from the stream
         self._socket: socket.socket | None = writer.get_extra_info("socket")
 
     def is_usable(self) -> bool:
-        """Tell whether the connection can carry a request: it is open, and no byte has come."""
+        """Return True if the connection is open and no unexpected byte has arrived."""
         return (
             self.stream.end is None
             and not self.buffer
@@ -192,7 +192,7 @@ class _Connection:
         )
 
     def write(self, data: bytes) -> None:
-        """Send bytes, without waiting until they are sent."""
+        """Queue bytes to be sent."""
         self.sent = time.monotonic()
         self.writer.write(data)
 
@@ -204,29 +204,29 @@ class _Connection:
         return bool(data)
 
     def finish(self) -> None:
-        """Note the response's end."""
+        """Note that the response has ended."""
         if self.state is State.RECEIVING:
             self.state = State.REUSABLE
 
     def is_unanswered(self, now: float) -> bool:
-        """Tell whether bytes that were sent have stayed unacknowledged for too long."""
+        """Return True if sent bytes have stayed unacknowledged for too long."""
         if self._socket is None or self.writer.is_closing() or now - self.sent < self.patience:
             return False
         return silence(self._socket) >= self.patience
 
     def watch_host(self, *, uploads: bool) -> None:
-        """Let the kernel find out that upstream's host has vanished; see `dial.watch`."""
+        """Make the kernel detect that upstream's host has vanished; see `dial.watch`."""
         if self._socket is not None and not self.writer.is_closing():
             watch(self._socket, uploads=uploads)
 
     def drop(self) -> None:
-        """Cut the connection."""
+        """Abort the connection."""
         self.writer.transport.abort()
 
     async def abort(self) -> None:
-        """Cut the connection, so that Ollama stops generating."""
+        """Abort the connection, so that Ollama stops generating, and wait for that."""
         self.drop()
-        with suppress(OSError):  # whoever aborts also takes the stream's exception
+        with suppress(OSError):  # of the stream
             await self.writer.wait_closed()
 
 
@@ -237,11 +237,11 @@ class Upstream:
         host: its name or IP address.
         port: its port.
         address: both, as in a URL; sent as `Host` and shown in errors.
-        connect_timeout: seconds to connect in.
-        first_byte_timeout: seconds until the head of a response is there.
+        connect_timeout: seconds to connect.
+        first_byte_timeout: seconds until a response's head is complete.
         idle_timeout: seconds between two pieces of a response.
-        tls: how to verify its certificate; None for plain HTTP.
-        authorization: value of the `Authorization` header for a gateway; empty for none.
+        tls: verifies its certificate; None for plain HTTP.
+        authorization: the value of the `Authorization` header; empty for none.
 
     """
 
@@ -266,35 +266,35 @@ class Upstream:
         self._tls = tls
         self._host_header = (b"Host", address.encode())
         self._authorization = authorization
-        self.requests = 0  # that were sent, each attempt counted
+        self.requests = 0  # sent so far, including each retry
         self._idle: list[_Connection] = []
-        self._waiting: set[_Connection] = set()  # that carry a request
+        self._waiting: set[_Connection] = set()  # with a request under way
         self._failures = _Failures(self)
         self._parse = KnownHeads(parse_response_head)
 
     def exchange(self, ask: Ask) -> "_Exchange":
-        """Send a request; `async with` gives the response, whose body is read inside the block.
+        """Send a request; `async with` returns the response. Read its body inside the block.
 
-        Leaving the block before the body's end aborts the connection, which is how Ollama
-        is told to stop.
+        Leaving the block before the body's end aborts the connection, which makes Ollama stop
+        generating.
 
         Raises:
-            HTTPError: 502 not reachable, not HTTP, closed early, a redirect, or credentials
-                wanted; 504 too slow. The body raises these as well.
+            HTTPError: 502 not reachable, not HTTP, closed early, a redirect, or upstream
+                requires credentials; 504 too slow. Reading the body raises these too.
 
         """
         headers = (self._host_header, *ask.headers)
         return _Exchange(self, ask, self._authorized(headers) if self._authorization else headers)
 
     def _authorized(self, headers: Headers) -> Headers:
-        """Return the headers with upstream's credentials instead of anybody else's."""
+        """Return the headers with upstream's credentials in place of any others."""
         others = (pair for pair in headers if pair[0].lower() != b"authorization")
         return (*others, (b"Authorization", self._authorization))
 
     def sweep(self) -> None:
-        """Drop connections that upstream has closed, and end waits that last too long.
+        """Drop connections that upstream has closed, and end waits that take too long.
 
-        Call it once a second: one look at all deadlines costs less than a timer for each.
+        Call it once a second. Checking all deadlines together costs less than many timers.
         """
         for connection in [c for c in self._idle if not c.is_usable()]:
             self._idle.remove(connection)
@@ -302,28 +302,28 @@ class Upstream:
         now = time.monotonic()
         for connection in self._waiting:
             if connection.whole_wanted is not None and connection.whole_wanted():
-                # Not late; and whoever waits for the next line only then has all of the time.
+                # Not late, and a reader of lines alone has the full timeout afterwards.
                 connection.deadline = max(connection.deadline, now + self._idle_timeout)
             if connection.deadline < now:
                 connection.stream.finish(End.LATE)
             elif connection.is_unanswered(now):
                 connection.stream.finish(End.UNANSWERED)
-                self._drop_idle()  # they lead to the same host
+                self._drop_idle()  # they are to the same host
 
     async def close(self) -> None:
-        """Close the connections that are kept."""
+        """Close the idle connections."""
         while self._idle:
             await self._idle.pop().abort()
 
     async def send(self, message: bytes) -> tuple[_Connection, ResponseHead]:
         """Send a request and wait for the response's head."""
         if (kept := self._take()) is not None:
-            # Less than the whole, as nobody looks more than once a second.
+            # Less than the full timeout, because the check runs once a second.
             kept.patience = min(0.8 * self._connect_timeout, SILENCE)
             try:
                 return kept, await self._try(kept, message)
             except _Stale as stale:
-                if stale.end is End.VANISHED:  # it has had the request, and worked on it
+                if stale.end is End.VANISHED:  # it has received the request and may have worked
                     raise self._closed(stale.end) from None
         fresh = await self._connect()
         try:
@@ -352,7 +352,7 @@ class Upstream:
     async def upload(
         self, message: bytes, body: AsyncIterator[bytes], *, chunked: bool
     ) -> tuple[_Connection, ResponseHead]:
-        """Send a body as it comes, until it ends or upstream answers."""
+        """Send a body as it arrives, until it ends or upstream answers."""
         connection = await self._connect()
         self.requests += 1
         self._waiting.add(connection)
@@ -370,13 +370,13 @@ class Upstream:
     async def _upload(
         self, connection: _Connection, message: bytes, body: AsyncIterator[bytes], *, chunked: bool
     ) -> ResponseHead:
-        """Send and receive at once. The caller owns the connection, whatever is raised here."""
+        """Send and receive at the same time. The caller owns the connection."""
         sending = asyncio.create_task(self._send_body(connection, message, body, chunked=chunked))
         answer = asyncio.create_task(self._head(connection, b""))
         try:
             await asyncio.wait({sending, answer}, return_when=asyncio.FIRST_COMPLETED)
             if sending.done():
-                sending.result()  # the client's own faults, not upstream's
+                sending.result()  # raises the client's errors, which are not upstream's
                 connection.deadline = time.monotonic() + self._first_byte_timeout
             with self._failures:
                 return await answer
@@ -399,9 +399,9 @@ class Upstream:
         connection.watch_host(uploads=False)
 
     async def _drain(self, connection: _Connection) -> bool:
-        """Wait until upstream takes more of an upload; False if the connection is lost.
+        """Wait until upstream accepts more of an upload; False if the connection is lost.
 
-        What upstream said before may still be read then.
+        A response that arrived before can still be read then.
 
         Raises:
             HTTPError: 504 if it takes too long.
@@ -413,7 +413,7 @@ class Upstream:
         except OSError:  # TimeoutError is one, ours and the system's
             if not timeout.expired():
                 return False
-            what = f"took nothing more of the request within {self._idle_timeout:g} s"
+            what = f"accepted nothing more of the request within {self._idle_timeout:g} s"
             raise self.failure(what, 504) from None
         return True
 
@@ -421,11 +421,9 @@ class Upstream:
         """Send a message, and read the head of its response, after any interim ones."""
         before = connection.stream.fed
         connection.sent = time.monotonic()
-        connection.writer.write(message)  # not waited for: upstream may answer before it reads
+        connection.writer.write(message)  # no drain: upstream may answer before it reads all
         for _ in range(MAX_INTERIM):
             head = self._parse(await self._raw_head(connection, before))
-            if head.status == 101:
-                raise BadHead(502, "it switched protocols unasked")
             if head.status >= 200:
                 if head.status >= 300:
                     self._check(head)
@@ -434,13 +432,13 @@ class Upstream:
         raise BadHead(502, "it sent too many interim responses")
 
     async def _raw_head(self, connection: _Connection, before: int) -> bytes:
-        """Read a head. Raises _Stale if no byte has come since `before`."""
+        """Read a head. Raises _Stale if no byte has arrived since `before`."""
         buffer, checked = connection.buffer, 0
         while (end := buffer.find(b"\r\n\r\n", max(0, checked - 3))) < 0:
             if len(buffer) > MAX_HEAD:
                 break
             if not b"HTTP/1.".startswith(buffer[:7]) or cannot_be_head(buffer, checked):
-                raise BadHead(502, "it does not begin as one")
+                raise BadHead(502, "it does not begin like HTTP")
             checked = len(buffer)
             if not await connection.more():
                 raise self._no_head(connection, before)
@@ -451,7 +449,7 @@ class Upstream:
         return raw
 
     def _no_head(self, connection: _Connection, before: int) -> Exception:
-        """Return what to raise for a connection that ended before the head did."""
+        """Return the error for a connection that ended before the head was complete."""
         end = connection.stream.end
         if end is End.LATE:
             return self.failure(f"sent no answer within {self._first_byte_timeout:g} s", 504)
@@ -460,11 +458,11 @@ class Upstream:
         return BadHead(502, "it ended in the middle of its head")
 
     def _check(self, head: ResponseHead) -> None:
-        """Refuse a response that is not Ollama's answer, but a gateway's in front of it.
+        """Refuse a response that comes from a gateway in front of Ollama.
 
         Raises:
-            HTTPError: 502 for a redirect, which would lead clients around OllProx, and for
-                credentials that upstream wants, which are not the client's to give.
+            HTTPError: 502 for a redirect, which would lead clients around OllProx, or if
+                upstream requires credentials, which clients cannot provide.
 
         """
         if 300 <= head.status < 400 and head.status != 304:
@@ -479,7 +477,7 @@ class Upstream:
         if head.status in {401, 407}:
             raise HTTPError(
                 502,
-                f"Ollama at {self.address} wants credentials (status {head.status}). Check the"
+                f"Ollama at {self.address} requires credentials (status {head.status}). Check the"
                 " credentials for it in OLLAMA_HOST, or run `ollama signin` there if the model"
                 " runs on ollama.com. Your API key for OllProx is valid.",
                 kind="unreachable",
@@ -542,7 +540,7 @@ class Upstream:
         return more
 
     def _truncated(self, connection: _Connection) -> HTTPError:
-        """Return the error for a body that did not come to its end."""
+        """Return the error for a truncated body."""
         if connection.stream.end in _GONE:
             return self.failure("vanished in the middle of its answer")
         return self.failure("closed the connection in the middle of its answer")
@@ -568,7 +566,7 @@ class Upstream:
         return connection
 
     def _take(self) -> _Connection | None:
-        """Take the connection that was used last; those that went stale are dropped."""
+        """Return the idle connection that was used last, and drop stale ones."""
         while self._idle:
             connection = self._idle.pop()
             if connection.is_usable():
@@ -588,7 +586,7 @@ class Upstream:
             self._idle.pop().drop()
 
     async def abort(self, connection: _Connection) -> None:
-        """Cut a connection, so that Ollama stops generating."""
+        """Abort a connection, so that Ollama stops generating."""
         self._waiting.discard(connection)
         await connection.abort()
 
@@ -598,11 +596,11 @@ class Upstream:
         return self.no_answer("closed the connection without an answer")
 
     def failure(self, what: str, status: int = 502, *, kind: str = "broken") -> HTTPError:
-        """Return an error that says what upstream did, and what to look at."""
+        """Return an error that says what upstream did, and what to check."""
         return HTTPError(status, self._text(what), kind="timeout" if status == 504 else kind)
 
     def no_answer(self, what: str, *, kind: str = "broken") -> NoAnswer:
-        """Return an error for a request of whose response no byte has come."""
+        """Return an error for a request without any byte of a response."""
         return NoAnswer(502, self._text(what), kind=kind)
 
     def _text(self, what: str) -> str:
@@ -613,7 +611,7 @@ class Upstream:
 
 
 class _Failures:
-    """Translates whatever goes wrong on the way to upstream into an HTTPError."""
+    """Translates errors of the connection to upstream into an HTTPError."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -625,11 +623,11 @@ class _Failures:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if isinstance(error, BadHead):
-            what = f"sent what is no HTTP response: {error.message}"
+            what = f"sent something that is not an HTTP response: {error.message}"
             raise self._upstream.failure(what, kind="protocol") from error
         if isinstance(error, TimeoutError) and not error.errno:
-            return  # a timeout of ours; the system's has a number
-        if isinstance(error, OSError | UnicodeError):  # UnicodeError: a name that means nothing
+            return  # one of our own timeouts; the system's have a number
+        if isinstance(error, OSError | UnicodeError):  # UnicodeError: an invalid host name
             what = f"cannot be reached ({_reason(error)})"
             raise self._upstream.no_answer(what, kind="unreachable") from error
 
@@ -681,11 +679,11 @@ class _Exchange:
             self._upstream.keep(connection)
         else:
             await self._upstream.abort(connection)
-        await self._pieces.aclose()  # else the garbage collector starts a task for it
+        await self._pieces.aclose()  # else the garbage collector would start a task for it
 
 
 def loop_error() -> HTTPError:
-    """Return the error for requests that come back."""
+    """Return the error for a forwarding loop."""
     return HTTPError(508, "OLLAMA_HOST leads back to OllProx: give it Ollama's own address")
 
 
@@ -701,7 +699,7 @@ class _Stale(Exception):
     """Upstream closed the connection before the first byte of its response.
 
     Args:
-        end: how it ended.
+        end: how the connection ended.
 
     """
 
