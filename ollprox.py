@@ -102,7 +102,7 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
     flights.ended = metrics.count_flight
     models = ModelWatch(probe, cache, flights, metrics.set_models)
     pages = Pages(probe, cache, flights, metrics, permits)
-    routes = api.route_table(settings.max_object_bytes)
+    routes = api.route_table(settings.max_object_bytes, settings.model_aliases)
     gate = Gate(settings, keys, routes)
     proxy = Proxy(settings, gate, routes, cache, flights, permits, models, pages.answer)
     access_log = AccessLog(writer, settings.log_level)
