@@ -167,7 +167,7 @@ class Proxy:
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
         response = await self._replay(reader, route.form, record, self._heartbeat(route, question))
         if route.lists or route.names_model:
-            self._change_list(response, head, admission)
+            self._change_list(response, request.head, admission)
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
