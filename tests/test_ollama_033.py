@@ -398,6 +398,30 @@ async def test_only_what_keeps_state_is_not_cached(
         assert answers[0].cache_status == "OllProx; fwd=bypass"
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "headers"),
+    [
+        ("/v1/responses", {**RESPONSE, "store": True, "stream": True}, {}),
+        ("/api/generate", {"model": "gemma", "prompt": "hi"}, {"Cache-Control": "no-store"}),
+        ("/v1/audio/transcriptions", {"model": "gemma"}, {}),
+        ("/api/ps", None, {}),
+    ],
+)
+async def test_what_nobody_can_join_ends_when_its_only_client_leaves(
+    launch: Start, ollama: StandIn, path: str, body: object, headers: dict[str, str]
+) -> None:
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        await ollama.script.let_go.wait()
+
+    ollama.script.respond = respond
+    ollprox = await launch(MODEL_REFRESH=0)
+    await ollama.until(lambda: bool(ollama.seen))  # the version
+    async with Client(ollprox.port) as client:
+        await client.send(request("GET" if body is None else "POST", path, body, headers))
+        await ollama.until(lambda: bool(ollama.asked()))
+    await ollama.until(lambda: ollama.asked()[0].gone)
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
 async def test_store_means_nothing_elsewhere(launch: Start, ollama: StandIn, path: str) -> None:
     ollprox = await launch()
