@@ -123,7 +123,7 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
     flights.ended = flight_ended
     models = ModelWatch(probe, cache, flights, metrics.set_models)
     pages = Pages(probe, cache, flights, metrics, permits)
-    routes = api.route_table(settings.max_object_bytes)
+    routes = api.route_table(settings.max_object_bytes, settings.model_aliases)
     if several is not None:
         routes.hosts = frozenset(host.name.encode() for host in settings.hosts)
     gate = Gate(settings, keys, routes)

@@ -17,7 +17,7 @@ from urllib.parse import unquote
 
 from access.rights import Key
 from answers.flight import Flight, Flights, Reader, Wants
-from answers.lists import only_allowed
+from answers.lists import change_list, rename_model
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
@@ -166,9 +166,9 @@ class Proxy:
             return self._hit(decision.stored, decision.age, question, record)
         assert decision.flight is not None
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
-        response = await self._replay(reader, route.form, record)
-        if route.lists and key is not None and key.models is not None:
-            only_allowed(response, route.lists, key.may_use)
+        response = await self._replay(reader, route.form, record, self._heartbeat(route, question))
+        if route.lists or route.names_model:
+            self._change_list(response, request.head, admission)
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
@@ -361,24 +361,45 @@ class Proxy:
             return False
         return self.cache.put(cache_key, answer)
 
-    async def _replay(self, reader: Reader, form: Form, record: Record) -> Response:
+    def _heartbeat(self, route: Route, question: Question) -> float:
+        """Return the seconds until a comment; 0 where anything but events may be the answer."""
+        only_events = route.streams_events and question.stream and not question.ambiguous
+        return self.settings.heartbeat if only_events else 0.0
+
+    def _change_list(self, response: Response, head: Head, admission: Admission) -> None:
+        """Change a list of models, or the description of one. Raises HTTPError 502."""
+        route, key = admission.route, admission.key
+        aliases = self.settings.model_aliases if route.lists_aliases else ()
+        restricted = key is not None and key.models is not None
+        if route.lists and (aliases or restricted):
+            may_use = key.may_use if key is not None and restricted else None
+            change_list(response, route.lists, may_use, aliases)
+        if route.names_model and admission.target != head.path:
+            rename_model(response, unquote(head.path.removeprefix(route.target or b"").decode()))
+
+    async def _replay(
+        self, reader: Reader, form: Form, record: Record, heartbeat: float = 0.0
+    ) -> Response:
         """Replay a flight to its reader, and record the result."""
         flight = reader.flight
         try:
-            response = await replay(reader, form)
+            response = await replay(reader, form, heartbeat)
         finally:
             if flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
+        is_late = flight.born is None  # a heartbeat came before the head: it may still be queued
         ended = isinstance(response.body, bytes)  # else it is not known yet if it is stored
         if ended and flight.stored and record.outcome is Outcome.MISS:
             record.cache_status += b"; stored"
-        if record.queued is not None:
+        if record.queued is not None and not is_late:
             duration = b"queue;dur=%.1f" % (record.queued * 1000)
             record.headers += ((b"Server-Timing", duration),)
 
         def release() -> None:
             record.shared = record.outcome is Outcome.COLLAPSED and reader.has_all
             record.usage = flight.usage
+            if is_late and flight.permit is not None:
+                record.queued = _queued(flight.permit, record)
             reader.leave()
 
         response.release = release

@@ -188,6 +188,28 @@ def _fits(parts: list[bytes], origin: bytes) -> bool:
     return True
 
 
+def _aliases(text: str) -> tuple[tuple[str, str], ...]:
+    """Parse `ALIAS=MODEL` items; the names stay as they are written."""
+    pairs = []
+    for item in _labels(text):
+        alias, _, model = (part.strip() for part in item.partition("="))
+        if not (_MODEL_NAME.fullmatch(alias) and _MODEL_NAME.fullmatch(model)):
+            raise ValueError(
+                "must be names and models, such as gpt-4o=llama3.3,small=qwen3:4b", item
+            )
+        pairs.append((alias, model))
+    aliases = [normalize_model(alias) for alias, _ in pairs]
+    for index, (alias, model) in enumerate(pairs):
+        if normalize_model(model) in aliases:
+            raise ValueError("must not point an alias to an alias", f"{alias}={model}")
+        if aliases[index] in aliases[:index]:
+            raise ValueError("must name each alias once", f"{alias}={model}")
+    return tuple(pairs)
+
+
+_MODEL_NAME = re.compile(r"[a-zA-Z0-9][\w.:@/-]{0,255}", re.ASCII)
+
+
 def _setting(default: Any, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
     return field(default=default, metadata={"parse": parse}, repr=not secret)
 
@@ -221,6 +243,7 @@ class Settings:
     cache_only_deterministic: bool = _setting(False, _switch)
     cache_per_key: bool = _setting(False, _switch)
     model_refresh: float = _setting(30.0, _seconds_or_off)
+    model_aliases: tuple[tuple[str, str], ...] = _setting((), _aliases)  # alias, model
     max_body_bytes: int = _setting(32 << 20, _positive_size)
     max_object_bytes: int = _setting(32 << 20, _positive_size)
     max_head_bytes: int = _setting(16 << 10, _positive_size)
@@ -236,6 +259,7 @@ class Settings:
     idle_timeout: float = _setting(300.0, _seconds)
     write_timeout: float = _setting(60.0, _seconds)
     drain_timeout: float = _setting(30.0, _seconds)
+    heartbeat: float = _setting(0.0, _seconds_or_off)
     log_level: str = _setting("INFO", _level)
     log_format: str = _setting("text", _log_format)
     warnings: tuple[str, ...] = field(default=())  # lines to log at the start

@@ -468,14 +468,23 @@ class Reader:
             return self.wants is not Wants.NOTHING
         return self.wants is Wants.PIECES and flight.end <= self.position and notes.finished
 
-    async def head(self) -> None:
-        """Wait for the response's head. Raises HTTPError if none comes."""
+    async def head(self, silence: float = 0.0) -> bool:
+        """Wait for the response's head; return False if `silence` seconds pass first (0: never).
+
+        Raises:
+            HTTPError: none comes.
+
+        """
         while self.flight.born is None:
             self._raise_failure()
-            await self._wait()
+            if not await self._wait(silence):
+                return False
+        return True
 
-    async def pieces(self) -> AsyncIterator[bytes]:
+    async def pieces(self, silence: float = 0.0) -> AsyncIterator[bytes]:
         """Yield the tape to its end, up to a slice at a time.
+
+        With `silence`, a step is empty each time that so many seconds pass without news.
 
         Raises:
             HTTPError: upstream broke off, or was silent for too long.
@@ -494,8 +503,8 @@ class Reader:
             elif flight.ending is not None or self._error is not None:
                 self._raise_failure()
                 return
-            else:
-                await self._wait()
+            elif not await self._wait(silence):
+                yield b""
 
     async def whole(self) -> bytes | None:
         """Wait for the end and return the complete tape; None if it does not fit the window.
@@ -535,9 +544,16 @@ class Reader:
                 error.status, error.message, error.headers, error.body, error.kind
             ) from error
 
-    async def _wait(self) -> None:
+    async def _wait(self, seconds: float = 0.0) -> bool:
+        """Wait for news; return False if none comes within so many seconds (0: no limit)."""
         self._news = asyncio.get_running_loop().create_future()
-        await self._news
+        if not seconds:
+            await self._news
+            return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news
+        return not self._news.cancelled()
 
 
 class Flights:

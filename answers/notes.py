@@ -161,7 +161,7 @@ class WholeNotes(Notes):
     def close(self) -> bool:
         """Return False if the model was stopped before it had finished."""
         if self._size > MAX_PARSED:
-            complete = not _UNFINISHED.search(self._end, max(0, len(self._end) - MAX_USAGE))
+            complete = not _UNFINISHED.search(self._end, self._verdict_start())
             is_object = self._start.startswith(b"{") and self._end.rstrip().endswith(b"}")
             self._worth_keeping = complete and is_object and not self._start.startswith(b'{"error"')
             return complete
@@ -174,6 +174,15 @@ class WholeNotes(Notes):
             complete and not value.get("error") and not loads and _has_content(value)
         )
         return complete
+
+    def _verdict_start(self) -> int:
+        """Return where the end begins that says whether it is finished.
+
+        After its usage an object of `/v1/responses` has metadata, as long as the client chose.
+        """
+        start = max(0, len(self._end) - MAX_USAGE)
+        usage = max((match.start() for match in _USAGE.finditer(self._end)), default=start)
+        return min(start, usage)
 
     @property
     def usage(self) -> Usage:

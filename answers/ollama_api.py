@@ -11,11 +11,13 @@ import difflib
 import enum
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from urllib.parse import unquote_to_bytes
+from functools import partial
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from answers.notes import SSE, dump
-from answers.questions import Codec, Native, PassThrough
+from answers.questions import Aliases, Codec, Native, PassThrough
 from settings import normalize_model
 from wire.pool import HOST, Api
 
@@ -60,10 +62,12 @@ class Form(enum.Enum):
     def line(self, content_type: bytes, message: str) -> bytes:
         """Return the line, or event, that ends a truncated stream."""
         body = self.body(502, message)
-        if not content_type.startswith(SSE):
-            return body + b"\n"
-        event = b"event: error\n" if self is Form.ANTHROPIC else b""
-        return event + b"data: %b\n\n" % body
+        return self.event(body) if content_type.startswith(SSE) else body + b"\n"
+
+    def event(self, body: bytes) -> bytes:
+        """Return an error's body, which has no blank line, as an event."""
+        name = b"event: error\n" if self is Form.ANTHROPIC else b""
+        return name + b"".join(b"data: %b\n" % line for line in body.splitlines()) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +90,8 @@ class Route:
     generates: bool = False  # a model generates the answer, so the request needs a turn
     manages: bool = False  # it changes models, so stored answers may become wrong
     lists: str = ""  # the field of the answer that lists models
+    lists_aliases: bool = False  # that list has all models, and aliases beside them
+    streams_events: bool = False  # it answers with SSE if a stream is asked for
     names_model: bool = False  # the suffix is the name of a model
 
     @property
@@ -121,9 +127,10 @@ class RouteTable:
     with `/api/`, and `/`, may have `/host/NAME` before them: then that server alone is asked.
     """
 
-    def __init__(self, rows: dict[bytes, Route]) -> None:
+    def __init__(self, rows: dict[bytes, Route], aliases: Aliases | None = None) -> None:
         self.rows = rows
         self.hosts: frozenset[bytes] = frozenset()
+        self._aliases = aliases or {}
 
     def find(self, path: bytes) -> tuple[Route, bytes] | None:
         """Return a path's route and its path upstream; None if there is no such path."""
@@ -138,8 +145,13 @@ class RouteTable:
         for prefix, route in self.rows.items():
             name = path.removeprefix(prefix)
             if route.suffix and name != path and re.fullmatch(route.suffix, name):
-                return route, prefix + name
+                return route, prefix + (self._real_name(name) if route.names_model else name)
         return None
+
+    def _real_name(self, name: bytes) -> bytes:
+        """Return the end of a path that asks for a model, with the model in an alias's place."""
+        model = self._aliases.get(normalize_model(unquote(name.decode())))
+        return name if model is None else quote(model, safe=":").encode()
 
     def form(self, path: bytes) -> Form:
         """Return the form of errors on a path, known or not."""
@@ -183,22 +195,35 @@ _BLOB = rb"sha256[:-][0-9a-f]{64}"
 _KEY_NAME = rb"[A-Za-z0-9_=-]{1,1024}"  # a public key in URL-safe Base64
 
 
-def route_table(max_object: int) -> RouteTable:
-    """Return the route table. `max_object` is the limit of a fold, in bytes."""
+def route_table(max_object: int, aliases: Sequence[tuple[str, str]] = ()) -> RouteTable:
+    """Return the route table.
+
+    Args:
+        max_object: the limit of a fold, in bytes.
+        aliases: names for models, as MODEL_ALIASES has them.
+
+    """
+    known = {normalize_model(alias): model for alias, model in aliases}
     return RouteTable(
-        _native_rows(max_object) | _v1_rows() | _unread_rows() | _managing_rows() | _page_rows()
+        _native_rows(max_object, known)
+        | _v1_rows(known)
+        | _unread_rows()
+        | _managing_rows()
+        | _page_rows(),
+        known,
     )
 
 
-def _native_rows(max_object: int) -> dict[bytes, Route]:
+def _native_rows(max_object: int, aliases: Aliases) -> dict[bytes, Route]:
     """Return the rows of Ollama's own API."""
     generate, chat = b"/api/generate", b"/api/chat"
-    embed = PassThrough("input", samples=False, without=("keep_alive",))
-    old_embed = PassThrough("prompt", samples=False, without=("keep_alive",), repeats_model=False)
+    native = partial(Native, max_object=max_object, aliases=aliases)
+    embeds = partial(PassThrough, samples=False, without=("keep_alive",), aliases=aliases)
+    embed, old_embed = embeds("input"), embeds("prompt", repeats_model=False)
     codecs: dict[bytes, Codec] = {
-        b"/call_model": Native("prompt", streams=False, max_object=max_object),
-        generate: Native("prompt", max_object=max_object),
-        chat: Native("messages", max_object=max_object),
+        b"/call_model": native("prompt", streams=False),
+        generate: native("prompt"),
+        chat: native("messages"),
         b"/api/embed": embed,
         b"/api/embeddings": old_embed,
     }
@@ -209,30 +234,37 @@ def _native_rows(max_object: int) -> dict[bytes, Route]:
             path: Route(_POST, generate if path == b"/call_model" else path, codec, generates=True)
             for path, codec in codecs.items()
         },
-        b"/api/show": Route(_POST, b"/api/show", PassThrough()),
+        b"/api/show": Route(_POST, b"/api/show", PassThrough(aliases=aliases)),
         **{path: Route(_GET, path) for path in (*reads, recommendations)},
-        **{path: Route(_GET, path, lists="models") for path in (TAGS, b"/api/ps")},
+        TAGS: Route(_GET, TAGS, lists="models", lists_aliases=True),
+        b"/api/ps": Route(_GET, b"/api/ps", lists="models"),
     }
 
 
-def _v1_rows() -> dict[bytes, Route]:
+def _v1_rows(aliases: Aliases) -> dict[bytes, Route]:
     """Return the rows of the APIs of OpenAI and Anthropic."""
+    codec = partial(PassThrough, aliases=aliases)
+    openai = partial(Route, _POST, form=Form.OPENAI, generates=True)
     codecs: dict[bytes, Codec] = {
-        b"/v1/chat/completions": PassThrough("messages"),
-        b"/v1/completions": PassThrough("prompt"),
-        b"/v1/embeddings": PassThrough("input", samples=False),
-        b"/v1/responses": PassThrough("input", may_keep_state=True),
+        b"/v1/chat/completions": codec("messages"),
+        b"/v1/completions": codec("prompt"),
+        b"/v1/responses": codec("input", may_keep_state=True),
     }
+    embeddings, models = b"/v1/embeddings", b"/v1/models"
     messages, count = b"/v1/messages", b"/v1/messages/count_tokens"
-    anthropic = PassThrough("messages")
     return {
-        **{
-            path: Route(_POST, path, codec, form=Form.OPENAI, generates=True)
-            for path, codec in codecs.items()
-        },
-        messages: Route(_POST, messages, anthropic, form=Form.ANTHROPIC, generates=True),
-        count: Route(_POST, count, PassThrough(), form=Form.ANTHROPIC),
-        b"/v1/models": Route(_GET, b"/v1/models", form=Form.OPENAI, lists="data"),
+        **{path: openai(path, codec, streams_events=True) for path, codec in codecs.items()},
+        embeddings: openai(embeddings, codec("input", samples=False)),
+        messages: Route(
+            _POST,
+            messages,
+            codec("messages"),
+            form=Form.ANTHROPIC,
+            generates=True,
+            streams_events=True,
+        ),
+        count: Route(_POST, count, codec(), form=Form.ANTHROPIC),
+        models: Route(_GET, models, form=Form.OPENAI, lists="data", lists_aliases=True),
         b"/v1/models/": Route(
             _GET, b"/v1/models/", form=Form.OPENAI, suffix=_MODEL, names_model=True
         ),

@@ -6,7 +6,7 @@ Pure: no I/O, no clock.
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -39,15 +39,20 @@ _KNOWN_NAMES = frozenset(
 )
 
 
+Aliases = Mapping[str, str]
+"""The model that answers for an alias, by the alias's normalized name."""
+
+
 @dataclass(slots=True)
 class Question:
     """A parsed request body.
 
-    `model` is the name as the client wrote it. `key` is the cache key without its scope, None if
-    the answer must be neither stored nor shared. `stream` is True if the client wants a stream,
-    `relayed` if it gets upstream's response unchanged. `deterministic` is True if asking again
-    gives the same answer. `ambiguous` is True if Ollama may read the body differently from
-    OllProx, so that another model than `model` may answer.
+    `model` is the name as the client wrote it, or the model that its alias stands for. `key` is
+    the cache key without its scope, None if the answer must be neither stored nor shared.
+    `stream` is True if the client wants a stream, `relayed` if it gets upstream's response
+    unchanged. `deterministic` is True if asking again gives the same answer. `ambiguous` is True
+    if Ollama may read the body differently from OllProx, so that another model than `model` may
+    answer.
     """
 
     body: Callable[[], bytes]
@@ -89,17 +94,18 @@ class Native:
     """The default of the field `stream`."""
     max_object: int = 32 << 20
     """Limit of a fold, in bytes."""
+    aliases: Aliases = field(default_factory=dict)
 
     def question(self, body: bytes, target: bytes) -> Question:
         """Read a request's body. Raises HTTPError 400."""
-        value = read_object(body)
+        value = _read(body, self.aliases)
         ambiguous = _is_ambiguous(value)
         stream = self.streams if value.get("stream") is None else value["stream"] is True
         canonical = _canonical(value, without=("stream", "keep_alive"))
         cacheable = bool(value.get(self.input_name)) and not ambiguous
 
         def write() -> bytes:
-            value = read_object(body)
+            value = _read(body, self.aliases)
             if not ambiguous:
                 value["stream"] = cacheable or stream
             return write_object(value)
@@ -135,10 +141,11 @@ class PassThrough:
     """A request may use or leave a conversation on the server, as on `/v1/responses`."""
     repeats_model: bool = True
     """The answer repeats the model's name as it was sent, so each name has its own cache key."""
+    aliases: Aliases = field(default_factory=dict)
 
     def question(self, body: bytes, target: bytes) -> Question:
         """Read a request's body. Raises HTTPError 400."""
-        value = read_object(body)
+        value = _read(body, self.aliases)
         ambiguous = _is_ambiguous(value)
         model = _name(value)
         keyed = value if self.repeats_model else {**value, "model": normalize_model(model)}
@@ -146,7 +153,7 @@ class PassThrough:
         uncacheable = ambiguous or (self.may_keep_state and _keeps_state(value))
         cacheable = bool(self.input_name and value.get(self.input_name)) and not uncacheable
         return Question(
-            body=lambda: write_object(read_object(body)),
+            body=lambda: write_object(_read(body, self.aliases)),
             model=model,
             key=cache_key(target, canonical) if cacheable else None,
             stream=value.get("stream") is True,
@@ -232,6 +239,14 @@ def read_object(body: bytes) -> dict[str, Any]:
         raise HTTPError(400, f"the body must be a JSON object; {reason}") from None
     if not isinstance(value, dict):
         raise HTTPError(400, f"the body must be a JSON object, such as {EXAMPLE}")
+    return value
+
+
+def _read(body: bytes, aliases: Aliases) -> dict[str, Any]:
+    """Return the object that a body is, with the model in its alias's place. Raises HTTPError."""
+    value = read_object(body)
+    if aliases and (model := aliases.get(normalize_model(_name(value)))) is not None:
+        value["model" if value.get("model") else "name"] = model
     return value
 
 

@@ -72,7 +72,7 @@ def make_proxy(
     """A proxy; `overrides` are settings. With an `exchange` it asks that, and no upstream."""
     settings = replace(Settings(), **overrides)
     upstream, keys = upstream or make_upstream(), keys or make_keys()
-    routes = routes or route_table(settings.max_object_bytes)
+    routes = routes or route_table(settings.max_object_bytes, settings.model_aliases)
     budget = Budget(settings.cache_max_bytes)
     cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
     slots = CountedSlots(settings.max_generations)

@@ -269,9 +269,11 @@ class StandIn:
                 _send_json(writer, 200, self._v1_object(asked, seen.path), seen)
 
     def _events(self, asked: Object, path: str) -> list[bytes]:
-        """A stream as the traces show it; those of `responses` and `messages` only roughly."""
-        if path in {"/v1/responses", "/v1/messages"}:
-            return [b'event: x\ndata: {"n":%d}\n\n' % number for number in range(3)]
+        """A stream as the traces show it."""
+        if path == "/v1/messages":
+            return [_event(value) for value in self._message_events(asked)]
+        if path == "/v1/responses":
+            return [_event(value) for value in self._response_events(asked)]
         chat = path == "/v1/chat/completions"
         common = {
             "id": "chatcmpl-796" if chat else "cmpl-893",
@@ -303,10 +305,92 @@ class StandIn:
                 data = [{"object": "embedding", "embedding": [0.25, -0.5], "index": 0}]
                 usage = {"prompt_tokens": 1, "total_tokens": 1}
                 return {"object": "list", "data": data, "model": asked["model"], "usage": usage}
+            case "/v1/responses":
+                return self._response(asked, self._output(text))
             case _:
-                return {"id": "r", "type": "message", "content": text}
+                return {**self._message(asked), "content": self._blocks(), **self._stop()}
         choice = {"index": 0, **said, "finish_reason": "stop"}
         return {"id": name, "object": kind, "choices": [choice], **common}
+
+    # Anthropic's messages: what is said comes in blocks of thinking, text and tool use.
+
+    def _message(self, asked: Object) -> Object:
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": asked["model"]}
+
+    def _stop(self) -> Object:
+        reason = "tool_use" if self.script.tool_calls else "end_turn"
+        return {"stop_reason": reason, "usage": {"input_tokens": 12, "output_tokens": 5}}
+
+    def _blocks(self) -> list[Object]:
+        script = self.script
+        blocks = [{"type": "text", "text": "".join(script.tokens)}]
+        if script.thinking:
+            blocks.insert(0, {"type": "thinking", "thinking": "".join(script.thinking)})
+        for index, call in enumerate(script.tool_calls):
+            said = {"name": call["function"]["name"], "input": call["function"]["arguments"]}
+            blocks.append({"type": "tool_use", "id": f"call_{index}", **said})
+        return blocks
+
+    def _message_events(self, asked: Object) -> list[Object]:
+        usage = {"input_tokens": 12, "output_tokens": 0}
+        start = {**self._message(asked), "content": [], "usage": usage}
+        events: list[Object] = [{"type": "message_start", "message": start}]
+        for index, block in enumerate(self._blocks()):
+            kind, at = block["type"], {"index": index}
+            if kind == "tool_use":
+                parts = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+                empty = {**block, "input": {}}
+            else:
+                said = self.script.tokens if kind == "text" else self.script.thinking
+                parts = [{"type": f"{kind}_delta", kind: token} for token in said]
+                empty = {"type": kind, kind: ""}
+            events.append({"type": "content_block_start", **at, "content_block": empty})
+            events += [{"type": "content_block_delta", **at, "delta": part} for part in parts]
+            events.append({"type": "content_block_stop", **at})
+        stop = self._stop()
+        usage = stop.pop("usage")
+        last = {"type": "message_delta", "delta": stop, "usage": usage}
+        return [*events, last, {"type": "message_stop"}]
+
+    # OpenAI's responses.
+
+    def _output(self, text: str) -> Object:
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        item = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant"}
+        return {**item, "content": [part]}
+
+    def _response(self, asked: Object, *output: Object) -> Object:
+        usage = {"input_tokens": 12, "output_tokens": 5, "total_tokens": 17} if output else None
+        return {
+            "id": "resp_1",
+            "object": "response",
+            "created_at": 1795895752,
+            "status": "completed" if output else "in_progress",
+            "model": asked["model"],
+            "output": list(output),
+            "tools": [],
+            "store": False,
+            "usage": usage,
+        }
+
+    def _response_events(self, asked: Object) -> list[Object]:
+        text = "".join(self.script.tokens)
+        at = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        kind, item = "response.output_text", self._output(text)
+        deltas = [{"type": f"{kind}.delta", "delta": token, **at} for token in self.script.tokens]
+        events: list[Object] = [
+            {"type": "response.created", "response": self._response(asked)},
+            {
+                "type": "response.output_item.added",
+                "output_index": 0,
+                "item": {**item, "content": []},
+            },
+            *deltas,
+            {"type": f"{kind}.done", "text": text, **at},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": "response.completed", "response": self._response(asked, item)},
+        ]
+        return [{**event, "sequence_number": n} for n, event in enumerate(events)]
 
     async def _chunks(self, pieces: list[bytes], writer: asyncio.StreamWriter) -> None:
         """Send a stream's pieces, one a chunk, as the script says."""
@@ -476,6 +560,10 @@ def _now() -> str:
 
 def _dump(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _event(value: Object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), _dump(value))
 
 
 def _chunk(data: bytes) -> bytes:

@@ -205,10 +205,13 @@ async def test_the_first_reader_leaves_and_the_others_keep_reading() -> None:
     assert field.stored == [line("a") + DONE]
 
 
+@pytest.mark.parametrize("key", [b"k", None])  # None: a bypass, whose only reader leaves
 @pytest.mark.parametrize("said", [(), (line("a"),)])
-async def test_the_last_reader_leaves_and_the_exchange_is_aborted(said: tuple[bytes, ...]) -> None:
+async def test_the_last_reader_leaves_and_the_exchange_is_aborted(
+    said: tuple[bytes, ...], key: bytes | None
+) -> None:
     field = Field()
-    flight = field.begin()
+    flight = field.begin(key)
     readers = [asyncio.create_task(read(flight)) for _ in range(3)]
     field.upstream.say(*said)
     await settle()

@@ -170,6 +170,20 @@ async def test_with_cache_per_key_two_callers_never_share(launch: Start, key_fil
     assert hits == [False, False, False, True, True]
 
 
+@pytest.mark.parametrize(("one", "other"), [("anna", "ann"), ("anna", "anne"), ("b x", "b y")])
+async def test_with_cache_per_key_labels_that_begin_alike_do_not_share(
+    launch: Start, key_file: Path, one: str, other: str
+) -> None:
+    key_file.write_text(f"one-key-01234567  # {one}\ntwo-key-01234567  # {other}\n")
+    ollprox = await launch(CACHE_PER_KEY="1")
+    hits = []
+    for key in ("one", "two", "one", "two"):
+        headers = {"APIKEY": f"{key}-key-01234567"}
+        answer = await ask(ollprox.port, "POST", "/call_model", question(), headers)
+        hits.append("hit" in answer.cache_status)
+    assert hits == [False, False, True, True]
+
+
 async def test_key_defaults_are_checked_at_the_start(launch: Start, key_file: Path) -> None:
     ollprox = await launch("--check", KEY_DEFAULTS="rate=60/minutes")
     assert await ollprox.process.wait() == 2

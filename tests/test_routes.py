@@ -474,6 +474,7 @@ async def test_hop_by_hop_headers_stop_here(ollprox: Program, ollama: StandIn) -
         "Forwarded": "for=10.0.0.1",
         "X-Real-IP": "10.0.0.1",
         "Accept-Encoding": "gzip",
+        "Cookie": "session=of-another-service",
         "Via": "1.1 other",
     }
 
