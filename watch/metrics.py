@@ -398,7 +398,7 @@ class Metrics:
             use.saved += saved
         if outcome is Outcome.REFUSED:
             return
-        model = self.known(record.model)
+        model = self._names.get(record.model) or self.known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
