@@ -104,7 +104,7 @@ def stored(file: Path) -> list[tuple[Any, ...]]:
 def sums(file: Path) -> int:
     """How many requests the file counts."""
     with closing(sqlite3.connect(file)) as connection:
-        return connection.execute("SELECT COALESCE(SUM(requests), 0) FROM usage").fetchone()[0]
+        return int(connection.execute("SELECT TOTAL(requests) FROM usage").fetchone()[0])
 
 
 # What is counted.
