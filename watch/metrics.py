@@ -258,7 +258,7 @@ class Spans:
     """
 
     def __init__(self, seconds: int, count: int) -> None:
-        self._seconds = seconds
+        self._seconds, self._count = seconds, count
         self._spans: deque[Minute] = deque(maxlen=count)
 
     def add(self, minute: Minute) -> None:
@@ -270,11 +270,11 @@ class Spans:
 
     def rows(self, current: Minute, now: float) -> list[dict[str, int]]:
         """Return those of the time that is looked back at, with the current minute in the last."""
-        spans = Spans(self._seconds, self._spans.maxlen or 0)
+        copy = Spans(self._seconds, self._count)
         for span in (*self._spans, current):
-            spans.add(span)
-        since = now - self._seconds * spans._spans.maxlen if spans._spans.maxlen else now
-        return [span.row() for span in spans._spans if span.start > since]
+            copy.add(span)
+        since = now - self._seconds * self._count
+        return [span.row() for span in copy._spans if span.start > since]
 
 
 class Recent(NamedTuple):
