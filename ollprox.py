@@ -44,7 +44,7 @@ from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
-from watch.usage import Opened, Usage, UsageError, earlier, open_file, print_report
+from watch.usage import NOT_KEPT, Opened, Usage, UsageError, earlier, open_file, print_report
 from wire.http11 import Ask, parse_request_head
 from wire.pool import Pool
 from wire.roster import Health, Member, Slot
@@ -386,7 +386,7 @@ async def _check(settings: Settings, keys: KeyStore) -> int:
 def _print_usage(settings: Settings, query: str) -> int:
     """Print a table of usage; return the exit status. Raises SettingsError."""
     if not settings.usage_file:
-        raise SettingsError("usage is not kept: set USAGE_FILE to the path of a file for it")
+        raise SettingsError(NOT_KEPT)
     try:
         print_report(settings.usage_path, settings.usage_days, query)
     except ValueError as error:

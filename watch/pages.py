@@ -17,7 +17,7 @@ from answers.stored import StoredAnswer
 from cache import Cache
 from settings import ROOT, normalize_model
 from watch.metrics import Metrics, Viewer
-from watch.usage import REPORT_TIMEOUT, Usage, UsageError, parse_query, prefers_csv, shown
+from watch.usage import NOT_KEPT, REPORT_TIMEOUT, Usage, UsageError, parse_query, prefers_csv, shown
 from wire.http11 import Head, Headers, HTTPError, Response
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus's exposition format
@@ -120,7 +120,7 @@ class Pages:
         """Report usage: of all keys to admins, and to others of their own label."""
         assert key is not None
         if self._usage is None:
-            raise HTTPError(404, "usage is not kept: set USAGE_FILE to the path of a file for it")
+            raise HTTPError(404, NOT_KEPT)
         form = "csv" if prefers_csv((head.get(b"accept") or b"").decode("latin-1")) else "json"
         try:
             query = parse_query(head.query.decode("latin-1"), form)

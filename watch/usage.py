@@ -52,6 +52,7 @@ MAX_ROWS = 100_000  # of one report
 SLOT = 300  # seconds in which the tokens that count against a limit are added up
 LONGEST_LIMIT = 86_400  # seconds
 SHOWN_DIGITS = 8  # of the digest of a key without a label, as in the log
+NOT_KEPT = "usage is not kept: set USAGE_FILE to the path of a file for it"
 DIMENSIONS = ("day", "key", "model")
 
 _MAGIC = b"SQLite format 3\0"
@@ -297,7 +298,7 @@ class UsageFile:
             raise UsageError(error.strerror or str(error)) from None
 
     def _connect(self) -> "Connection":
-        where = f"file:{quote(str(self.path))}?mode=rw"
+        where = f"file:{quote(os.fsencode(self.path))}?mode=rw"
         return self._sqlite.connect(where, uri=True, timeout=LOCK_TIMEOUT, isolation_level=None)
 
     def _check(self, create: bool) -> None:
@@ -611,8 +612,9 @@ def render(query: Query, rows: dict[tuple[str, ...], Counts]) -> str:
     """Write a report as JSON, as CSV (RFC 4180), or as a table for a terminal."""
     header = [*query.by, *COLUMNS]
     lines = [[*index, *counts.values()] for index, counts in rows.items()]
-    if query.form == "json":
-        return json.dumps({"rows": [dict(zip(header, line, strict=True)) for line in lines]})
+    if query.form == "json":  # row by row, or the event loop's thread would have to wait for all
+        objects = (json.dumps(dict(zip(header, line, strict=True))) for line in lines)
+        return f'{{"rows": [{", ".join(objects)}]}}'
     if query.form == "table":
         return _table([header, *([str(cell) for cell in line] for line in lines)], len(query.by))
     text = io.StringIO()
