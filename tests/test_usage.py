@@ -230,7 +230,7 @@ async def test_limits_on_tokens_go_on_after_a_restart(
     path = tmp_path / "limited.txt"
     path.write_text(f"{KEY}  tokens={2 * TOKENS}/day # tester\n{BOSS} # boss\n")
     if salt:
-        from keystore import salted_digest
+        from access.credentials import salted_digest
 
         digest = salted_digest(salt.encode(), KEY.encode()).hex()
         path.write_text(f"{digest}  tokens={2 * TOKENS}/day # tester\n")

@@ -30,8 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote
 
+from access.rights import Key
 from answers.flight import Flight, Source
-from keystore import Key
 from record import Outcome, Record
 from settings import SettingsError
 from watch.metrics import ANSWERED, DAYS, OTHER, Minute
