@@ -36,8 +36,12 @@ _PLAIN = re.compile(r"[\w.+-]+", re.ASCII)  # versions that need no quotes
 LOOP_ERROR_INTERVAL = 60.0  # seconds between two log lines for the same failure
 
 
-def open_keys(settings: Settings) -> KeyStore:
+def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
     """Read the key file.
+
+    Args:
+        settings: what the user chose.
+        salt: of the digests in memory where API_KEY_SALT is not set; empty for a random one.
 
     Raises:
         SettingsError: it cannot be used with these settings.
@@ -55,6 +59,8 @@ def open_keys(settings: Settings) -> KeyStore:
         defaults=defaults,
         refresh=settings.key_refresh,
     )
+    if salt and not settings.api_key_salt:
+        keys.salt = salt
     if path is None:
         _warn_without_a_file(settings)
         return keys
