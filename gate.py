@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from access.credentials import MAX_WRONG, NO_SCHEME, WrongKeys
 from access.rights import Key
-from answers.ollama_api import Access, Form, Route, RouteTable
+from answers.ollama_api import HOME, Access, Form, Route, RouteTable
 from keystore import KeyStore
 from settings import Origins, Settings
 from wire.http11 import Head, Headers, HTTPError, Response
@@ -79,6 +79,8 @@ class Gate:
         """
         if b"via" in head.names and sent_by_us(head.get(b"via") or b""):
             raise loop_error()
+        if head.path == b"/" and _is_for_a_page(head):
+            return Admission(HOME, b"", None)
         found = self._routes.find(head.path)
         if found is None:
             self._authenticate(head, client)  # only callers with a key learn which paths exist
@@ -201,6 +203,12 @@ def _check_rights(route: Route, key: Key) -> None:
             "this API key may use certain models only, and OllProx does not read which one this"
             " request asks; ask the operator for a key without models=",
         )
+
+
+def _is_for_a_page(head: Head) -> bool:
+    """Return true if a browser asks for a page to show."""
+    accept = head.get(b"accept")
+    return head.method == b"GET" and accept is not None and b"text/html" in accept.lower()
 
 
 def _is_same_origin(head: Head, origin: bytes) -> bool:

@@ -39,12 +39,12 @@ from gate import Gate
 from keystore import KeyStore
 from proxy import Proxy
 from record import Record
-from settings import Settings, SettingsError, address, load
+from settings import COMMAND, Settings, SettingsError, address, load
+from watch import check
 from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
-from watch.usage import NOT_KEPT, Opened, Usage, UsageError, earlier, open_file, print_report
 from wire.http11 import Ask, parse_request_head
 from wire.pool import Pool
 from wire.roster import Health, Member, Slot
@@ -52,7 +52,7 @@ from wire.server import Limits as ClientLimits
 from wire.server import Server
 from wire.upstream import Upstream
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 LAG_INTERVAL = 0.5  # seconds between two measurements of the event-loop lag
 
@@ -72,19 +72,11 @@ class Parts:
     flights: Flights
     turns: Turns
     metrics: Metrics
-    usage: Usage | None
     server: Server
 
 
-def build(
-    settings: Settings, keys: KeyStore, writer: LineWriter, opened: Opened | None = None
-) -> Parts:
-    """Build the parts, without starting anything; `opened` is the usage file.
-
-    Raises:
-        SettingsError: a setting cannot be used.
-
-    """
+def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
+    """Build the parts, without starting anything. Raises SettingsError."""
     upstream = _make_upstream(settings)
     budget = Budget(settings.cache_max_bytes)
     cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
@@ -101,8 +93,7 @@ def build(
         fair_queue(upstream.exchange),
         Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout),
     )
-    limits = Limits(earlier=earlier(opened.kept, time.time())) if opened else Limits()
-    permits = Permits(limits, turns)
+    permits = Permits(Limits(), turns)
     probe = Probe(upstream)
     metrics = Metrics(
         __version__,
@@ -124,18 +115,15 @@ def build(
             for used in permits.limits.in_use()
         ],
     )
-    usage = _make_usage(opened, metrics) if opened else None
 
     def flight_ended(flight: Flight) -> None:
         metrics.count_flight(flight)
-        if usage is not None:
-            usage.count_flight(flight)
         if flight.error is not None and flight.error.kind == "unreachable":
             probe.suspect()
 
     flights.ended = flight_ended
     models = ModelWatch(probe, cache, flights, metrics.set_models)
-    pages = Pages(probe, cache, flights, metrics, permits, usage)
+    pages = Pages(probe, cache, flights, metrics, permits)
     routes = api.route_table(settings.max_object_bytes, settings.model_aliases)
     if several is not None:
         routes.hosts = frozenset(host.name.encode() for host in settings.hosts)
@@ -145,8 +133,6 @@ def build(
 
     def done(record: Record) -> None:
         metrics.count(record)
-        if usage is not None:
-            usage.count(record)
         access_log(record)
 
     take = partial(take_credential, keys.salt, settings.api_key_in_path)
@@ -159,8 +145,7 @@ def build(
     )
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
     return Parts(
-        *(settings, keys, certificate, upstream, probe, models, flights, turns, metrics),
-        *(usage, server),
+        settings, keys, certificate, upstream, probe, models, flights, turns, metrics, server
     )
 
 
@@ -178,21 +163,17 @@ async def serve(parts: Parts) -> int:
     signals = startup.Signals()
     where = f"{settings.listen_scheme}://{address(settings.listen_host, port)}"
     print(f"OllProx {__version__} listens on {where}")
-    print(startup.describe(settings, keys), flush=True)
+    print(startup.describe(settings, keys))
+    print(f"dashboard     {startup.dashboard_url(settings, port)}", flush=True)
     if not len(keys):
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
     startup.tune_collector()
-    if parts.usage is not None:
-        parts.usage.start()
     chores = [asyncio.create_task(chore) for chore in _chores(parts, signals)]
     await signals.first.wait()
     await stop(parts, signals)
     for chore in chores:
         chore.cancel()
     await asyncio.wait(chores)
-    parts.metrics.close()
-    if parts.usage is not None:
-        parts.usage.close()
     log.debug("%d tasks are left", len(asyncio.all_tasks()) - 1)  # without this one
     return 0
 
@@ -264,15 +245,6 @@ def _slot_of(ask: Ask) -> Slot | None:
     return slot if isinstance(slot, Slot) else None
 
 
-def _make_usage(opened: Opened, metrics: Metrics) -> Usage:
-    """Make what counts usage, and give the metrics what the file tells of the last days."""
-    usage = metrics.usage = Usage(opened, metrics.known)
-    for hour in opened.kept.hours:
-        metrics.restore(hour)
-    metrics.minute_ended = usage.count_minute
-    return usage
-
-
 def _client_limits(settings: Settings) -> ClientLimits:
     return ClientLimits(
         max_head=settings.max_head_bytes,
@@ -333,10 +305,8 @@ async def repeat(
                 await soon.wait()
 
 
-async def _run(
-    settings: Settings, keys: KeyStore, writer: LineWriter, opened: Opened | None
-) -> int:
-    return await serve(build(settings, keys, writer, opened))
+async def _run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
+    return await serve(build(settings, keys, writer))
 
 
 async def _tidy(server: Server, upstream: Upstream | Pool, flights: Flights) -> None:
@@ -373,74 +343,53 @@ async def _report_upstream(probe: Probe, address: str) -> None:
     print(startup.describe_upstream(await probe.version(), address), flush=True)
 
 
-async def _check(settings: Settings, keys: KeyStore) -> int:
-    """Print what OllProx would do, and whether Ollama answers; return the exit status."""
-    print(f"would listen on {settings.listen_scheme}://{settings.listen_address}")
-    print(startup.describe(settings, keys))
-    upstream = _make_upstream(settings)
-    await _report_upstream(Probe(upstream), upstream.address)
-    await upstream.close()
-    return 0
-
-
-def _print_usage(settings: Settings, query: str) -> int:
-    """Print a table of usage; return the exit status. Raises SettingsError."""
-    if not settings.usage_file:
-        raise SettingsError(NOT_KEPT)
-    try:
-        print_report(settings.usage_path, settings.usage_days, query)
-    except ValueError as error:
-        raise SettingsError(f"--usage: {error}") from None
-    except UsageError as error:
-        startup.complain(f"USAGE_FILE {settings.usage_path} cannot be read: {error}")
-        return startup.EXIT_FAILED
-    return 0
+def _load() -> Settings:
+    """Read the settings; in a container, look for Ollama on its host too. Raises SettingsError."""
+    settings = load(os.environ)
+    outside = startup.host_of_container(settings) if startup.in_our_container() else None
+    if outside is None:
+        return settings
+    print(f"No Ollama at {settings.upstream_address} in this container: trying {outside}")
+    return load({**os.environ, "OLLAMA_HOST": outside})
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["keys"]:
+        from access import keytool  # here, because the server does not need it
+
+        return keytool.main(arguments[1:], f"{COMMAND} keys")
     parser = argparse.ArgumentParser(
-        prog="ollprox.py",
+        prog="ollprox",
         description="A proxy for Ollama that checks API keys and caches answers."
         " Settings come from the environment and .env; the README lists them."
-        " SIGHUP reloads the key file and the certificate, SIGTERM drains and stops.",
+        " SIGHUP reloads the key file and the certificate, SIGTERM drains and stops."
+        " `keys new|add|list|revoke|hash|salt` makes API keys: see `keys --help`.",
     )
     parser.add_argument("--version", action="version", version=f"OllProx {__version__}")
     parser.add_argument(
         "--check",
         action="store_true",
-        help="check the settings, the key file and Ollama, then exit; the status is 2 if a setting"
-        " is wrong, and 0 otherwise, even if Ollama is down",
+        help="report on the settings, the key file, Ollama, TLS and the system's limits, then exit;"
+        " the status is 2 if a setting is wrong, and 0 otherwise, even if Ollama is down",
     )
     parser.add_argument(
         "--ping", action="store_true", help="exit with 0 if OllProx is running with these settings"
     )
-    parser.add_argument(
-        "--usage",
-        nargs="?",
-        const="",
-        metavar="QUERY",
-        help="print the usage by day, key and model from USAGE_FILE, then exit; QUERY chooses as in"
-        " GET /usage, such as 'from=2026-11-01&by=key'",
-    )
     chosen = parser.parse_args(arguments)
     try:
-        settings = load(os.environ)
         if chosen.ping:
-            return startup.ping(settings)
-        if chosen.usage is not None:
-            return _print_usage(settings, chosen.usage)
+            return startup.ping(load(os.environ))
+        if chosen.check:
+            return check.report(_load, _make_upstream)
+        settings = _load()
         writer = LineWriter(sys.stderr.fileno(), as_json=settings.log_format == "json")
         setup_logging(settings.log_level, writer)
         try:
             startup.check(settings)
-            if chosen.check:
-                return asyncio.run(_check(settings, startup.open_keys(settings)))
-            opened = None
-            if settings.usage_file:
-                opened = open_file(settings.usage_path, settings.usage_days, time.time())
-            keys = startup.open_keys(settings, opened.kept.salt if opened else b"")
-            return asyncio.run(_run(settings, keys, writer, opened))
+            keys = startup.open_keys(settings)
+            return asyncio.run(_run(settings, keys, writer))
         finally:
             writer.close()
     except SettingsError as error:

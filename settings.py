@@ -15,7 +15,23 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes, urlsplit
 
-ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
+
+def _place() -> tuple[Path, str]:
+    """Return the folder of `.env`, at which relative paths start, and the command to run OllProx.
+
+    The folder is that of the program, or of the zip application that it is in. Installed as a
+    package, where alone an `__init__.py` stands beside it, it is the working folder.
+    """
+    folder = Path(__file__).resolve().parent
+    if not folder.is_dir():
+        return folder.parent, f"python {folder.name}"
+    if (folder / "__init__.py").exists():
+        return Path.cwd(), "ollprox"
+    return folder, "python ollprox.py"
+
+
+ROOT, COMMAND = _place()
+KEY_FILE = "keys/keys.txt"  # the key file if API_KEY_FILE is not set, and the file is there
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
@@ -244,8 +260,6 @@ class Settings:
     cache_per_key: bool = _setting(False, _switch)
     model_refresh: float = _setting(30.0, _seconds_or_off)
     model_aliases: tuple[tuple[str, str], ...] = _setting((), _aliases)  # alias, model
-    usage_file: str = _setting("", str)
-    usage_days: int = _setting(400, _count)
     max_body_bytes: int = _setting(32 << 20, _positive_size)
     max_object_bytes: int = _setting(32 << 20, _positive_size)
     max_head_bytes: int = _setting(16 << 10, _positive_size)
@@ -268,13 +282,8 @@ class Settings:
 
     @property
     def key_path(self) -> Path:
-        """Path of the key file."""
-        return program_path(self.api_key_file)
-
-    @property
-    def usage_path(self) -> Path:
-        """Path of the usage file."""
-        return program_path(self.usage_file)
+        """Path of the key file; where none is set, the one that is read if it is there."""
+        return program_path(self.api_key_file or KEY_FILE)
 
     @property
     def listen_scheme(self) -> str:

@@ -9,11 +9,11 @@ import logging
 import math
 import os
 import re
-import resource
 import signal
 import socket
 import ssl
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,13 @@ from access.keyfile import reason
 from access.rights import parse_options
 from answers.models import describe_response
 from keystore import KeyStore
-from settings import ROOT, Host, Settings, SettingsError, address, program_path
+from settings import COMMAND, ROOT, Host, Settings, SettingsError, address, program_path
 from wire.http11 import HTTPError
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 log = logging.getLogger("ollprox")
 
@@ -34,20 +39,20 @@ PING_TIMEOUT = 3.0  # seconds
 MAX_PONG = 1024  # bytes of a body that --ping reads
 _PLAIN = re.compile(r"[\w.+-]+", re.ASCII)  # versions that need no quotes
 LOOP_ERROR_INTERVAL = 60.0  # seconds between two log lines for the same failure
+OUTSIDE = "host.docker.internal"  # the name of its host in a container of Docker Desktop
+LOCAL_TIMEOUT = 1.0  # seconds to connect to an Ollama on this machine
+# What runs OllProx's commands where the start runs in the container of docker-compose.yml.
+_IN_COMPOSE = "docker compose run --rm -v ./keys:/app/keys ollprox"
 
 
-def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
+def open_keys(settings: Settings) -> KeyStore:
     """Read the key file.
-
-    Args:
-        settings: what the user chose.
-        salt: of the digests in memory where API_KEY_SALT is not set; empty for a random one.
 
     Raises:
         SettingsError: it cannot be used with these settings.
 
     """
-    path = settings.key_path if settings.api_key_file else None
+    path = settings.key_path if settings.api_key_file or settings.key_path.exists() else None
     try:
         defaults = parse_options(settings.key_defaults.split())
     except ValueError as error:
@@ -59,8 +64,6 @@ def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
         defaults=defaults,
         refresh=settings.key_refresh,
     )
-    if salt and not settings.api_key_salt:
-        keys.salt = salt
     if path is None:
         _warn_without_a_file(settings)
         return keys
@@ -70,7 +73,7 @@ def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
     if keys.digests and result.strangers and not result.lookalikes:
         raise SettingsError(
             f"API_KEY_SALT is set, but no line of API_KEY_FILE {path} is a salted digest:"
-            " hash the file with `python keystore.py hash`, or leave API_KEY_SALT empty"
+            f" hash the file with `{command()} keys hash`, or leave API_KEY_SALT empty"
         )
     for level, line in keys.adopt(result):
         log.log(level, "%s", line)
@@ -110,8 +113,7 @@ def _may_be_a_key(path: Path, text: str) -> bool:
 def _fix(path: Path, error: OSError) -> str:
     """Return what is wrong with the key file, and the fix."""
     inside = ROOT / "keys" in path.parents
-    image = Path("/app") == ROOT and any(map(os.path.exists, ("/.dockerenv", "/run/.containerenv")))
-    if image and not inside and isinstance(error, FileNotFoundError):
+    if in_our_container() and not inside and isinstance(error, FileNotFoundError):
         folder = path.parent if path.parent not in {ROOT, Path("/")} else "its folder"
         return (
             "there is no such file in the container, which sees only the folder keys/: move it"
@@ -121,8 +123,9 @@ def _fix(path: Path, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "there is no such file: make it with one key a line, or leave API_KEY_FILE empty"
     if isinstance(error, PermissionError):
+        user = f"user {os.getuid()}" if hasattr(os, "getuid") else "OllProx's user"
         return (
-            f"user {os.getuid()} may not read it: give it to a group of that user with chgrp,"
+            f"{user} may not read it: give it to a group of that user with chgrp,"
             " then chmod 640, or make that user its owner"
         )
     return f"{reason(error)}: name a file with one key a line"
@@ -142,28 +145,74 @@ def make_key(keys: KeyStore, scheme: str, port: int) -> str:
     curl {scheme}://localhost:{port}/call_model -H "APIKEY: {key}" \\
       -d '{{"model": "llama2", "prompt": "What is the capital of France?"}}'
 
-To make a lasting one: mkdir -p keys && python keystore.py new --label me, append the line
-that it prints to keys/keys.txt, and set API_KEY_FILE=keys/keys.txt in .env
+To make a lasting one: {command()} keys add --label me, and restart
 """
+
+
+def in_our_container() -> bool:
+    """Return true in a container of our own image."""
+    marks = ("/.dockerenv", "/run/.containerenv")  # Docker's, Podman's
+    return Path("/app") == ROOT and any(map(os.path.exists, marks))
+
+
+def command() -> str:
+    """Return how a user of this machine runs OllProx's commands."""
+    return _IN_COMPOSE if in_our_container() else COMMAND
+
+
+def host_of_container(settings: Settings, outside: str = OUTSIDE) -> str | None:
+    """Return the name of a container's host if Ollama should be looked for there, else None.
+
+    That is so where OLLAMA_HOST is the default, nothing answers there, and the host has a name,
+    as in Docker Desktop: there the container's own loopback never has an Ollama.
+    """
+    if len(settings.hosts) > 1 or settings.ollama_host != Settings().ollama_host:
+        return None
+    here = (settings.ollama_host, settings.ollama_port)
+    try:
+        socket.create_connection(here, timeout=LOCAL_TIMEOUT).close()
+    except OSError:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(outside, settings.ollama_port)
+            return outside
+    return None
 
 
 def describe(settings: Settings, keys: KeyStore) -> str:
     """Return three lines that summarize the settings."""
     source = f"from {keys.path}" if keys.path else "(API_KEY_FILE is not set)"
-    limits = f"up to {_size(settings.cache_max_bytes)}"
-    limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
-    kept = f"{limits}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
     return (
-        f"forwards to   {', '.join(map(_host, settings.hosts))}\n"
+        f"forwards to   {describe_hosts(settings)}\n"
         f"API keys      {len(keys) or 'none'} {source}\n"
-        f"cache         {kept}"
+        f"cache         {describe_cache(settings)}"
     )
+
+
+def describe_hosts(settings: Settings) -> str:
+    """Return what may be shown of the Ollama servers."""
+    return ", ".join(map(_host, settings.hosts))
 
 
 def _host(host: Host) -> str:
     """Describe a server without showing its credentials."""
     weight = f" (weight {host.weight:g})" if host.weight != 1 else ""
     return f"{host.url}{weight}{' with credentials' if host.authorization else ''}"
+
+
+def describe_cache(settings: Settings) -> str:
+    """Return what is kept, and for how long."""
+    if not settings.cache_ttl:
+        return "off (CACHE_TTL=0)"
+    limits = f"up to {_size(settings.cache_max_bytes)}"
+    limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
+    return f"{limits}, for {settings.cache_ttl:g} s"
+
+
+def dashboard_url(settings: Settings, port: int) -> str:
+    """Return the dashboard's address for a browser on this machine."""
+    everywhere = settings.listen_host in {"0.0.0.0", "::", "127.0.0.1", "::1"}
+    host = "localhost" if everywhere else settings.listen_host
+    return f"{settings.listen_scheme}://{address(host, port)}/dashboard"
 
 
 def _size(count: int) -> str:
@@ -187,7 +236,14 @@ def describe_upstream(version: str | HTTPError, address: str) -> str:
         return f"Ollama {shown} answers at {address}"
     if version.status == 508:
         return f"{version.message} ({address} is OllProx); until then each request gets 508"
-    return f"Ollama does not answer yet; requests will still be forwarded. {version.message}"
+    then = _how_to_start_ollama() if "cannot be reached" in version.message else ""
+    return f"Ollama does not answer yet; requests will still be forwarded. {version.message}{then}"
+
+
+def _how_to_start_ollama() -> str:
+    if in_our_container():
+        return " To start one beside OllProx: docker compose --profile ollama up -d"
+    return " To start it: ollama serve. To get it: https://ollama.com/download"
 
 
 def raise_file_limit(wanted: int) -> int:
@@ -195,9 +251,13 @@ def raise_file_limit(wanted: int) -> int:
 
     Each client needs one open file, and perhaps another for its connection to Ollama.
     """
+    if resource is None:
+        return wanted
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    for files in (hard, 2 * wanted + 32):  # macOS refuses its own hard limit
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+            break
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     enough = wanted if soft == resource.RLIM_INFINITY else min(wanted, max(1, (soft - 32) // 2))
     if enough < wanted:
@@ -341,17 +401,17 @@ def tune_collector() -> None:
 class Signals:
     """Handles SIGTERM and SIGINT, where the first drains and the second stops; and SIGHUP.
 
-    In a container, OllProx is PID 1, for which an unhandled signal does nothing.
+    In a container, OllProx is PID 1, for which an unhandled signal does nothing. Windows has no
+    SIGHUP; its Ctrl-Break is SIGBREAK.
     """
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
         self.reload = asyncio.Event()  # set by SIGHUP; the reloading task clears it
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop)
-        loop.add_signal_handler(signal.SIGHUP, self._reload)
+        for name in ("SIGTERM", "SIGINT", "SIGBREAK"):
+            _on_signal(name, self._stop)
+        _on_signal("SIGHUP", self._reload)
 
     def _stop(self) -> None:
         (self.second if self.first.is_set() else self.first).set()
@@ -359,6 +419,18 @@ class Signals:
     def _reload(self) -> None:
         log.info("SIGHUP: reading the key file and the certificate again")
         self.reload.set()
+
+
+def _on_signal(name: str, act: Callable[[], None]) -> None:
+    """Let the event loop call `act` when a signal comes, if this system has it."""
+    number: int | None = getattr(signal, name, None)
+    if number is None:
+        return
+    loop = asyncio.get_running_loop()
+    try:
+        loop.add_signal_handler(number, act)
+    except NotImplementedError:  # the loops of Windows
+        signal.signal(number, lambda *_: loop.call_soon_threadsafe(act))
 
 
 def cannot_listen(settings: Settings, error: OSError) -> int:

@@ -16,6 +16,7 @@ from access.credentials import salted_digest
 from access.rights import Key, Options, both, make_key, parse_options
 
 MAX_FILE_BYTES = 64 << 20  # enough for a million keys
+_NO_WAIT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)  # not on Windows
 MIN_KEY_CHARS = 12  # shorter plain keys get a warning
 WORK = 0.002  # seconds of processor time that a reload takes before it releases the GIL
 REST = 0.001  # seconds that it then sleeps
@@ -221,7 +222,7 @@ def read_file(path: Path) -> tuple[bytes, os.stat_result]:
     """
     if path.is_dir():
         raise IsADirectoryError(0, "it is a folder, not a file")
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    descriptor = os.open(path, os.O_RDONLY | _NO_WAIT)
     with open(descriptor, "rb") as file:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):

@@ -1,20 +1,33 @@
 """The command line of `keystore.py`: make keys and salts, and change key files safely."""
 
 import argparse
-import fcntl
+import contextlib
+import errno
 import os
 import secrets
 import stat
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from access.credentials import new_key, salted_digest
 from access.keyfile import BOM, parse, read_file, read_lines, reason, split_line
 from access.rights import parse_options
 from settings import SettingsError, load
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MAX_LOCKED = 10.0  # seconds that another process may take to change a key file
+RETRY_INTERVAL = 0.05  # seconds
+_HOW_TO_WRITE = (
+    "; in a container, mount its folder writable for this command alone, as in"
+    " docker compose run --rm -v ./keys:/app/keys ollprox keys add --label Mary"
+)
 
 
 def _line(key: bytes, options: Iterable[bytes], label: bytes) -> bytes:
@@ -39,11 +52,11 @@ class Tool:
     Args:
         chosen: the parsed arguments.
         salt: of the digests; empty if the file holds plain keys.
-        path: of the key file; None if API_KEY_FILE is not set.
+        path: of the key file, if the arguments name none.
 
     """
 
-    def __init__(self, chosen: argparse.Namespace, salt: bytes, path: Path | None) -> None:
+    def __init__(self, chosen: argparse.Namespace, salt: bytes, path: Path) -> None:
         self._chosen = chosen
         self._salt = salt
         self._path = path
@@ -58,6 +71,8 @@ class Tool:
         """Append a new key to the key file."""
         key, line = self._make()
         path = self._file()
+        if not self._chosen.file:
+            path.parent.mkdir(exist_ok=True)
 
         def append(text: bytes) -> bytes:
             text += b"" if text[-1:] in b"\r\n" else b"\n"
@@ -137,10 +152,7 @@ class Tool:
         return key, _line(word.encode(), map(str.encode, options), _label(self._chosen.label))
 
     def _file(self) -> Path:
-        path = Path(self._chosen.file) if self._chosen.file else self._path
-        if path is None:
-            raise Misuse("name the key file, or set API_KEY_FILE in .env")
-        return path
+        return Path(self._chosen.file) if self._chosen.file else self._path
 
 
 def _label(text: str) -> bytes:
@@ -157,9 +169,7 @@ def change_file(path: Path, change: Callable[[bytes], bytes]) -> None:
 
     """
     path = path.resolve()
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)  # not the file, since it is replaced
+    with _alone_in(path.parent):
         try:
             text, status = read_file(path)
             owner, mode = (status.st_uid, status.st_gid), stat.S_IMODE(status.st_mode)
@@ -168,23 +178,72 @@ def change_file(path: Path, change: Callable[[bytes], bytes]) -> None:
         descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
         try:
             with open(descriptor, "wb") as file:
-                os.fchown(descriptor, *owner)
-                os.fchmod(descriptor, mode)
+                if hasattr(os, "fchown"):
+                    os.fchown(descriptor, *owner)
+                if hasattr(os, "fchmod"):
+                    os.fchmod(descriptor, mode)
                 file.write(change(text))
                 file.flush()
                 os.fsync(descriptor)
-            os.replace(name, path)
+            _replace(name, path)
         except BaseException:
             os.unlink(name)
             raise
-        os.fsync(folder)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until no other process changes files of a folder; make the changes durable.
+
+    Raises:
+        OSError: the folder cannot be opened, or is locked for longer than `MAX_LOCKED`.
+
+    """
+    if fcntl is None:
+        with _lock_file(folder / ".keys.lock"):
+            yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # not the file, which is replaced
+        yield
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
-def _parser() -> argparse.ArgumentParser:
+@contextlib.contextmanager
+def _lock_file(path: Path) -> Iterator[None]:
+    """Hold a file that only one process at a time can make, where there is no `flock`."""
+    deadline = time.monotonic() + MAX_LOCKED
+    while True:
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            break
+        except FileExistsError:
+            if time.monotonic() > deadline:
+                wait = f"another program is changing it; if none is, remove {path}"
+                raise OSError(errno.EBUSY, wait) from None
+            time.sleep(RETRY_INTERVAL)
+    try:
+        yield
+    finally:
+        path.unlink()
+
+
+def _replace(name: str, path: Path) -> None:
+    """Replace a file; on Windows this fails for as long as somebody reads it."""
+    for _ in range(10):
+        with contextlib.suppress(PermissionError):
+            os.replace(name, path)
+            return
+        time.sleep(RETRY_INTERVAL)
+    os.replace(name, path)
+
+
+def _parser(prog: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="keystore.py",
+        prog=prog,
         description="Make API keys, and change key files safely. API_KEY_FILE and API_KEY_SALT"
         " come from the environment or .env.",
     )
@@ -209,12 +268,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
-    chosen = _parser().parse_args(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "keystore.py") -> int:
+    """Run the command line of a program called `prog`; return the exit status."""
+    chosen = _parser(prog).parse_args(arguments)
     try:
         settings = load(os.environ)
-        path = settings.key_path if settings.api_key_file else None
+        path = settings.key_path
         salt = settings.api_key_salt.encode("utf-8", "surrogateescape")
         getattr(Tool(chosen, salt, path), chosen.command)()
     except SettingsError as error:
@@ -222,7 +281,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Failure as error:
         return _complain(str(error), error.status)
     except OSError as error:
-        return _complain(f"{chosen.file or path}: {reason(error)}", Failure.status)
+        then = _HOW_TO_WRITE if error.errno == errno.EROFS else ""
+        return _complain(f"{chosen.file or path}: {reason(error)}{then}", Failure.status)
     return 0
 
 

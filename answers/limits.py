@@ -7,7 +7,7 @@ digest, so they survive a reload of the key file. No I/O; the clock is an argume
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from access.rights import Key, Limit
@@ -104,18 +104,11 @@ class Limits:
 
     Args:
         clock: seconds on a clock that never goes back.
-        earlier: returns when, on that clock, and how many tokens a key spent before the start,
-            oldest first.
 
     """
 
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.monotonic,
-        earlier: Callable[[Key], Iterable[tuple[float, int]]] = lambda key: (),
-    ) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._earlier = earlier
         self._rates: dict[bytes, SlidingLog] = {}  # by the key's digest
         self._tokens: dict[bytes, SlidingLog] = {}
 
@@ -147,7 +140,8 @@ class Limits:
         now = self._clock()
         found = {}
         for what, table, limits in self._tables(key):
-            if (log := self._log(table, key, limits, now)) is not None:
+            if limits:
+                log = table.get(key.digest) or SlidingLog(key)
                 found[what] = _closest(what, key, log, limits, now)
         return found
 
@@ -177,8 +171,6 @@ class Limits:
             if len(table) % SWEEP_EVERY == SWEEP_EVERY - 1:
                 self._sweep(table, now)
             log = table[key.digest] = SlidingLog(key)
-            for at, tokens in self._earlier(key) if table is self._tokens else ():
-                log.add(at, tokens)
         log.key = key
         log.horizon = max(limit.seconds for limit in limits)
         log.prune(now)

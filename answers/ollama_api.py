@@ -315,6 +315,10 @@ def _managing_rows() -> dict[bytes, Route]:
     }
 
 
+HOME = Route(_GET, None, access=Access.OPEN, page="home")
+"""`GET /` of a browser; that of all others is Ollama's."""
+
+
 def _page_rows() -> dict[bytes, Route]:
     """Return the rows of OllProx's own pages."""
     return {
@@ -323,7 +327,6 @@ def _page_rows() -> dict[bytes, Route]:
         b"/dashboard": Route(_GET, None, access=Access.OPEN, page="dashboard"),
         b"/metrics": Route(_GET, None, page="metrics"),
         b"/metrics.json": Route(_GET, None, page="view"),
-        b"/usage": Route(_GET, None, page="usage"),
         b"/whoami": Route(_GET, None, page="whoami"),
         b"/cache": Route((b"DELETE",), None, access=Access.ADMIN, page="drop"),
     }

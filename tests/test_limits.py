@@ -455,11 +455,11 @@ async def test_upstreams_certificate_is_verified(
 async def test_certificates_that_cannot_be_used_fail_the_start(
     launch: Start, settings: dict[str, str], name: str
 ) -> None:
-    for arguments in ((), ("--check",)):
+    for start, arguments in (("ollprox: ", ()), ("FAIL  settings  ", ("--check",))):
         ollprox = await launch(*arguments, fails=True, **settings)
         assert await ollprox.process.wait() == 2
         (line,) = ollprox.text().splitlines()
-        assert line.startswith(f"ollprox: {name}")
+        assert line.startswith(start + name)
 
 
 async def test_time_to_leave(ollprox: Program) -> None:

@@ -69,7 +69,7 @@ async def test_check_refuses_what_the_start_would(launch: Start) -> None:
 async def test_check_says_what_would_be_done(launch: Start) -> None:
     ollprox = await launch("--check", LISTEN_PORT=8765)
     assert await ollprox.process.wait() == 0
-    assert "would listen on http://127.0.0.1:8765" in ollprox.text()
+    assert "ok    settings  listens on http://127.0.0.1:8765" in ollprox.text()
     assert KEY not in ollprox.text()
 
 

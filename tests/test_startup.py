@@ -98,13 +98,13 @@ async def test_ollprox_is_not_ready_while_another_program_answers(launch: Start)
 async def test_check_shows_the_version_of_ollama(launch: Start) -> None:
     check = await launch("--check")
     assert await check.process.wait() == 0
-    assert re.search(r"^Ollama \S+ answers at 127\.0\.0\.1:\d+$", check.text(), re.MULTILINE)
+    assert re.search(r"(?m)^ok    Ollama    \S+ answers at 127\.0\.0\.1:\d+$", check.text())
 
 
 async def test_check_passes_while_ollama_is_down(launch: Start) -> None:
     check = await launch("--check", OLLAMA_PORT=free_port())
     assert await check.process.wait() == 0
-    assert "Ollama does not answer yet" in check.text()
+    assert "warn  Ollama    does not answer yet" in check.text()
 
 
 async def test_the_start_says_that_ollama_host_leads_back(launch: Start) -> None:

@@ -40,7 +40,6 @@ killed. With TLS, which has no half-close, FIN means gone.
 import array
 import asyncio
 import enum
-import fcntl
 import itertools
 import logging
 import math
@@ -50,7 +49,6 @@ import socket
 import ssl
 import struct
 import sys
-import termios
 import time
 from asyncio.sslproto import SSLProtocol
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -73,6 +71,12 @@ from wire.http11 import (
     frame_headers,
     frame_start,
 )
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    fcntl = termios = None  # type: ignore[assignment]
 
 log = logging.getLogger("ollprox.server")
 
@@ -902,7 +906,7 @@ def _unread_bytes(transport: asyncio.Transport) -> int:
     """Count the bytes that the client has not received, in our buffer and the kernel's."""
     sock: Any = transport.get_extra_info("socket")
     count = array.array("i", [0])
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: the module is missing
         fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
     return transport.get_write_buffer_size() + count[0]
 
