@@ -21,17 +21,17 @@ from standin import StandIn
 
 from answers.ollama_api import route_table
 from settings import Settings
-from watch.usage import Batch, Counts, UsageFile
 
 README = (ROOT / "README.md").read_text()
 NODE = Path(__file__).parent / "node"
 TROUBLES = (ROOT / "docs/troubleshooting.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
-# All but deploying.md, whose commands are for root: what they lead to is tried in test_deploy.py.
+# All but deploying.md, whose commands are for root: what they lead to is tried in test_deploy.py;
+# and install.md, whose commands need a network: test_install.py does without.
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if path.name != "deploying.md"
+    if path.name not in {"deploying.md", "install.md"}
 }
 MAX_WORDS = 1100  # of the README beside tables and code: five minutes
 
@@ -155,19 +155,10 @@ async def by_curl(reader: Reader, command: str, expected: str) -> None:
     keys = reader.folder / "keys/garden.txt"
     keys.write_text(key_line())
     settings = {"OLLAMA_PORT": reader.ollama.port, "ADMIN_LABELS": "Mary"}
-    settings["USAGE_FILE"] = reader.folder / "garden.db"
     port = (await reader.launch(**settings, API_KEY_FILE=keys)).port
     key = key_line().split()[0]
     await ask(port, "POST", "/call_model", question(), {"APIKEY": key})  # so that one is kept
     assert re.search(expected, await reader.paste(at(command, port)))
-
-
-async def with_usage(reader: Reader, command: str, expected: str) -> None:
-    """Paste it where a request has been counted."""
-    batch = Batch()
-    batch.row("2026-11-28", "Mary", "llama2").add(Counts(requests=3))
-    UsageFile(reader.folder / "usage.db", 400).write(batch, 1_795_867_200.0)
-    assert re.search(expected, await reader.paste(command))
 
 
 async def by_make_run(reader: Reader, command: str, expected: str) -> None:
@@ -233,26 +224,41 @@ async def by_git_clone(reader: Reader, command: str, expected: str) -> None:
     assert re.search(expected, await reader.paste(f"{command} && ls"))
 
 
+async def by_start(reader: Reader, command: str, expected: str) -> None:
+    """Start it, and stop it once it says what is expected."""
+    settings = {"OLLAMA_PORT": reader.ollama.port, "LISTEN_PORT": 0, "LISTEN_HOST": "127.0.0.1"}
+    await reader.start(command, expected, **settings)
+
+
+async def in_test_install(reader: Reader, command: str, expected: str) -> None:
+    """Leave it to another test, which does the same without a network."""
+    assert f"def {expected}(" in (ROOT / "tests/test_install.py").read_text()
+
+
 Way = Callable[[Reader, str, str], Awaitable[None]]
 
 # How each command is tried, and what must come of it. Those `in_shell` are also what a later
 # command of the same page finds done.
 WAYS: dict[str, tuple[Way, str]] = {
     r"git clone REPOSITORY_URL ollprox && cd ollprox": (by_git_clone, r"(?m)^ollprox\.py$"),
-    r"cp \.env\.example \.env": (in_shell, r"API keys +none \(API_KEY_FILE is not set\)"),
-    r"echo 'secretgardenkey  # Mary' >> keys/keys\.txt": (in_shell, "would listen on"),
-    r"echo 'API_KEY_FILE=keys/keys\.txt' >> \.env": (in_shell, r"API keys +1 from \S+/keys\.txt"),
+    r"cp \.env\.example \.env": (in_shell, r"warn  keys +none \(API_KEY_FILE is not set\)"),
+    r"echo 'secretgardenkey  # Mary' >> keys/keys\.txt": (in_shell, r"keys +1 from \S+/keys\.txt"),
+    r"echo 'API_KEY_FILE=keys/keys\.txt' >> \.env": (in_shell, r"keys +1 from \S+/keys\.txt"),
+    r"python ollprox\.py keys add --label Mary": (in_shell, r"added to(.|\n)*keys +2 from"),
+    r"make ollprox\.pyz": (in_shell, "ok    settings"),
+    r"python ollprox\.pyz": (by_start, r"OllProx \S+ listens on"),
+    r"pipx install \.|ollprox": (in_test_install, "test_the_wheel_installs_runs_and_goes_away"),
     r"python keystore\.py new --label Mary": (in_shell, r"key file: \S{32,}  # Mary"),
-    r"python keystore\.py add --label Bob .*": (in_shell, r"added to(.|\n)*API keys +2 from"),
+    r"python keystore\.py add --label Bob .*": (in_shell, r"added to(.|\n)*keys +2 from"),
     r"python keystore\.py list": (in_shell, r"\nBob +rate=60/minute running=2\n"),
-    r"python keystore\.py revoke Bob": (in_shell, r"1 line removed(.|\n)*API keys +1 from"),
+    r"python keystore\.py revoke Bob": (in_shell, r"1 line removed(.|\n)*keys +1 from"),
     # The salt is there, and the keys are plain yet.
     r'echo "API_KEY_SALT=.*" >> \.env': (
         in_shell,
-        r"hash the file with `python keystore\.py hash`",
+        r"hash the file with `python ollprox\.py keys hash`",
     ),
-    r"python keystore\.py hash < .* && mv .*": (in_shell, r"API keys +1 from"),
-    r"python ollprox\.py --check": (in_shell, "would listen on .*\nforwards to"),
+    r"python keystore\.py hash < .* && mv .*": (in_shell, r"keys +1 from"),
+    r"python ollprox\.py --check": (in_shell, r"ok    settings  listens on \S+, forwards to"),
     r"make run": (by_make_run, "No API key is set, so this one was made"),
     r"make demo": (by_make_demo, r"fwd=miss; stored.*Paris.*OllProx; hit.*Paris"),
     r"docker compose up": (by_compose, "Ollama .* answers at"),
@@ -267,9 +273,6 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl \S+/metrics .*": (by_curl, r"\nollprox_keys 1\n"),
     r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
-    r"curl \"\S+/usage\S* .*": (by_curl, r'\{"rows": \[\{"key": "Mary", "model": '),
-    r"echo 'USAGE_FILE=usage\.db' >> \.env": (in_shell, "would listen on"),
-    r"python ollprox\.py --usage.*": (with_usage, r"key .* requests (.|\n)*Mary .* 3 "),
 }
 
 
@@ -431,8 +434,8 @@ def test_every_path_is_in_the_readme() -> None:
         assert name in README, path
 
 
-async def test_every_metric_is_in_the_table(launch: Start, tmp_path: Path) -> None:
-    ollprox = await launch(USAGE_FILE=tmp_path / "usage.db")
+async def test_every_metric_is_in_the_table(launch: Start) -> None:
+    ollprox = await launch()
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
