@@ -48,7 +48,7 @@ class OneBody:
     async def read(self, limit: int) -> bytes:
         return b'{"prompt": 1 }'
 
-    def pieces(self) -> AsyncIterator[bytes]:
+    def pieces(self, limit: int = 0) -> AsyncIterator[bytes]:
         raise NotImplementedError
 
 
