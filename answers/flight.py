@@ -69,7 +69,8 @@ class Timeouts:
     Attributes:
         write: for a reader that holds up others (WRITE_TIMEOUT).
         idle: for the next piece (IDLE_TIMEOUT).
-        whole: for a fold, from its request on (FIRST_BYTE_TIMEOUT); longer if pieces still come.
+        whole: for a fold, or a body that has no lines, from its request on (FIRST_BYTE_TIMEOUT);
+            longer if pieces still come.
 
     """
 
@@ -191,8 +192,8 @@ class Flight:
         self._store = None
 
     def is_whole_wanted(self) -> bool:
-        """Return whether a reader waits for the fold; then `check_silence` judges silences."""
-        return any(reader.wants is Wants.FOLD for reader in self.readers)
+        """Return whether a reader waits for the whole; then `check_silence` judges silences."""
+        return any(reader.wants_whole for reader in self.readers)
 
     def check_silence(self, now: float) -> None:
         """End the waits that last too long. To be called about once a second.
@@ -426,6 +427,7 @@ class Reader:
         self.wants = wants
         self.position = 0
         self.joined = time.monotonic()
+        self._awaits_end = False  # see `whole`
         self._error: HTTPError | None = None  # this reader's alone
         self._news: asyncio.Future[None] | None = None
 
@@ -456,7 +458,12 @@ class Reader:
     def patience(self, silent_since: float, timeouts: Timeouts) -> float:
         """Return until when it waits for upstream, which has been silent for some time."""
         until = max(silent_since, self.joined) + timeouts.idle
-        return max(until, self.joined + timeouts.whole) if self.wants is Wants.FOLD else until
+        return max(until, self.joined + timeouts.whole) if self.wants_whole else until
+
+    @property
+    def wants_whole(self) -> bool:
+        """True while the reader can use nothing but the whole answer."""
+        return self.wants is Wants.FOLD or self._awaits_end
 
     @property
     def has_all(self) -> bool:
@@ -505,9 +512,11 @@ class Reader:
 
         """
         flight = self.flight
+        self._awaits_end = True
         while flight.ending is None and not flight.is_full and flight.start == 0:
             self._raise_failure()
             await self._wait()
+        self._awaits_end = False
         if flight.ending is None or flight.start > 0:
             return None
         self._raise_failure()
