@@ -345,10 +345,18 @@ class Proxy:
         if route.generates and admission.key is not None:
             permit = self.permits.admit(admission.key, "", 0)
         change = ModelChange(self.models) if route.manages else None
-        body = _limited(request.pieces(), limit, change) if head.has_body else bytes
+        pieces = request.pieces() if limit is None else request.pieces(limit)
+        body = pieces if change is None else _noted(pieces, change)
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
         ticket = permit.ticket if permit is not None else None
-        ask = Ask(head.method, admission.target, headers, body, head.length, ticket=ticket)
+        ask = Ask(
+            head.method,
+            admission.target,
+            headers,
+            body if head.has_body else bytes,
+            head.length,
+            ticket=ticket,
+        )
         record.outcome, record.cache_status = Outcome.BYPASS, b"OllProx; fwd=bypass"
         flight = self.flights.begin(None, ask, progress_notes, None, permit)
         response = self._replay(flight.join(), route.form, record)
@@ -446,17 +454,10 @@ def _queued(permit: Permit, record: Record) -> float | None:
     return max(0.0, min(permit.ticket.waited(), time.monotonic() - record.started))
 
 
-async def _limited(
-    pieces: AsyncIterator[bytes], limit: int | None, change: ModelChange | None
-) -> AsyncIterator[bytes]:
-    """Yield a body's pieces. Raises HTTPError 413 beyond the limit."""
-    size = 0
+async def _noted(pieces: AsyncIterator[bytes], change: ModelChange) -> AsyncIterator[bytes]:
+    """Pass a body on, and show it to `change`."""
     async for piece in pieces:
-        size += len(piece)
-        if limit is not None and size > limit:
-            raise _too_large(limit)
-        if change is not None:
-            change.note(piece)
+        change.note(piece)
         yield piece
 
 

@@ -70,7 +70,8 @@ class Timeouts:
     Attributes:
         write: for a reader that delays others (WRITE_TIMEOUT).
         idle: for the next piece (IDLE_TIMEOUT).
-        whole: for a fold, from its request on (FIRST_BYTE_TIMEOUT); longer while pieces arrive.
+        whole: for a fold, or a body that has no lines, from its request on (FIRST_BYTE_TIMEOUT);
+            longer while pieces arrive.
 
     """
 
@@ -192,8 +193,8 @@ class Flight:
         self._store = None
 
     def is_whole_wanted(self) -> bool:
-        """Return True if a reader waits for the fold; then `check_silence` has the timeouts."""
-        return any(reader.wants is Wants.FOLD for reader in self.readers)
+        """Return True if a reader waits for the whole; then `check_silence` has the timeouts."""
+        return any(reader.wants_whole for reader in self.readers)
 
     def check_silence(self, now: float) -> None:
         """End waits for upstream that take too long. Call it about once a second.
@@ -426,6 +427,7 @@ class Reader:
         self.wants = wants
         self.position = 0
         self.joined = time.monotonic()
+        self._awaits_end = False  # see `whole`
         self._error: HTTPError | None = None  # this reader's alone
         self._news: asyncio.Future[None] | None = None
 
@@ -456,7 +458,12 @@ class Reader:
     def patience(self, silent_since: float, timeouts: Timeouts) -> float:
         """Return how long it waits for upstream: a time on the monotonic clock."""
         until = max(silent_since, self.joined) + timeouts.idle
-        return max(until, self.joined + timeouts.whole) if self.wants is Wants.FOLD else until
+        return max(until, self.joined + timeouts.whole) if self.wants_whole else until
+
+    @property
+    def wants_whole(self) -> bool:
+        """True while the reader can use nothing but the whole answer."""
+        return self.wants is Wants.FOLD or self._awaits_end
 
     @property
     def has_all(self) -> bool:
@@ -514,9 +521,11 @@ class Reader:
 
         """
         flight = self.flight
+        self._awaits_end = True
         while flight.ending is None and not flight.is_full and flight.start == 0:
             self._raise_failure()
             await self._wait()
+        self._awaits_end = False
         if flight.ending is None or flight.start > 0:
             return None
         self._raise_failure()

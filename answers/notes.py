@@ -22,6 +22,7 @@ MAX_PARSED = 64 << 10  # bytes of the largest object that is parsed; longer ones
 MAX_USAGE = 512  # bytes of a `usage` object
 MAX_DEPTH = 8  # levels of an object that are searched for text; Ollama uses six
 TAIL = 4096  # bytes at the end of an object that contain its numbers
+MAX_MATCH = 64  # bytes that `_CONTENT` and `_NO_VECTOR` match at most
 
 _LOADS = ("load", "unload")  # `done_reason` of an answer without content
 
@@ -35,9 +36,11 @@ _NUMBER = re.compile(
     rb'|prompt_eval_duration|eval_duration)": ?(\d{1,18})\b'
 )
 _CONTENT = re.compile(
-    rb'"(?:content|text|reasoning|reasoning_content|thinking|delta|partial_json)": ?"(?!")'
-    rb'|"tool_calls": ?\[\{'
+    rb'"(?:content|text|reasoning|reasoning_content|thinking|delta|partial_json)": ?"(?=[^"])'
+    rb'|"tool_calls": ?\[\{|"type": ?"(?:tool_use|function_call)"'
+    rb'|"embeddings?": ?(?:"(?=[^"])|\[(?:\[\d|\[-|\d|-))'
 )
+_NO_VECTOR = (b"[]", b'"embedding":""')  # an empty embedding, as Go writes it
 _REASON = re.compile(rb'"finish_reason": ?"(?!")')
 _NO_MODEL = re.compile(rb'"model": ?""')
 _UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false|"output_tokens": ?0\b')
@@ -140,7 +143,7 @@ class WholeNotes(Notes):
     """Notes on a single JSON object, which ends with its body.
 
     An object of more than `MAX_PARSED` bytes is not parsed, since that would block the event
-    loop. Its first bytes and its end are enough.
+    loop. Its first bytes, its end, and a search for text are enough.
     """
 
     def __init__(self) -> None:
@@ -148,12 +151,18 @@ class WholeNotes(Notes):
         self._size = 0
         self._start = b""
         self._end = b""  # the last MAX_PARSED bytes so far
+        self._said = b""  # the first thing that it says
+        self._lacks_vector = False  # if it has embeddings, one of them is empty
         self._worth_keeping = False
 
     def feed(self, piece: bytes) -> None:
-        """Keep the last bytes."""
+        """Search what has come, and remember its end."""
         if not self._size:
             self._start = piece[:64].lstrip()
+        text = self._end[-MAX_MATCH:] + piece
+        if not self._said and (match := _CONTENT.search(text)):
+            self._said = match[0]
+        self._lacks_vector = self._lacks_vector or any(empty in text for empty in _NO_VECTOR)
         self._size += len(piece)
         self._end = (self._end + piece)[-MAX_PARSED:]
         self.held = len(self._end)
@@ -162,8 +171,10 @@ class WholeNotes(Notes):
         """Return False if the model was stopped before it had finished."""
         if self._size > MAX_PARSED:
             complete = not _UNFINISHED.search(self._end, self._verdict_start())
-            is_object = self._start.startswith(b"{") and self._end.rstrip().endswith(b"}")
-            self._worth_keeping = complete and is_object and not self._start.startswith(b'{"error"')
+            whole = self._start.startswith(b"{") and self._end.rstrip().endswith(b"}")
+            error = self._start.startswith(b'{"error"')
+            hollow = not self._said or (self._lacks_vector and self._said.startswith(b'"embed'))
+            self._worth_keeping = complete and whole and not error and not hollow
             return complete
         value = _object(self._end)
         if value is None:

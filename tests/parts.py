@@ -122,5 +122,5 @@ class OneBody:
     async def read(self, limit: int) -> bytes:
         return self._body
 
-    def pieces(self) -> AsyncIterator[bytes]:
+    def pieces(self, limit: int = 0) -> AsyncIterator[bytes]:
         raise NotImplementedError

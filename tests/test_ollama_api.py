@@ -470,6 +470,33 @@ def test_a_large_object_is_judged_by_its_ends() -> None:
             assert notes.usage.prompt_tokens == 7
 
 
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (b'"output":[{"content":[{"type":"output_text","text":""}]}]', False),
+        (b'"output":[{"content":[{"type":"output_text","text":"a"}]}]', True),
+        (b'"output":[{"type":"function_call","name":"f","arguments":"{}"}]', True),
+        (b'"choices":[{"message":{"content":""}}]', False),
+        (b'"choices":[{"message":{"content":"","tool_calls":[{"id":"c"}]}}]', True),
+        (b'"embeddings":[[0.5],[]]', False),
+        (b'"embeddings":[[],[0.5]]', False),
+        (b'"embeddings":[[-0.5],[0.5]]', True),
+        (b'"data":[{"embedding":[0.5]},{"embedding":[]}]', False),
+        (b'"data":[{"embedding":"AAAA"},{"embedding":""}]', False),
+        (b'"data":[{"embedding":"AAAA"}]', True),
+    ],
+)
+def test_a_large_object_that_says_nothing_is_not_kept(said: bytes, kept: bool) -> None:
+    """What makes it large is an echo of the question, such as the instructions."""
+    body = b'{%b,"instructions":"%b"}' % (said, b"x" * MAX_PARSED)
+    for size in (37, 10_000):  # so that names and values come apart too
+        notes = noted(b"/v1/responses", b"", "application/json")
+        for start in range(0, len(body), size):
+            notes.feed(body[start : start + size])
+        notes.close()
+        assert notes.keeps() is kept
+
+
 def test_an_error_among_lines_of_progress_is_seen() -> None:
     ok, error = b'{"status":"pulling \\"error\\""}\n', b'{"error":"disk full"}\n'
     response = Response(200, ((b"Content-Type", b"application/x-ndjson"),), b"")

@@ -438,6 +438,28 @@ async def test_a_single_object_may_be_long_in_coming(launch: Start, ollama: Stan
     assert len(ollama.asked()) == 1
 
 
+async def test_an_object_without_lines_may_be_long_in_coming_too(
+    launch: Start, ollama: StandIn
+) -> None:
+    """Its client sees nothing of it before its end, whatever has come."""
+    ollprox = await launch(IDLE_TIMEOUT=0.2, MODEL_REFRESH=0)
+    body = b'{"embeddings":[[0.5]]}'
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body[:9]))
+        await ollama.script.let_go.wait()
+        writer.write(body[9:])
+
+    ollama.script.respond = respond
+    asking = asyncio.create_task(ask(ollprox.port, "POST", "/api/embed", question(input="a")))
+    await ollama.until(lambda: bool(ollama.asked()))
+    await asyncio.sleep(2.5)
+    ollama.script.let_go.set()
+    answer = await asking
+    assert (answer.status, answer.body) == (200, body)
+
+
 async def test_first_byte_timeout_holds_until_the_object_is_whole(
     launch: Start, ollama: StandIn
 ) -> None:

@@ -206,6 +206,8 @@ def _whole_chunks(buffer: bytes) -> tuple[bytes, int]:
 
 
 def _too_large(limit: int) -> BadHead:
+    if limit == sys.maxsize:
+        return BadHead(413, "the declared size of a chunk is larger than any body")
     return BadHead(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
 
 

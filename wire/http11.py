@@ -212,8 +212,8 @@ class Request(Protocol):
     async def read(self, limit: int) -> bytes:
         """Return the complete body. Raises HTTPError 413 if it is larger than `limit` bytes."""
 
-    def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body, of any size, as it arrives."""
+    def pieces(self, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
+        """Yield the body as it arrives. Raises HTTPError: 413 it is larger than `limit` bytes."""
 
 
 M = TypeVar("M", Head, ResponseHead)

@@ -898,8 +898,8 @@ class _Request:
     def read(self, limit: int) -> Coroutine[Any, Any, bytes]:
         return self._client.read(self.head, limit)
 
-    def pieces(self) -> AsyncIterator[bytes]:
-        return self._client.pieces(self.head)
+    def pieces(self, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
+        return self._client.pieces(self.head, limit)
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:
