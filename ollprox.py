@@ -45,6 +45,7 @@ from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
 from watch.telemetry import AccessLog, LineWriter, setup_logging
+from watch.usage import NOT_KEPT, Opened, Usage, UsageError, earlier, open_file, print_report
 from wire.http11 import Ask, parse_request_head
 from wire.pool import Pool
 from wire.roster import Health, Member, Slot
@@ -72,11 +73,19 @@ class Parts:
     flights: Flights
     turns: Turns
     metrics: Metrics
+    usage: Usage | None
     server: Server
 
 
-def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
-    """Build the parts, without starting anything. Raises SettingsError."""
+def build(
+    settings: Settings, keys: KeyStore, writer: LineWriter, opened: Opened | None = None
+) -> Parts:
+    """Build the parts, without starting anything; `opened` is the usage file.
+
+    Raises:
+        SettingsError: a setting cannot be used.
+
+    """
     upstream = _make_upstream(settings)
     budget = Budget(settings.cache_max_bytes)
     cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
@@ -93,7 +102,8 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
         fair_queue(upstream.exchange),
         Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout),
     )
-    permits = Permits(Limits(), turns)
+    limits = Limits(earlier=earlier(opened.kept, time.time())) if opened else Limits()
+    permits = Permits(limits, turns)
     probe = Probe(upstream)
     metrics = Metrics(
         __version__,
@@ -115,15 +125,18 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
             for used in permits.limits.in_use()
         ],
     )
+    usage = _make_usage(opened, metrics) if opened else None
 
     def flight_ended(flight: Flight) -> None:
         metrics.count_flight(flight)
+        if usage is not None:
+            usage.count_flight(flight)
         if flight.error is not None and flight.error.kind == "unreachable":
             probe.suspect()
 
     flights.ended = flight_ended
     models = ModelWatch(probe, cache, flights, metrics.set_models)
-    pages = Pages(probe, cache, flights, metrics, permits)
+    pages = Pages(probe, cache, flights, metrics, permits, usage)
     routes = api.route_table(settings.max_object_bytes, settings.model_aliases)
     if several is not None:
         routes.hosts = frozenset(host.name.encode() for host in settings.hosts)
@@ -133,6 +146,8 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
 
     def done(record: Record) -> None:
         metrics.count(record)
+        if usage is not None:
+            usage.count(record)
         access_log(record)
 
     take = partial(take_credential, keys.salt, settings.api_key_in_path)
@@ -145,7 +160,8 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
     )
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
     return Parts(
-        settings, keys, certificate, upstream, probe, models, flights, turns, metrics, server
+        *(settings, keys, certificate, upstream, probe, models, flights, turns, metrics),
+        *(usage, server),
     )
 
 
@@ -168,12 +184,17 @@ async def serve(parts: Parts) -> int:
     if not len(keys):
         print(startup.make_key(keys, settings.listen_scheme, port), flush=True)
     startup.tune_collector()
+    if parts.usage is not None:
+        parts.usage.start()
     chores = [asyncio.create_task(chore) for chore in _chores(parts, signals)]
     await signals.first.wait()
     await stop(parts, signals)
     for chore in chores:
         chore.cancel()
     await asyncio.wait(chores)
+    parts.metrics.close()
+    if parts.usage is not None:
+        parts.usage.close()
     log.debug("%d tasks are left", len(asyncio.all_tasks()) - 1)  # without this one
     return 0
 
@@ -245,6 +266,15 @@ def _slot_of(ask: Ask) -> Slot | None:
     return slot if isinstance(slot, Slot) else None
 
 
+def _make_usage(opened: Opened, metrics: Metrics) -> Usage:
+    """Make what counts usage, and give the metrics what the file tells of the last days."""
+    usage = metrics.usage = Usage(opened, metrics.known)
+    for hour in opened.kept.hours:
+        metrics.restore(hour)
+    metrics.minute_ended = usage.count_minute
+    return usage
+
+
 def _client_limits(settings: Settings) -> ClientLimits:
     return ClientLimits(
         max_head=settings.max_head_bytes,
@@ -305,8 +335,10 @@ async def repeat(
                 await soon.wait()
 
 
-async def _run(settings: Settings, keys: KeyStore, writer: LineWriter) -> int:
-    return await serve(build(settings, keys, writer))
+async def _run(
+    settings: Settings, keys: KeyStore, writer: LineWriter, opened: Opened | None
+) -> int:
+    return await serve(build(settings, keys, writer, opened))
 
 
 async def _tidy(server: Server, upstream: Upstream | Pool, flights: Flights) -> None:
@@ -353,6 +385,20 @@ def _load() -> Settings:
     return load({**os.environ, "OLLAMA_HOST": outside})
 
 
+def _print_usage(settings: Settings, query: str) -> int:
+    """Print a table of usage; return the exit status. Raises SettingsError."""
+    if not settings.usage_file:
+        raise SettingsError(NOT_KEPT)
+    try:
+        print_report(settings.usage_path, settings.usage_days, query)
+    except ValueError as error:
+        raise SettingsError(f"--usage: {error}") from None
+    except UsageError as error:
+        startup.complain(f"USAGE_FILE {settings.usage_path} cannot be read: {error}")
+        return startup.EXIT_FAILED
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -377,6 +423,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--ping", action="store_true", help="exit with 0 if OllProx is running with these settings"
     )
+    parser.add_argument(
+        "--usage",
+        nargs="?",
+        const="",
+        metavar="QUERY",
+        help="print the usage by day, key and model from USAGE_FILE, then exit; QUERY chooses as in"
+        " GET /usage, such as 'from=2026-11-01&by=key'",
+    )
     chosen = parser.parse_args(arguments)
     try:
         if chosen.ping:
@@ -384,12 +438,17 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.check:
             return check.report(_load, _make_upstream)
         settings = _load()
+        if chosen.usage is not None:
+            return _print_usage(settings, chosen.usage)
         writer = LineWriter(sys.stderr.fileno(), as_json=settings.log_format == "json")
         setup_logging(settings.log_level, writer)
         try:
             startup.check(settings)
-            keys = startup.open_keys(settings)
-            return asyncio.run(_run(settings, keys, writer))
+            opened = None
+            if settings.usage_file:
+                opened = open_file(settings.usage_path, settings.usage_days, time.time())
+            keys = startup.open_keys(settings, opened.kept.salt if opened else b"")
+            return asyncio.run(_run(settings, keys, writer, opened))
         finally:
             writer.close()
     except SettingsError as error:

@@ -406,6 +406,8 @@ class Proxy:
         def release() -> None:
             record.shared = record.outcome is Outcome.COLLAPSED and reader.has_all
             record.usage = flight.usage
+            if flight.ending is None and flight.notes is not None and reader.has_all:
+                record.usage = flight.notes.usage  # it leaves before the end of the body
             if is_late and flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
             reader.leave()

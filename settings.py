@@ -260,6 +260,8 @@ class Settings:
     cache_per_key: bool = _setting(False, _switch)
     model_refresh: float = _setting(30.0, _seconds_or_off)
     model_aliases: tuple[tuple[str, str], ...] = _setting((), _aliases)  # alias, model
+    usage_file: str = _setting("", str)
+    usage_days: int = _setting(400, _count)
     max_body_bytes: int = _setting(32 << 20, _positive_size)
     max_object_bytes: int = _setting(32 << 20, _positive_size)
     max_head_bytes: int = _setting(16 << 10, _positive_size)
@@ -284,6 +286,11 @@ class Settings:
     def key_path(self) -> Path:
         """Path of the key file; where none is set, the one that is read if it is there."""
         return program_path(self.api_key_file or KEY_FILE)
+
+    @property
+    def usage_path(self) -> Path:
+        """Path of the usage file."""
+        return program_path(self.usage_file)
 
     @property
     def listen_scheme(self) -> str:

@@ -45,8 +45,12 @@ LOCAL_TIMEOUT = 1.0  # seconds to connect to an Ollama on this machine
 _IN_COMPOSE = "docker compose run --rm -v ./keys:/app/keys ollprox"
 
 
-def open_keys(settings: Settings) -> KeyStore:
+def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
     """Read the key file.
+
+    Args:
+        settings: what the user chose.
+        salt: of the digests in memory where API_KEY_SALT is not set; empty for a random one.
 
     Raises:
         SettingsError: it cannot be used with these settings.
@@ -64,6 +68,8 @@ def open_keys(settings: Settings) -> KeyStore:
         defaults=defaults,
         refresh=settings.key_refresh,
     )
+    if salt and not settings.api_key_salt:
+        keys.salt = salt
     if path is None:
         _warn_without_a_file(settings)
         return keys

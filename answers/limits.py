@@ -7,7 +7,7 @@ digest, so they survive a reload of the key file. No I/O; the clock is an argume
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from access.rights import Key, Limit
@@ -104,11 +104,18 @@ class Limits:
 
     Args:
         clock: seconds on a clock that never goes back.
+        earlier: returns when, on that clock, and how many tokens a key spent before the start,
+            oldest first.
 
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        earlier: Callable[[Key], Iterable[tuple[float, int]]] = lambda key: (),
+    ) -> None:
         self._clock = clock
+        self._earlier = earlier
         self._rates: dict[bytes, SlidingLog] = {}  # by the key's digest
         self._tokens: dict[bytes, SlidingLog] = {}
 
@@ -140,8 +147,7 @@ class Limits:
         now = self._clock()
         found = {}
         for what, table, limits in self._tables(key):
-            if limits:
-                log = table.get(key.digest) or SlidingLog(key)
+            if (log := self._log(table, key, limits, now)) is not None:
                 found[what] = _closest(what, key, log, limits, now)
         return found
 
@@ -171,6 +177,8 @@ class Limits:
             if len(table) % SWEEP_EVERY == SWEEP_EVERY - 1:
                 self._sweep(table, now)
             log = table[key.digest] = SlidingLog(key)
+            for at, tokens in self._earlier(key) if table is self._tokens else ():
+                log.add(at, tokens)
         log.key = key
         log.horizon = max(limit.seconds for limit in limits)
         log.prune(now)

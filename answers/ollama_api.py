@@ -327,6 +327,7 @@ def _page_rows() -> dict[bytes, Route]:
         b"/dashboard": Route(_GET, None, access=Access.OPEN, page="dashboard"),
         b"/metrics": Route(_GET, None, page="metrics"),
         b"/metrics.json": Route(_GET, None, page="view"),
+        b"/usage": Route(_GET, None, page="usage"),
         b"/whoami": Route(_GET, None, page="whoami"),
         b"/cache": Route((b"DELETE",), None, access=Access.ADMIN, page="drop"),
     }

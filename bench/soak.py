@@ -32,11 +32,10 @@ FAULTS = ("cut", "reset", "error", "stall", "status", "garbage", "silent end", "
 EXPLAINED = {  # what a single object may get, and whether a stream may be cut
     "cut": ({502}, True),
     "reset": ({502}, False),
-    "error": ({500}, False),
-    "stall": ({504}, True),
+    "error": ({500}, True),
+    "stall": ({502, 504}, True),  # for an object it may wait until the stand-in gives up
     "status": ({503}, False),
     "garbage": ({502}, False),
-    "silent end": ({200}, False),  # it comes as Ollama's repeat guard leaves it
 }
 MEMORY = 24 << 20  # bytes that the process may have grown by, for its bounded cache and tables
 HEAD = (
@@ -202,6 +201,8 @@ class Soak:
         if "error" in lines[-1]:
             explained = may_be_cut if not complete else fault_of(number) == "error"
             return self.check_text(number, lines[:-1], None) if explained else "an error"
+        if fault_of(number) == "silent end" and complete:  # as Ollama's repeat guard leaves it
+            return self.check_text(number, lines, None)
         if not complete or lines[-1].get("done") is not True:
             return "cut, and no error said so"
         if errors:

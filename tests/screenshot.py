@@ -36,6 +36,25 @@ POLICY = (
 )
 
 
+def _spans(seconds: int, count: int) -> list[dict[str, int]]:
+    """Hours or days with a rhythm."""
+    dice = random.Random(count)
+    spans = []
+    for ago in range(count - 1, -1, -1):
+        start = int(NOW // seconds * seconds) - seconds * ago
+        busy = 24 * 24 if seconds > 3600 else 24 - abs(start // 3600 % 24 - 14)
+        answers = busy * dice.randint(20, 60) if start // 86400 % 7 < 5 else busy * 6
+        hits = answers * dice.randint(40, 65) // 100
+        joined = answers * dice.randint(3, 9) // 100
+        rest = {"bypass": answers // 40, "refused": answers // 30 if ago == 9 else 0}
+        misses = answers - hits - joined
+        spans.append(
+            {"start": start, "hit": hits, "collapsed": joined, "miss": misses, **rest}
+            | {"tokens": 150 * misses, "errors": 5 if ago == 6 else 0}
+        )
+    return spans
+
+
 def _minutes() -> list[dict[str, int]]:
     dice = random.Random(7)
     minutes = []
@@ -119,6 +138,9 @@ def busy() -> dict[str, Any]:
             | {"lines": 0, "readers": 1},
         ],
         "minutes": _minutes(),
+        "hours": _spans(3600, 24),
+        "days": _spans(86400, 31),
+        "kept": True,
         "latency": [
             {"outcome": "hit", "requests": 1204, "first_byte": [0.0004, 0.0011]}
             | {"total": [0.0006, 0.0019]},

@@ -317,6 +317,42 @@ async def test_both_charts_show_the_same_minutes(page: Page, stage: Stage) -> No
     await expect(requests.locator("li")).to_have_text(now)
 
 
+async def test_the_charts_show_an_hour_a_day_or_a_month(page: Page, stage: Stage) -> None:
+    none = dict.fromkeys(("hit", "collapsed", "miss", "bypass", "refused", "tokens", "errors"), 0)
+    hour, day = (int(stage.metrics["now"] // size * size) for size in (3600, 86400))
+    stage.metrics |= {
+        "hours": [{**none, "start": hour - 7200, "hit": 3, "tokens": 9}, {**none, "start": hour}],
+        "days": [
+            {**none, "start": day - 40 * 86400, "hit": 1000},  # too long ago
+            {**none, "start": day - 30 * 86400, "collapsed": 2, "refused": 3, "tokens": 1_500_000},
+            {**none, "start": day, "miss": 7, "errors": 4},
+        ],
+    }
+    await enter(page, "any")
+    span, total = page.get_by_label("Show the last"), page.locator("#sum")
+    await expect(page.locator("#h-outcomes")).to_have_text("Requests per minute, the last hour")
+    await expect(total).to_contain_text("97,200 tokens, 3 errors of Ollama")
+    await span.select_option("day")
+    await expect(page.locator("#h-speed")).to_have_text("Tokens per hour, the last day")
+    await expect(total).to_have_text("3 requests, 9 tokens, 0 errors of Ollama")
+    await page.get_by_role("slider", name="Requests per hour").focus()
+    for _ in range(2):
+        await page.keyboard.press("ArrowLeft")
+    await expect(page.locator("#outcomes-at")).to_contain_text("12:00hit 3")
+    await expect(page.locator("#outcomes")).to_have_attribute("aria-valuemax", "23")
+    await span.select_option("month")
+    await expect(total).to_have_text("12 requests, 1,500,000 tokens, 4 errors of Ollama")
+    now = ["21 Sept, so far", "hit 0", "joined 0", "miss 7", "bypass 0", "refused 0"]
+    await expect(page.locator("#outcomes-at li")).to_have_text(now)
+    await page.get_by_role("slider", name="Requests per day").focus()
+    await page.keyboard.press("Home")
+    await expect(page.locator("#speed-at")).to_contain_text("22 Augtokens 1,500,000")
+    stage.metrics["kept"] = False
+    await page.clock.run_for(POLL)
+    await expect(span).to_have_value("days")  # new figures leave the choice as it is
+    await expect(total).to_contain_text("since the start, as USAGE_FILE is not set")
+
+
 async def test_requests_are_found_by_outcome_key_model_and_route(page: Page, stage: Stage) -> None:
     await enter(page, "any")
     rows = page.locator("#requests tr")

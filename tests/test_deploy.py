@@ -79,7 +79,9 @@ async def test_the_scrape_is_valid(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text(KEY)
     file = tmp_path / "prometheus.yml"
-    file.write_text(adapted("prometheus.yml", {"/etc/prometheus/ollprox.key": str(key)}))
+    changes = {"/etc/prometheus/ollprox.key": str(key)}
+    changes["/etc/prometheus/ollprox-alerts.yml"] = str(DEPLOY / "alerts.yml")
+    file.write_text(adapted("prometheus.yml", changes))
     await run(promtool, "check", "config", str(file))
 
 

@@ -21,6 +21,7 @@ from standin import StandIn
 
 from answers.ollama_api import route_table
 from settings import Settings
+from watch.usage import Batch, Counts, UsageFile
 
 README = (ROOT / "README.md").read_text()
 NODE = Path(__file__).parent / "node"
@@ -155,10 +156,19 @@ async def by_curl(reader: Reader, command: str, expected: str) -> None:
     keys = reader.folder / "keys/garden.txt"
     keys.write_text(key_line())
     settings = {"OLLAMA_PORT": reader.ollama.port, "ADMIN_LABELS": "Mary"}
+    settings["USAGE_FILE"] = reader.folder / "garden.db"
     port = (await reader.launch(**settings, API_KEY_FILE=keys)).port
     key = key_line().split()[0]
     await ask(port, "POST", "/call_model", question(), {"APIKEY": key})  # so that one is kept
     assert re.search(expected, await reader.paste(at(command, port)))
+
+
+async def with_usage(reader: Reader, command: str, expected: str) -> None:
+    """Paste it where a request has been counted."""
+    batch = Batch()
+    batch.row("2026-11-28", "Mary", "llama2").add(Counts(requests=3))
+    UsageFile(reader.folder / "usage.db", 400).write(batch, 1_795_867_200.0)
+    assert re.search(expected, await reader.paste(command))
 
 
 async def by_make_run(reader: Reader, command: str, expected: str) -> None:
@@ -273,6 +283,9 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl \S+/metrics .*": (by_curl, r"\nollprox_keys 1\n"),
     r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
+    r"curl \"\S+/usage\S* .*": (by_curl, r'\{"rows": \[\{"key": "Mary", "model": '),
+    r"echo 'USAGE_FILE=usage\.db' >> \.env": (in_shell, "would listen on"),
+    r"python ollprox\.py --usage.*": (with_usage, r"key .* requests (.|\n)*Mary .* 3 "),
 }
 
 
@@ -434,8 +447,8 @@ def test_every_path_is_in_the_readme() -> None:
         assert name in README, path
 
 
-async def test_every_metric_is_in_the_table(launch: Start) -> None:
-    ollprox = await launch()
+async def test_every_metric_is_in_the_table(launch: Start, tmp_path: Path) -> None:
+    ollprox = await launch(USAGE_FILE=tmp_path / "usage.db")
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()

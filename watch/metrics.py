@@ -26,7 +26,8 @@ MAX_LISTED = 100  # answers being generated, and requests waiting, that the page
 MAX_RECENT = 2000  # requests that are remembered
 MAX_SHOWN_REQUESTS = 200  # of these, the newest ones that a key may see
 OTHER = "other"  # all models, or labels, beyond MAX_NAMES
-HOUR = 3600.0  # seconds of history on the page
+HOUR = 3600.0  # seconds that the page looks back by minutes
+DAYS = 31  # that it looks back at most
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 ANSWERED: tuple[Outcome, ...] = tuple(outcome for outcome in Outcome if outcome is not Outcome.PAGE)
 
@@ -93,6 +94,18 @@ class QueueState(Protocol):
     @property
     def refusals(self) -> Mapping[Any, int]:
         """How many requests it refused, by an enum member whose value is the reason."""
+
+
+class UsageState(Protocol):
+    """How the usage file is doing."""
+
+    @property
+    def failures(self) -> int:
+        """How many writes have failed."""
+
+    @property
+    def pending(self) -> int:
+        """How many rows are in memory and not in the file."""
 
 
 class NoQueue(NamedTuple):
@@ -212,12 +225,54 @@ class Total:
 
 @dataclass(slots=True)
 class Minute:
-    """One minute of requests for answers."""
+    """One minute of requests for answers, or an hour or a day in UTC."""
 
     start: int  # seconds since 1970
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(ANSWERED, 0))
     tokens: int = 0  # generated in it; below 0 if earlier minutes counted too many
     errors: int = 0  # answers that Ollama failed to give
+
+    def add(self, other: "Minute") -> None:
+        """Add what another counts."""
+        for outcome, count in other.outcomes.items():
+            self.outcomes[outcome] += count
+        self.tokens += other.tokens
+        self.errors += other.errors
+
+    def row(self) -> dict[str, int]:
+        """Return it for JSON."""
+        outcomes = {str(outcome): count for outcome, count in self.outcomes.items()}
+        tokens = max(0, self.tokens)
+        return {"start": self.start, **outcomes, "tokens": tokens, "errors": self.errors}
+
+
+class Spans:
+    """The latest hours, or days, of requests for answers.
+
+    Args:
+        seconds: how long each lasts.
+        count: how many are kept.
+
+    """
+
+    def __init__(self, seconds: int, count: int) -> None:
+        self._seconds, self._count = seconds, count
+        self._spans: deque[Minute] = deque(maxlen=count)
+
+    def add(self, minute: Minute) -> None:
+        """Add a minute at its end, to the hour or the day that it is in."""
+        start = minute.start // self._seconds * self._seconds
+        if not self._spans or self._spans[-1].start < start:
+            self._spans.append(Minute(start))
+        self._spans[-1].add(minute)
+
+    def rows(self, current: Minute, now: float) -> list[dict[str, int]]:
+        """Return those of the time that is looked back at, with the current minute in the last."""
+        copy = Spans(self._seconds, self._count)
+        for span in (*self._spans, current):
+            copy.add(span)
+        since = now - self._seconds * self._count
+        return [span.row() for span in copy._spans if span.start > since]
 
 
 class Recent(NamedTuple):
@@ -248,6 +303,7 @@ class Metrics:
         upstreams: the Ollama servers.
         queue: the fair queue; `Turns.snapshot`.
         limits: how much of their limits the labels have used.
+        usage: how the usage file is doing; None if there is none.
 
     """
 
@@ -260,6 +316,7 @@ class Metrics:
     upstreams: Callable[[], Sequence[UpstreamState]] = lambda: ()
     queue: Callable[[], QueueState] = NoQueue
     limits: Callable[[], Sequence[Limit]] = lambda: ()
+    usage: "UsageState | None" = None
     started: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
@@ -276,6 +333,8 @@ class Metrics:
         self._without_key: deque[Recent] = deque(maxlen=MAX_SHOWN_REQUESTS)
         self._minutes = deque([Minute(0)], maxlen=60)
         self._minute_ends = 0.0  # end of the current minute, on the monotonic clock
+        self._hours, self._days = Spans(3600, 24), Spans(86_400, DAYS)
+        self.minute_ended: Callable[[Minute], None] = lambda minute: None
         self._ended_tokens = 0  # of answers that have ended; see `_count_tokens`
         self._counted_tokens = 0  # already added to a minute
         self._lags = deque([0.0], maxlen=120)  # seconds; measured every half second
@@ -337,7 +396,7 @@ class Metrics:
             use.saved += saved
         if outcome is Outcome.REFUSED:
             return
-        model = self._names.get(record.model) or self._known(record.model)
+        model = self._names.get(record.model) or self.known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
@@ -365,7 +424,7 @@ class Metrics:
     def _add_tokens(self, flight: Flight, usage: Usage) -> None:
         uses = []
         if flight.model:
-            uses.append(self._use(self._by_model, self._known(flight.model)))
+            uses.append(self._use(self._by_model, self.known(flight.model)))
         if flight.permit is not None:
             uses.append(self._use(self._by_label, flight.permit.key.label))
         for use in uses:
@@ -405,8 +464,10 @@ class Metrics:
         """Number of answers that upstream failed to give."""
         return sum(self._errors.values())
 
-    def _known(self, model: str) -> str:
-        """Return a model's name if upstream has it, else `other`."""
+    def known(self, model: str) -> str:
+        """Return the name that a model is counted by: `other` if upstream does not list it."""
+        if (known := self._names.get(model)) is not None:
+            return known
         name = normalize_model(model)
         if name not in self._models:
             return OTHER
@@ -421,10 +482,28 @@ class Metrics:
     def _minute(self, now: float) -> Minute:
         """Return the current minute."""
         if now >= self._minute_ends:
+            self._end_minute()
             into = time.time() % 60
             self._minutes.append(Minute(round(time.time() - into)))
             self._minute_ends = now + 60 - into
         return self._minutes[-1]
+
+    def _end_minute(self) -> None:
+        """Add the last minute to its hour and its day."""
+        if (minute := self._minutes[-1]).start:
+            self.minute_ended(minute)
+            self.restore(minute)
+
+    def restore(self, span: Minute) -> None:
+        """Add a minute, or an hour from before the start, to its hour and its day."""
+        self._hours.add(span)
+        self._days.add(span)
+
+    def close(self) -> None:
+        """End the current minute, so that nothing of it is missing in the usage file."""
+        self._count_tokens()
+        self._minute_ends = 0.0
+        self._minute(time.monotonic())
 
     # The page's view.
 
@@ -457,11 +536,10 @@ class Metrics:
             "upstreams": [state._asdict() for state in self.upstreams()],
             "running": self._running(viewer),
             **self._waiting(viewer),
-            "minutes": [
-                {"start": m.start, **m.outcomes, "tokens": max(0, m.tokens), "errors": m.errors}
-                for m in self._minutes
-                if m.start > now - HOUR
-            ],
+            "minutes": [m.row() for m in self._minutes if m.start > now - HOUR],
+            "hours": self._hours.rows(self._minutes[-1], now),
+            "days": self._days.rows(self._minutes[-1], now),
+            "kept": self.usage is not None,
             "latency": self._latency(),
             "models": [{"model": name, **asdict(use)} for name, use in self._by_model.items()],
             "labels": [
@@ -480,7 +558,7 @@ class Metrics:
         return [
             {
                 "id": flight.number,
-                "model": self._known(flight.model),
+                "model": self.known(flight.model),
                 "label": _label_for(viewer, flight),
                 "seconds": time.monotonic() - flight.began,
                 "lines": flight.notes.usage.lines if flight.notes is not None else 0,
@@ -498,7 +576,7 @@ class Metrics:
             "waiting": [
                 {
                     "position": row.position,
-                    "model": self._known(row.model),
+                    "model": self.known(row.model),
                     "label": row.label,
                     "seconds": row.seconds,
                 }
@@ -569,6 +647,7 @@ class Metrics:
                 *_use_rows("model", self._by_model.items()),
                 *self._label_rows(viewer),
                 *self._part_rows(),
+                *self._usage_file_rows(),
                 *process_rows(self.started),
             )
         )
@@ -678,6 +757,14 @@ class Metrics:
         )
         for kind, name, meaning, value in rows:
             yield Row(kind, f"ollprox_{name}", meaning, value)
+
+    def _usage_file_rows(self) -> Iterator[Row]:
+        if (usage := self.usage) is None:
+            return
+        meaning = "Writes to USAGE_FILE that failed."
+        yield Row("counter", "ollprox_usage_write_failures_total", meaning, usage.failures)
+        meaning = "Rows of usage in memory that are not in the file."
+        yield Row("gauge", "ollprox_usage_pending_rows", meaning, usage.pending)
 
 
 def _label_for(viewer: Viewer, flight: Flight) -> str | None:

@@ -1,5 +1,6 @@
 """OllProx's own pages: health, readiness, metrics, the dashboard, and dropping the cache."""
 
+import asyncio
 import base64
 import hashlib
 import json
@@ -17,6 +18,7 @@ from answers.stored import StoredAnswer
 from cache import Cache
 from settings import normalize_model
 from watch.metrics import Metrics, Viewer
+from watch.usage import NOT_KEPT, REPORT_TIMEOUT, Usage, UsageError, parse_query, prefers_csv, shown
 from wire.http11 import Head, Headers, HTTPError, Response
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus's exposition format
@@ -32,6 +34,7 @@ class Pages:
         flights: the answers under way, which `DELETE /cache` grounds.
         metrics: the figures.
         permits: the limits of keys, and the queue.
+        usage: the usage by day; None if it is not kept.
 
     """
 
@@ -42,6 +45,7 @@ class Pages:
         flights: Flights,
         metrics: Metrics,
         permits: Permits,
+        usage: Usage | None = None,
     ) -> None:
         self._probe = probe
         self._cache = cache
@@ -49,6 +53,7 @@ class Pages:
         self._metrics = metrics
         self._permits = permits
         self._dashboard = pkgutil.get_data("watch", "dashboard.html") or b""  # also in a zip
+        self._usage = usage
         self._policy = _policy(self._dashboard)
         self._by_name: dict[str, Callable[[Head, Key | None], Awaitable[Response]]] = {
             "health": self._health,
@@ -57,6 +62,7 @@ class Pages:
             "dashboard": self._page,
             "metrics": self._text,
             "view": self._view,
+            "usage": self._report,
             "whoami": self._whoami,
             "drop": self._drop,
         }
@@ -115,6 +121,27 @@ class Pages:
             resets[name] = round(standing[name].resets, 3) if name in standing else None
         view = {"label": key.label, "rights": _rights(key), "used": used, "resets": resets}
         return _json(view, _FRESH)
+
+    async def _report(self, head: Head, key: Key | None) -> Response:
+        """Report usage: of all keys to admins, and to others of their own label."""
+        assert key is not None
+        if self._usage is None:
+            raise HTTPError(404, NOT_KEPT)
+        form = "csv" if prefers_csv((head.get(b"accept") or b"").decode("latin-1")) else "json"
+        try:
+            query = parse_query(head.query.decode("latin-1"), form)
+            if not (key.admin or key.metrics):
+                query = query._replace(own=shown(key))
+            async with asyncio.timeout(REPORT_TIMEOUT):
+                text = await asyncio.wrap_future(self._usage.ask(query))
+        except ValueError as error:
+            raise HTTPError(400, str(error)) from None
+        except UsageError as error:
+            raise HTTPError(503, f"USAGE_FILE cannot be read: {error}") from None
+        except TimeoutError:
+            raise HTTPError(503, f"no report within {REPORT_TIMEOUT:g} s; try again") from None
+        kind = JSON if query.form == "json" else b"text/csv; charset=utf-8"
+        return Response(200, ((b"Content-Type", kind), *_FRESH), text.encode())
 
     async def _drop(self, head: Head, key: Key | None) -> Response:
         """Drop all stored answers, or those of `?model=NAME`; ground the answers under way."""
