@@ -312,6 +312,7 @@ def _upstream_states(
             running=max(0, metrics.running - waiting),
             waiting=waiting,
             errors=metrics.upstream_errors,
+            models=probe.loaded,
         )
     ]
 

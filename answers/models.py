@@ -1,6 +1,7 @@
 """Ask Ollama whether it answers and which models it has; drop answers of changed models."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ log = logging.getLogger("ollprox")
 PROBE_TIMEOUT = 2.0  # seconds for the version
 PROBE_INTERVAL = 1.0  # seconds for which the last probe counts
 RECHECK_INTERVAL = 2.0  # seconds between two probes of an Ollama that is down
+LOADED_TIMEOUT = 1.0  # seconds for the list of loaded models, which somebody waits for
 TAGS_TIMEOUT = 10.0  # seconds for the list of models
 MANAGE_TIMEOUT = 5.0  # seconds that the end of a managing request waits for that list
 MAX_TAGS = 16 << 20  # bytes of that list
@@ -39,6 +41,9 @@ class Probe:
     up: bool | None = None
     """True if Ollama answered the last of these requests; None before the first."""
 
+    loaded: tuple[str, ...] = ()
+    """The models that were loaded when `look` last asked."""
+
     def __init__(self, upstream: One) -> None:
         self._upstream = upstream
         self.due = asyncio.Event()
@@ -46,6 +51,8 @@ class Probe:
         self._suspected = False
         self._probed = -math.inf  # when `ready` last probed
         self._probing = asyncio.Lock()
+        self._looked = -math.inf  # when `look` last asked
+        self._looking = asyncio.Lock()
 
     async def version(self) -> str | HTTPError:
         """Return Ollama's version, or the error that explains why it is not known."""
@@ -73,6 +80,20 @@ class Probe:
                 await self.version()
                 self._probed = time.monotonic()
         return self.up is True
+
+    async def look(self) -> None:
+        """Ask which models are loaded; none are if Ollama does not tell, or is down.
+
+        For somebody who looks at them. Callers at the same time share one request.
+        """
+        async with self._looking:
+            if time.monotonic() - self._looked < PROBE_INTERVAL:
+                return
+            found: tuple[str, ...] = ()
+            if self.up is not False:
+                with contextlib.suppress(HTTPError):
+                    found = api.loaded(await self._ask(api.LOADED, b"{", LOADED_TIMEOUT))
+            self.loaded, self._looked = found, time.monotonic()
 
     async def digests(self) -> dict[str, str] | None:
         """Return each model's digest by its name; None if the list cannot be read."""

@@ -111,6 +111,15 @@ def digests(body: bytes) -> dict[str, str] | None:
     return found if good and isinstance(models, list) else None
 
 
+def loaded(body: bytes) -> tuple[str, ...]:
+    """Read `/api/ps`: the names of the models that are loaded; none if it is malformed."""
+    try:
+        names = [model["name"] for model in json.loads(body)["models"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    return tuple(name[:100] for name in names[:100] if isinstance(name, str))
+
+
 def version(body: bytes) -> str:
     """Return the version in `/api/version`; "unknown" if there is none."""
     try:
@@ -186,6 +195,7 @@ _KINDS = {
 }
 VERSION = b"/api/version"  # requested by OllProx itself
 TAGS = b"/api/tags"
+LOADED = b"/api/ps"
 _POST, _GET = (b"POST",), (b"GET", b"HEAD")
 
 # A model's name as Ollama allows it; a slash or colon in it may be percent-encoded.
@@ -237,7 +247,7 @@ def _native_rows(max_object: int, aliases: Aliases) -> dict[bytes, Route]:
         b"/api/show": Route(_POST, b"/api/show", PassThrough(aliases=aliases)),
         **{path: Route(_GET, path) for path in (*reads, recommendations)},
         TAGS: Route(_GET, TAGS, lists="models", lists_aliases=True),
-        b"/api/ps": Route(_GET, b"/api/ps", lists="models"),
+        LOADED: Route(_GET, LOADED, lists="models"),
     }
 
 
@@ -336,7 +346,7 @@ def _page_rows() -> dict[bytes, Route]:
 POOL_API = Api(
     normalize=normalize_model,
     tags=TAGS,
-    loaded=b"/api/ps",
+    loaded=LOADED,
     models=b"/v1/models",
     pull=b"/api/pull",
     delete=b"/api/delete",

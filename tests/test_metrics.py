@@ -793,8 +793,21 @@ async def test_the_view_says_the_same(
         assert abs(row["time"] - view["now"]) < 60
     assert view["upstreams"] == [
         {"host": f"127.0.0.1:{ollama.port}", "up": True, "running": 0, "waiting": 0}
-        | {"errors": 0, "models": [], "conflicts": []}
+        | {"errors": 0, "models": ["gemma3:270m", "llama2:latest"], "conflicts": []}
     ]
+
+
+async def test_the_view_does_not_wait_for_an_ollama_that_does_not_list_its_models(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async def silent(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        await asyncio.Event().wait()
+
+    ollama.script.respond = silent
+    async with asyncio.timeout(3):
+        answers = await asyncio.gather(*(ask(ollprox.port, "GET", "/metrics.json") for _ in "abc"))
+    assert [answer.json()["upstreams"][0]["models"] for answer in answers] == [[]] * 3
+    assert len(ollama.asked("/api/ps")) == 1  # they share a request
 
 
 async def test_tokens_count_in_the_minute_in_which_they_come(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from standin import Script, StandIn
 
 from answers.notes import MAX_PARSED, Notes, progress_notes
-from answers.ollama_api import Form, RouteTable, digests, route_table, version
+from answers.ollama_api import Form, RouteTable, digests, loaded, route_table, version
 from answers.questions import (
     MAX_VALUES,
     PassThrough,
@@ -989,3 +989,21 @@ def test_no_value_escapes_the_count(value: object) -> None:
     values = count(value)
     assert values == 1 or refused(values - 2)
     assert not refused(9 * values)
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        (b'{"models":[{"name":"llama2:latest","size":1},{"name":"qwen3:4b"}]}', 2),
+        (b'{"models":[]}', 0),
+        (b'{"models":null}', 0),
+        (b'{"models":[{}]}', 0),
+        (b'{"models":[7]}', 0),
+        (b'{"models":[{"name":7}]}', 0),
+        (b"[]", 0),
+        (b"", 0),
+        (b'{"models":[%b{"name":"x"}]}' % (b'{"name":"x"},' * 500), 100),
+    ],
+)
+def test_loaded_models_are_read_from_whatever_comes(body: bytes, names: int) -> None:
+    assert len(loaded(body)) == names

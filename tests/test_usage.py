@@ -5,6 +5,7 @@ import csv
 import io
 import json
 import os
+import re
 import resource
 import signal
 import sqlite3
@@ -487,6 +488,21 @@ def newer(path: Path) -> None:
     UsageFile(path, 400).write(batch(a=1), NOON)
     with closing(sqlite3.connect(path)) as connection:
         connection.execute(f"PRAGMA user_version = {SCHEMA + 1}")
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["DELETE FROM meta", "UPDATE hours SET hit = 'x'", "DROP TABLE tokens"],
+)
+def test_damage_inside_the_file_is_found_at_the_start(file: Path, change: str) -> None:
+    made = batch(a=1)
+    made.pass_minute(Minute(int(NOON) - 3600, tokens=1))
+    UsageFile(file, 400).write(made, NOON)
+    with closing(sqlite3.connect(file, isolation_level=None)) as connection:
+        connection.execute(change)
+    opened = open_file(file, 400, NOON)
+    assert re.search("damaged|no such table", opened.trouble)
+    assert opened.kept.hours == ()
 
 
 def test_a_file_that_others_could_read_is_closed_to_them(file: Path) -> None:

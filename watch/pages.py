@@ -104,6 +104,7 @@ class Pages:
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
     async def _view(self, head: Head, key: Key | None) -> Response:
+        await self._probe.look()
         return _json(self._metrics.view(self._viewer(key)), _FRESH)
 
     async def _whoami(self, head: Head, key: Key | None) -> Response:

@@ -24,8 +24,8 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, field, fields
-from datetime import UTC, date, datetime, timedelta
-from functools import partial
+from datetime import date, timedelta
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 from urllib.parse import parse_qsl, quote
@@ -105,7 +105,9 @@ class Batch:
     def row(self, day: str, key: str, model: str) -> Counts:
         """Return the row to count in; beyond the bound, one for all keys and models."""
         index = day, key, model
-        if index not in self.rows and len(self.rows) >= MAX_PENDING:
+        if (found := self.rows.get(index)) is not None:
+            return found
+        if len(self.rows) >= MAX_PENDING:
             index = day, OTHER, OTHER
         return self.rows.setdefault(index, Counts())
 
@@ -232,10 +234,13 @@ class UsageFile:
             since = (now - LONGEST_LIMIT - SLOT, now)
             tokens = "SELECT key, slot, tokens FROM tokens WHERE slot > ? AND slot <= ?"
             for key, slot, count in connection.execute(f"{tokens} ORDER BY slot", since):
-                kept.spent.setdefault(key, []).append((slot + SLOT, count))
+                kept.spent.setdefault(key, []).append((slot + SLOT, int(count)))
             return kept
 
-        return self._run(read, create=True)
+        try:
+            return self._run(read, create=True)
+        except (TypeError, ValueError):
+            raise UsageError("its content is damaged") from None
 
     def write(self, batch: Batch, now: float) -> None:
         """Add a batch, and drop what is too old; all or nothing. Raises UsageError."""
@@ -253,8 +258,8 @@ class UsageFile:
                 *(connection, "hours", ("start",), _HOUR),
                 ((h.start, *h.outcomes.values(), h.tokens, h.errors) for h in batch.hours.values()),
             )
-            first = datetime.fromtimestamp(now, UTC).date() - timedelta(self._days - 1)
-            connection.execute("DELETE FROM usage WHERE day < ?", (first.isoformat(),))
+            first = _day_of(max(0, int(now) // 86_400 - self._days + 1))
+            connection.execute("DELETE FROM usage WHERE day < ?", (first,))
             connection.execute("DELETE FROM tokens WHERE slot < ?", (now - LONGEST_LIMIT - SLOT,))
             connection.execute("DELETE FROM hours WHERE start < ?", (now - DAYS * 86_400,))
 
@@ -377,7 +382,7 @@ def _upsert(
 def _hours(connection: "Connection", now: float) -> Iterator[Minute]:
     select = f"SELECT start, {', '.join(_HOUR)} FROM hours WHERE start > ? AND start <= ?"
     for row in connection.execute(f"{select} ORDER BY start", (now - DAYS * 86_400, now)):
-        start, *counts, tokens, errors = row
+        start, *counts, tokens, errors = map(int, row)
         yield Minute(start, dict(zip(ANSWERED, counts, strict=True)), tokens, errors)
 
 
@@ -441,15 +446,14 @@ class Usage:
         if record.label is None or not record.generates:
             return
         outcome = record.outcome
-        is_saved = outcome is Outcome.HIT or record.shared
-        counts = Counts(
-            requests=1,
-            hits=outcome is Outcome.HIT,
-            joined=outcome is Outcome.COLLAPSED,
-            refused=outcome is Outcome.REFUSED,
-            gpu_seconds_saved=record.usage.gpu_seconds if is_saved else 0.0,
-        )
-        self._add(record.caller, record.model, counts)
+        with self._lock:
+            row = self._row(record.caller, record.model)
+            row.requests += 1
+            row.hits += outcome is Outcome.HIT
+            row.joined += outcome is Outcome.COLLAPSED
+            row.refused += outcome is Outcome.REFUSED
+            if outcome is Outcome.HIT or record.shared:
+                row.gpu_seconds_saved += record.usage.gpu_seconds
 
     def count_flight(self, flight: Flight) -> None:
         """Count what an answer took at its end, for the key that began it."""
@@ -458,18 +462,13 @@ class Usage:
         usage, key = flight.usage, flight.permit.key
         if not (usage.tokens or usage.prompt_tokens or usage.gpu_seconds):
             return
-        self._add(
-            shown(key),
-            flight.model,
-            Counts(
-                prompt_tokens=usage.prompt_tokens,
-                generated_tokens=usage.tokens,
-                gpu_seconds=usage.gpu_seconds,
-            ),
-        )
-        if key.tokens:
-            slot = int(self._clock()) // SLOT * SLOT
-            with self._lock:
+        with self._lock:
+            row = self._row(shown(key), flight.model)
+            row.prompt_tokens += usage.prompt_tokens
+            row.generated_tokens += usage.tokens
+            row.gpu_seconds += usage.gpu_seconds
+            if key.tokens:
+                slot = int(self._clock()) // SLOT * SLOT
                 self._pending.spend(_digits(key), slot, usage.tokens)
 
     def count_minute(self, minute: Minute) -> None:
@@ -478,15 +477,10 @@ class Usage:
             with self._lock:
                 self._pending.pass_minute(minute)
 
-    def _add(self, key: str, model: str, counts: Counts) -> None:
-        day = datetime.fromtimestamp(self._clock(), UTC).date().isoformat()
-        # A name may hold half a surrogate pair, which UTF-8 cannot express.
-        key, model = (
-            name.encode("utf-8", "backslashreplace").decode()
-            for name in (key, self._name_of(model))
-        )
-        with self._lock:
-            self._pending.row(day, key, model).add(counts)
+    def _row(self, key: str, model: str) -> Counts:
+        """Return the row of today to count in; the caller holds the lock."""
+        day = _day_of(int(self._clock()) // 86_400)
+        return self._pending.row(day, _storable(key), _storable(self._name_of(model)))
 
     # For the event loop.
 
@@ -561,6 +555,18 @@ class Usage:
             for index, counts in pending:
                 _merge(rows, query, index, counts)
         return render(query, dict(sorted(rows.items())) if pending else rows)
+
+
+@lru_cache(maxsize=4)
+def _day_of(number: int) -> str:
+    """Return a day by its number since 1970, in UTC."""
+    return (date(1970, 1, 1) + timedelta(number)).isoformat()
+
+
+@lru_cache(maxsize=1024)
+def _storable(name: str) -> str:
+    """Return a name without halves of surrogate pairs, which UTF-8 cannot express."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _answer(future: "Future[str]", job: Callable[[], str]) -> None:
