@@ -6,7 +6,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := check
-.PHONY: run demo test test-e2e bench profile soak check lint-workflows fix pin audit clean
+.PHONY: run demo test test-e2e mutation bench profile soak check lint-workflows fix pin audit clean
 
 run: .venv/run.stamp
 	@$(BIN)/python ollprox.py
@@ -25,6 +25,16 @@ ollprox.pyz: .venv/run.stamp FORCE
 	$(BIN)/python deploy/install/make_pyz.py $@
 
 FORCE:
+
+# Changes the pure modules in every small way, and lists the changes that no test notices, then
+# the scores. `make mutation ARGS="cache*"` takes one module.
+mutation: .venv/dev.stamp
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+	@$(BIN)/mutmut results --all true | awk '/__mutmut_/ && !/not checked/ { split($$1, name, /\.x/); \
+		all[name[1]]++; found[name[1]] += /: (killed|timeout)/ } END { for (module in all) printf \
+		"%s: %d of %d mutants found, %.0f %%\n", module, found[module], all[module], \
+		100 * found[module] / all[module] }'
 
 # Each program can also be run by itself; the report uses the last results of each.
 bench: .venv/run.stamp
@@ -69,7 +79,7 @@ audit: .venv/dev.stamp
 	$(BIN)/pip-audit --require-hashes -r requirements.txt
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf mutants .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/run.stamp: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \
