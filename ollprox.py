@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import ssl
 import sys
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -39,8 +40,8 @@ from gate import Gate
 from keystore import KeyStore
 from proxy import Proxy
 from record import Record
-from settings import COMMAND, Settings, SettingsError, address, load
-from watch import check
+from settings import COMMAND, Settings, SettingsError, address, load, program_path
+from watch.check import Mark, Report, memory, valid_until
 from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages
@@ -55,6 +56,7 @@ from wire.upstream import Upstream
 
 __version__ = "0.2.0"
 
+MAX_LISTED = 10  # models that --check names
 LAG_INTERVAL = 0.5  # seconds between two measurements of the event-loop lag
 
 log = logging.getLogger("ollprox")
@@ -400,6 +402,75 @@ def _print_usage(settings: Settings, query: str) -> int:
     return 0
 
 
+def _check() -> int:
+    """Report on what a start depends on; return the exit status, 0 if OllProx would start."""
+    report = Report()
+    with report.section("settings"):
+        settings = _load()
+        startup.check(settings)
+        where = f"{settings.listen_scheme}://{settings.listen_address}"
+        report.say(Mark.OK, f"listens on {where}, forwards to {startup.describe_hosts(settings)}")
+        report.say(Mark.OK, f"cache: {startup.describe_cache(settings)}")
+    if report.failed:
+        return startup.EXIT_SETTINGS
+    with report.section("keys"):
+        _check_keys(report, startup.open_keys(settings))
+    asyncio.run(_check_ollama(report, _make_upstream(settings)))
+    with report.section("TLS"):
+        _check_certificate(report, settings)
+    with report.section("limits"):
+        _check_limits(report, settings)
+    return startup.EXIT_SETTINGS if report.failed else 0
+
+
+def _check_keys(report: Report, keys: KeyStore) -> None:
+    if len(keys):
+        report.say(Mark.OK, f"{len(keys)} from {keys.path}")
+        return
+    where = f"none in {keys.path}" if keys.path else "none (API_KEY_FILE is not set)"
+    then = f"to make a lasting one: {startup.command()} keys add --label me"
+    report.say(Mark.WARN, f"{where}: each start makes one; {then}")
+
+
+async def _check_ollama(report: Report, upstream: Upstream | Pool) -> None:
+    probe = Probe(upstream)
+    version = await probe.version()
+    text = startup.describe_upstream(version, upstream.address).removeprefix("Ollama ")
+    with report.section("Ollama"):
+        report.say(Mark.OK if isinstance(version, str) else Mark.WARN, text)
+    with report.section("models"):
+        found = await probe.digests() if isinstance(version, str) else None
+        if found:
+            names = [*found][:MAX_LISTED] + ["..."] * (len(found) > MAX_LISTED)
+            report.say(Mark.OK, f"{len(found)}: {', '.join(names)}")
+        elif found is not None:
+            report.say(Mark.WARN, "none yet; to get one: ollama pull llama2")
+    await upstream.close()
+
+
+def _check_certificate(report: Report, settings: Settings) -> None:
+    if not settings.tls_cert_file:
+        report.say(Mark.OK, "off (TLS_CERT_FILE is not set)")
+        return
+    file = program_path(settings.tls_cert_file)
+    try:
+        until = valid_until(startup.Certificate(settings).context, file)
+    except ssl.SSLCertVerificationError as error:
+        report.say(Mark.WARN, f"clients will not trust {file}: {error.verify_message}")
+    else:
+        report.say(Mark.OK, f"{file} is valid until {until}")
+
+
+def _check_limits(report: Report, settings: Settings) -> None:
+    clients = startup.raise_file_limit(settings.max_connections)
+    if clients == settings.max_connections:
+        report.say(Mark.OK, f"{clients} clients at once (MAX_CONNECTIONS)")
+    available = memory()
+    if available is not None and settings.cache_max_bytes > available // 2:
+        size = available >> 20
+        report.say(Mark.WARN, f"CACHE_MAX_BYTES is more than half of the memory, {size} MiB")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -437,7 +508,7 @@ def main(arguments: list[str] | None = None) -> int:
         if chosen.ping:
             return startup.ping(load(os.environ))
         if chosen.check:
-            return check.report(_load, _make_upstream)
+            return _check()
         settings = _load()
         if chosen.usage is not None:
             return _print_usage(settings, chosen.usage)

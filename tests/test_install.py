@@ -27,6 +27,7 @@ from conftest import FAULTS, ROOT, SOURCES
 from standin import StandIn
 
 import startup
+from access import keytool
 from settings import load
 
 ELSEWHERE = ROOT / "tests/elsewhere"
@@ -397,6 +398,36 @@ def test_keys_added_at_the_same_time_are_all_kept(program: Path, path: object) -
     assert "user-3" not in (keys / "keys.txt").read_text()
 
 
+def test_a_lock_that_is_left_behind_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keytool, "fcntl", None)
+    monkeypatch.setattr(keytool, "MAX_LOCKED", 0.2)
+    lock = tmp_path / ".keys.lock"
+    lock.touch()
+    with pytest.raises(OSError, match=f"if none is, remove {re.escape(str(lock))}"):
+        keytool.change_file(tmp_path / "keys.txt", lambda text: b"one\n")
+    lock.unlink()
+    keytool.change_file(tmp_path / "keys.txt", lambda text: b"one\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["keys.txt"]
+
+
+def test_a_key_file_that_is_just_being_read_is_replaced_a_moment_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace, refused = os.replace, [True, True, False]
+
+    def as_on_windows(source: str, target: Path) -> None:
+        if refused.pop(0):
+            raise PermissionError(13, "The process cannot access the file")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", as_on_windows)
+    keytool.change_file(tmp_path / "keys.txt", lambda text: b"one\n")
+    assert (tmp_path / "keys.txt").read_bytes() == b"one\n"
+    assert refused == []
+
+
 # The key file that is there.
 
 
@@ -435,7 +466,7 @@ async def test_check_has_a_mark_for_each_line(
     assert re.fullmatch(r"ok \S+ answers at 127\.0\.0\.1:\d+", found["Ollama"][0])
     assert re.fullmatch(r"ok \d+: .*llama2:latest.*", found["models"][0])
     assert found["TLS"] == ["ok off (TLS_CERT_FILE is not set)"]
-    assert {*found} == {"settings", "cache", "keys", "Ollama", "models", "TLS", "limits"}
+    assert {*found} == {"settings", "keys", "Ollama", "models", "TLS", "limits"}
 
 
 def test_check_passes_while_ollama_is_down_and_says_what_to_do(

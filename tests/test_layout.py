@@ -87,6 +87,8 @@ def test_an_import_that_points_up_sideways_or_round_is_found() -> None:
 
 @pytest.mark.parametrize("wing", WINGS)
 def test_each_wing_is_shipped_and_checked(wing: str) -> None:
+    assert "COPY . ./\n" in (ROOT / "Dockerfile").read_text()  # what the next file lets through
     assert f"!{wing}/*.py\n" in (ROOT / ".dockerignore").read_text()
     assert re.search(rf"bandit .* {wing}\b", (ROOT / "Makefile").read_text())
+    assert f'"/{wing}/*.py"' in (ROOT / "pyproject.toml").read_text()  # the wheel and the .pyz
     assert re.search(rf'^files = .*"{wing}"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
