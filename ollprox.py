@@ -30,6 +30,7 @@ from answers.flight import Flights, Timeouts
 from answers.limits import Limits
 from answers.models import ModelWatch, Probe
 from answers.permits import Permits
+from answers.questions import MAX_DIGITS
 from answers.schedule import CountedSlots
 from answers.stored import StoredAnswer
 from answers.turns import Ticket, Turns, fair_queue
@@ -355,6 +356,7 @@ def main(arguments: list[str] | None = None) -> int:
         "--ping", action="store_true", help="exit with 0 if OllProx is running with these settings"
     )
     chosen = parser.parse_args(arguments)
+    sys.set_int_max_str_digits(MAX_DIGITS)
     try:
         settings = load(os.environ)
         if chosen.ping:

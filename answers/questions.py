@@ -18,6 +18,10 @@ from wire.http11 import HTTPError, Response
 MAX_VALUES = 1 << 18  # JSON values in a body; parsing so many numbers takes about 10 ms
 CONTAINER = 8  # values that a list or object counts for, since it takes as long and as much memory
 STEP = 64 << 10  # bytes that are looked through at once
+MAX_DIGITS = 640  # of a whole number: the time to read one is quadratic; Python takes no less
+SHORT = 16 << 10  # bytes of a body that is read at once, whatever is in it
+MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is read on the event loop
+MAX_VALUES_AT_ONCE = 4096  # JSON values of such a body
 
 EXAMPLE = '{"model": "llama2", "prompt": "Hello"}'
 
@@ -159,6 +163,13 @@ class PassThrough:
     def notes(self, response: Response) -> Notes:
         """Return the notes for an answer that begins."""
         return notes_for(response)
+
+
+def is_quick(body: bytes) -> bool:
+    """Return whether a body takes so little time to read that it need not be left to a thread."""
+    if len(body) <= SHORT:
+        return True
+    return len(body) <= MAX_AT_ONCE and _cost(body) <= MAX_VALUES_AT_ONCE
 
 
 def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int) -> Question:
