@@ -21,7 +21,7 @@ from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
-from answers.questions import EXAMPLE, Codec, Question, is_quick, large_question
+from answers.questions import EXAMPLE, SHORT, Codec, Question, is_quick, large_question
 from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
@@ -202,7 +202,7 @@ class Proxy:
             value = head.get(b"content-encoding")
             coding = coding_of(value, accepted=route.takes_compressed)
         body = await request.read(limit)
-        if not coding and is_quick(body):
+        if not coding and (len(body) <= SHORT or is_quick(body)):
             return self._question(codec, route.target, head.path, body)
         read = partial(large_question, codec, route.target, body, coding, limit)
         del body  # so that only the pool holds it

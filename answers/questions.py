@@ -166,9 +166,7 @@ class PassThrough:
 
 
 def is_quick(body: bytes) -> bool:
-    """Return whether a body takes so little time to read that it need not be left to a thread."""
-    if len(body) <= SHORT:
-        return True
+    """Return whether a body is read so quickly that it need not be left to a thread."""
     return len(body) <= MAX_AT_ONCE and _cost(body) <= MAX_VALUES_AT_ONCE
 
 
