@@ -32,6 +32,7 @@ from answers.flight import Flight, Flights, Timeouts
 from answers.limits import Limits
 from answers.models import RECHECK_INTERVAL, ModelWatch, Probe
 from answers.permits import Permits
+from answers.questions import MAX_DIGITS
 from answers.schedule import CountedSlots
 from answers.stored import StoredAnswer
 from answers.turns import Ticket, Turns, fair_queue
@@ -504,6 +505,7 @@ def main(arguments: list[str] | None = None) -> int:
         " GET /usage, such as 'from=2026-11-01&by=key'",
     )
     chosen = parser.parse_args(arguments)
+    sys.set_int_max_str_digits(MAX_DIGITS)
     try:
         if chosen.ping:
             return startup.ping(load(os.environ))

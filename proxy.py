@@ -22,7 +22,7 @@ from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
-from answers.questions import EXAMPLE, Codec, Question, large_question
+from answers.questions import EXAMPLE, SHORT, Codec, Question, is_quick, large_question
 from answers.replay import as_object, replay
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
@@ -46,7 +46,6 @@ from wire.upstream import VIA, add_via, forwarded
 
 MAX_QUESTIONS = 512  # parsed bodies that are remembered
 MAX_KNOWN_BODY = 2048  # bytes of the largest body that is remembered
-MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is parsed on the event loop
 PARSERS = 2  # threads that parse larger bodies
 
 
@@ -205,7 +204,7 @@ class Proxy:
             value = head.get(b"content-encoding")
             coding = coding_of(value, accepted=route.takes_compressed)
         body = await request.read(limit)
-        if not coding and len(body) <= MAX_AT_ONCE:
+        if not coding and (len(body) <= SHORT or is_quick(body)):
             return self._question(codec, route.target, head.path, body)
         read = partial(large_question, codec, route.target, body, coding, limit)
         del body  # so that only the pool holds it

@@ -18,6 +18,10 @@ from wire.http11 import HTTPError, Response
 MAX_VALUES = 1 << 18  # JSON values in a body; parsing this many numbers takes about 10 ms
 CONTAINER = 8  # values that a list or object counts as, for its time and memory
 STEP = 64 << 10  # bytes that are searched at once
+MAX_DIGITS = 640  # of a whole number: the time to read one is quadratic; Python takes no less
+SHORT = 16 << 10  # bytes of a body that is read at once, whatever is in it
+MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is read on the event loop
+MAX_VALUES_AT_ONCE = 4096  # JSON values of such a body
 
 EXAMPLE = '{"model": "llama2", "prompt": "Hello"}'
 
@@ -166,6 +170,11 @@ class PassThrough:
     def notes(self, response: Response) -> Notes:
         """Return the notes for an answer that begins."""
         return notes_for(response)
+
+
+def is_quick(body: bytes) -> bool:
+    """Return whether a body is read so quickly that it need not be left to a thread."""
+    return len(body) <= MAX_AT_ONCE and _cost(body) <= MAX_VALUES_AT_ONCE
 
 
 def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int) -> Question:

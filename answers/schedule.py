@@ -17,7 +17,7 @@ class Key(Protocol):
 
     @property
     def label(self) -> str:
-        """Whose key it is. Labels share the turns fairly."""
+        """Whose key it is, or empty. Labels share the turns fairly; see `sharer`."""
 
     @property
     def digest(self) -> bytes:
@@ -30,6 +30,11 @@ class Key(Protocol):
     @property
     def running(self) -> int | None:
         """How many turns it may run at once; None for any number."""
+
+
+def sharer(key: Key) -> str:
+    """Return the name under which a key takes turns: its label; without one it is on its own."""
+    return key.label or key.digest.hex()
 
 
 class Slots(Protocol):
@@ -164,8 +169,9 @@ class Scheduler:
         """Queue a request behind those of its label. Call `grant` afterwards."""
         if not self._labels and self._idle_since is not None:
             self._floor += now - self._idle_since
-        label = self._labels.get(key.label) or self._idle.pop(key.label, None) or _Label(now)
-        self._labels[key.label] = label
+        name = sharer(key)
+        label = self._labels.get(name) or self._idle.pop(name, None) or _Label(now)
+        self._labels[name] = label
         label.settle(now)
         if self._first_free(label) is None:
             label.used = max(label.used, self._level(label, now))
@@ -188,7 +194,8 @@ class Scheduler:
 
     def end(self, turn: Turn, now: float) -> None:
         """End a running or waiting turn, and free its slot. Call `grant` afterwards."""
-        label, use = self._labels[turn.key.label], self._uses[turn.key.digest]
+        name = sharer(turn.key)
+        label, use = self._labels[name], self._uses[turn.key.digest]
         label.count(turn.key.weight, -1, now)
         if turn.began is not None:
             self._ended += 1
@@ -205,7 +212,7 @@ class Scheduler:
         if not use.waiting and not use.running:
             del self._uses[turn.key.digest]
         if not label.waiting and not label.running:
-            self._rest(turn.key.label, now)
+            self._rest(name, now)
 
     def order(self, now: float) -> list[Turn]:
         """Return those that wait in the order they would run, if each took an average time.
@@ -225,9 +232,10 @@ class Scheduler:
                 places.append(((held, charge + index * step, share, number), turn))
         return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
-    def waiting(self, label: str) -> int:
-        """Return the number of waiting requests of a label."""
-        return len(self._labels[label].waiting) if label in self._labels else 0
+    def waiting(self, key: Key) -> int:
+        """Return the number of waiting requests of a key's label."""
+        name = sharer(key)
+        return len(self._labels[name].waiting) if name in self._labels else 0
 
     def running(self) -> dict[str, int]:
         """Return the number of running turns by label, without zeros."""
@@ -245,7 +253,7 @@ class Scheduler:
     def estimate(self, key: Key) -> int:
         """Return in how many seconds a new request would get its turn, 1 to `MAX_RETRY_AFTER`."""
         lines = [len(label.waiting) for label in self._labels.values() if label.waiting]
-        own = self.waiting(key.label) + 1
+        own = self.waiting(key) + 1
         seconds = 1.0
         if self.slots.total:
             ahead = min(sum(lines) + 1, own * max(1, len(lines)))

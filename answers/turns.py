@@ -117,7 +117,7 @@ class Turns:
         ticket = Ticket(self, self._scheduler.add(key, model, now), size)
         self._grant(now)
         if ticket.turn.state is State.WAITING:
-            if self._scheduler.waiting(key.label) > self._queue_max:
+            if self._scheduler.waiting(key) > self._queue_max:
                 refusal = Refusal.QUEUE_FULL
             elif not self._budget.reserve(size):
                 refusal = Refusal.MEMORY

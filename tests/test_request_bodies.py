@@ -12,7 +12,7 @@ from conftest import Program, Start
 from standin import StandIn
 
 import wire.codings
-from answers.questions import MAX_VALUES
+from answers.questions import MAX_AT_ONCE, MAX_DIGITS, MAX_VALUES, is_quick
 from wire.codings import coding_of, decompress
 from wire.http11 import HTTPError
 
@@ -158,6 +158,25 @@ async def test_many_large_bodies_leave_the_threads_that_keys_need(
     threads = len(list(Path(f"/proc/{ollprox.pid}/task").iterdir()))
     assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
     assert threads <= 6
+
+
+async def test_a_number_of_very_many_digits_is_400(ollprox: Program, ollama: StandIn) -> None:
+    """To read and write 8,000 numbers of 4,000 digits takes seconds."""
+    body = b'{"model":"llama2","prompt":"x","y":%b}'
+    for digits, status in ((MAX_DIGITS, 200), (MAX_DIGITS + 1, 400)):
+        number = b"-" + b"7" * digits
+        answer = await ask(ollprox.port, "POST", "/call_model", body % number)
+        assert answer.status == status
+    assert "too long" in answer.json()["error"]
+    assert ollama.asked()[0].body.endswith(b'7,"stream":true}')
+
+
+def test_a_body_of_many_values_is_read_by_a_thread() -> None:
+    """However few bytes they are: 20,000 lists hold up the event loop for some milliseconds."""
+    values = MAX_AT_ONCE // len("[],")
+    assert not is_quick(b"[%b]" % b",".join([b"[]"] * values))
+    assert not is_quick(b" " * (MAX_AT_ONCE + 1))
+    assert is_quick(b"[%b]" % b",".join([b'"text text text text"'] * 2000))
 
 
 # Missing bodies.
