@@ -302,4 +302,5 @@ POOL_API = Api(
     pull=b"/api/pull",
     delete=b"/api/delete",
     blobs=b"/api/blobs/",
+    openai=_V1,
 )
