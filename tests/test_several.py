@@ -66,7 +66,7 @@ async def test_two_servers_serve_as_one_and_one_may_die(launch: Start) -> None:
         assert all(len(standin.asked("/api/generate")) > 3 for standin in servers)
         await servers[0].stop()
         assert {answer.status for answer in await ask_all(ollprox.port, "b")} == {200}
-        await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is out")
+        await ollprox.says(r"WARNING Ollama on 127.0.0.1:\d+ is down")
         up = {name(servers[0]): 0, name(servers[1]): 1}
         assert await metric(ollprox, "up") == up
         assert {host: one["up"] for host, one in (await upstreams(ollprox)).items()} == up
@@ -79,7 +79,7 @@ async def test_two_servers_serve_as_one_and_one_may_die(launch: Start) -> None:
         assert pulled.lines()[-1] == {"status": "success"}
         assert {line.get("host", "") for line in pulled.lines()} == {"", *map(name, servers)}
         text = ollprox.text()
-        assert (text.count("is out"), text.count("is back")) == (1, 1)
+        assert (text.count("is down"), text.count("is back")) == (1, 1)
 
 
 async def test_all_dead_is_not_ready_until_one_is_back(launch: Start) -> None:
@@ -89,7 +89,7 @@ async def test_all_dead_is_not_ready_until_one_is_back(launch: Start) -> None:
         assert (await ask(ollprox.port, "GET", "/ready")).status == 200
         for standin in servers:
             await standin.stop()
-            await ollprox.says(rf"WARNING Ollama on {name(standin)} is out")
+            await ollprox.says(rf"WARNING Ollama on {name(standin)} is down")
         for _ in range(20):
             assert (await ask(ollprox.port, "GET", "/ready")).status == 503
             assert (await ask(ollprox.port, "GET", "/api/tags")).status == 200
@@ -109,13 +109,13 @@ async def test_each_server_is_reported_at_the_start_and_by_check(
         pass
     ollprox = await launch(OLLAMA_HOST=hosts([ollama, dead]))
     for program in (ollprox, await launch("--check", OLLAMA_HOST=hosts([ollama, dead]))):
-        await program.says(rf"Ollama 0.13.5 answers at {name(ollama)}\n")
-        await program.says(rf"Ollama does not answer yet; .*Ollama at {name(dead)} cannot be")
+        await program.says(rf"0.13.5 answers at {name(ollama)}\n")
+        await program.says(rf"does not answer yet; .*Ollama at {name(dead)} cannot be")
     await program.process.wait()
 
 
 async def test_the_start_says_what_is_lost_without_polls(launch: Start, ollama: StandIn) -> None:
-    warning = "WARNING MODEL_REFRESH is 0, so OllProx does not compare the models"
+    warning = "MODEL_REFRESH is 0, so OllProx does not compare the models"
     async with standins(Script()) as others:
         for polls in (30, 0):
             both = hosts([ollama, *others])
@@ -154,9 +154,9 @@ async def test_credentials_reach_their_server_alone_and_are_shown_nowhere(
             assert {seen.header("authorization") for seen in standin.seen} == {wanted}
             assert standin.asked("/api/pull", "/api/generate", "/api/show")
         await servers[0].stop()
-        await ollprox.says("is out")
+        await ollprox.says("is down")
         check = await launch("--check", **settings)
-        await check.says(f"forwards to   http://{first} .weight 2. with credentials, ")
+        await check.says(f"forwards to +http://{first} .weight 2. with credentials, ")
         await check.process.wait()
         for text in (ollprox.text(), check.text()):
             assert not re.search(r"s3cret|t0ken|us@er|us%40er|dXNAZXI", text)
@@ -170,7 +170,7 @@ async def test_a_server_that_refuses_our_credentials_is_out(launch: Start) -> No
 
     async with standins(Script(respond=refuse), Script()) as servers:
         ollprox = await launch(OLLAMA_HOST=hosts(servers))
-        await ollprox.says(rf"WARNING Ollama on {name(servers[0])} is out: .*wants credentials")
+        await ollprox.says(rf"WARNING Ollama on {name(servers[0])} is down: .*wants credentials")
         assert {answer.status for answer in await ask_all(ollprox.port, "a")} == {200}
         assert servers[0].asked("/api/generate") == []
         servers[0].script.respond = None
@@ -211,7 +211,7 @@ async def test_a_request_that_waits_gets_the_slot_of_a_server_that_comes_back(
     async with standins(Script(hold_head=True), Script()) as servers:
         ollprox = await launch(OLLAMA_HOST=hosts(servers), MAX_GENERATIONS=1)
         await servers[1].stop()
-        await ollprox.says("is out")
+        await ollprox.says("is down")
         async with Client(ollprox.port) as held, Client(ollprox.port) as queued:
             await held.send(request("POST", "/call_model", question("held")))
             await servers[0].until(lambda: bool(servers[0].asked("/api/generate")))
@@ -293,7 +293,7 @@ async def test_media_go_to_a_server_that_is_up(launch: Start) -> None:
     async with standins(Script(), Script(respond=answer)) as servers:
         ollprox = await launch(OLLAMA_HOST=hosts(servers), MAX_GENERATIONS=1)
         await servers[0].stop()
-        await ollprox.says("is out")
+        await ollprox.says("is down")
         for _ in range(2):
             made = await ask(ollprox.port, "POST", "/v1/images/generations", {"model": "m"})
             assert made.status == 200
@@ -322,3 +322,19 @@ async def test_one_server_by_name(launch: Start) -> None:
         assert len(servers[1].asked("/api/generate", "/api/pull", "/")) == 6
         for wrong in ("/host/nobody/api/tags", f"{path}/health", f"{path}/v1/models", "/host/"):
             assert (await ask(ollprox.port, "GET", wrong)).status == 404
+
+
+async def test_what_goes_to_the_first_server_says_so(launch: Start) -> None:
+    async with standins(Script(), Script()) as servers:
+        ollprox = await launch(OLLAMA_HOST=hosts(servers), **ADMIN)
+        first = name(servers[0])
+        for path in ("/api/create", "/api/push"):
+            lines = (await ask(ollprox.port, "POST", path, {"model": "m"})).lines()
+            assert {line["host"] for line in lines} == {first}
+            assert lines[0]["status"] == f"{first}: pulling manifest"
+            assert lines[-1]["status"] == "success"
+        blob = f"/api/blobs/sha256:{'0' * 64}"
+        for method, path in (("POST", "/api/copy"), ("POST", blob), ("HEAD", blob)):
+            assert (await ask(ollprox.port, method, path, {"source": "m"})).status == 200
+        assert servers[1].asked("/api/create", "/api/push", "/api/copy", blob) == []
+        assert len(servers[0].asked("/api/create", "/api/push", "/api/copy", blob)) == 5

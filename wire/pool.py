@@ -54,6 +54,7 @@ class Api:
     pull: bytes
     delete: bytes
     blobs: bytes  # with a digest behind it
+    told: frozenset[bytes]  # those that tell of their progress on the first server
     openai: bytes  # how the paths of OpenAI's API begin; none of them manages models
 
 
@@ -213,12 +214,22 @@ class Pool:
                 return _response(200, known, stack, head=ask.method == b"HEAD")
             if not ask.target.startswith(self._api.blobs):
                 return await self._read_from_any(ask, stack)
+        return await self._manage(ask, stack)
+
+    async def _manage(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Manage models on all servers or on the first."""
         self._expect_changes(stack)
         everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
         if (manage := everywhere.get(ask.target)) is not None:
             return await manage(replace(ask, body=await _read(ask), length=None), stack)
-        # The first server, since it leaves something behind there that is needed again.
-        return await stack.enter_async_context(self._on(self.roster.members[0], ask))
+        # On the first server: what such a request leaves there is needed by later ones.
+        first = self.roster.members[0]
+        response = await stack.enter_async_context(self._on(first, ask))
+        if response.status != 200 or ask.target not in self._api.told:
+            return response
+        lines = _marked(first.name, response)
+        stack.push_async_callback(lines.aclose)
+        return Response(200, response.headers, lines)
 
     async def _ask_one(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Ask the server that the target names. Raises HTTPError 404."""
@@ -367,21 +378,17 @@ class Pool:
         self, member: Member, ask: Ask, failed: list[str]
     ) -> AsyncGenerator[bytes, None]:
         """Yield a server's lines with its name; add it to `failed` unless it succeeds."""
-        error: object = "it ended before it was done"
-        rest = b""
+        error: object = "the pull ended too early"
         try:
             async with self._on(member, ask) as response:
-                async for piece in _pieces(response):
-                    *lines, rest = (rest + piece).split(b"\n")
-                    for told in filter(None, map(_object, lines)):
-                        error = told.get("error", error)
-                        if told.get("status") == "success":
-                            error = None
-                        if "error" not in told:
-                            status = f"{member.name}: {told.get('status', '')}"
-                            yield _line({**told, "status": status, "host": member.name})
-                if (last := _object(rest)) is not None:
-                    error = None if last.get("status") == "success" else last.get("error", error)
+                async for line in _lines(response):
+                    told = _object(line) or {}
+                    error = told.get("error", error)
+                    if told.get("status") == "success":
+                        error = None
+                    if told and "error" not in told:
+                        status = f"{member.name}: {told.get('status', '')}"
+                        yield _line({**told, "status": status, "host": member.name})
         except HTTPError as broken:
             error = broken.message
         if error is not None:
@@ -558,7 +565,7 @@ class _Watch:
         if health is Health.UP:
             log.info("Ollama on %s is back", member.name)
         elif self._before is Health.UP:
-            log.warning("Ollama on %s is out: %s", member.name, self._why or "it fails")
+            log.warning("Ollama on %s is down: %s", member.name, self._why or "it fails")
         self._pool._digests = self._pool.roster.digests()
         self._pool.changed()
 
@@ -610,6 +617,34 @@ async def _pieces(response: Response) -> AsyncGenerator[bytes, None]:
         return
     async for piece in response.body:
         yield piece
+
+
+async def _lines(response: Response) -> AsyncGenerator[bytes, None]:
+    """Yield a body's lines, without their ends. Raises HTTPError 502 if one is too large."""
+    rest = b""
+    async for piece in _pieces(response):
+        *lines, rest = (rest + piece).split(b"\n")
+        if len(rest) > MAX_LIST:
+            raise HTTPError(502, "Ollama's answer is too large")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
+async def _marked(name: str, response: Response) -> AsyncGenerator[bytes, None]:
+    """Yield lines of progress with the name of the server that they tell of.
+
+    The last status stays `success`, which clients look for.
+    """
+    async for line in _lines(response):
+        told = _object(line)
+        if told is None or "error" in told:
+            yield line + b"\n"
+            continue
+        if (status := told.get("status")) not in {None, "success"}:
+            told["status"] = f"{name}: {status}"
+        yield _line({**told, "host": name})
 
 
 async def _all(response: Response) -> bytes:
