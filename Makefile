@@ -2,17 +2,21 @@
 # make run      start OllProx            make test     the tests
 # make demo     see a miss and a hit     make check    lint, format, types, security, tests
 # make ollprox.pyz   OllProx as one file, with its dependencies inside
+# make demo-several  two Ollamas, one of which is killed
 PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := check
-.PHONY: run demo test test-e2e mutation bench profile soak check lint-workflows fix pin audit clean
+.PHONY: run demo demo-several test test-e2e mutation bench profile soak check lint-workflows fix pin audit clean
 
 run: .venv/run.stamp
 	@$(BIN)/python ollprox.py
 
 demo: .venv/run.stamp
 	@bash tests/demo.sh $(BIN)/python
+
+demo-several: .venv/run.stamp
+	@bash tests/demo.sh $(BIN)/python several
 
 test: .venv/dev.stamp tests/node/node_modules/.stamp
 	$(BIN)/python -X dev -m pytest -n 2 $(ARGS)
@@ -42,6 +46,7 @@ bench: .venv/run.stamp
 	$(BIN)/python bench/streams.py
 	$(BIN)/python bench/memory.py
 	$(BIN)/python bench/waits.py
+	$(BIN)/python bench/pool.py
 	$(BIN)/python bench/report.py
 
 # Flame graphs: bench/profile-*.svg.

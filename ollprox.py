@@ -20,6 +20,7 @@ import os
 import ssl
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +31,7 @@ import startup
 from access.credentials import take_credential
 from answers.flight import Flight, Flights, Timeouts
 from answers.limits import Limits
-from answers.models import RECHECK_INTERVAL, ModelWatch, Probe
+from answers.models import RECHECK_INTERVAL, ModelWatch, PoolProbe, Probe
 from answers.permits import Permits
 from answers.questions import MAX_DIGITS
 from answers.schedule import CountedSlots
@@ -107,7 +108,7 @@ def build(
     )
     limits = Limits(earlier=earlier(opened.kept, time.time())) if opened else Limits()
     permits = Permits(limits, turns)
-    probe = Probe(upstream)
+    probe = PoolProbe(upstream) if isinstance(upstream, Pool) else Probe(upstream)
     metrics = Metrics(
         __version__,
         cache,
@@ -115,7 +116,7 @@ def build(
         keys,
         connections=lambda: len(server.clients),
         upstream_requests=lambda: upstream.requests,
-        upstreams=lambda: _upstream_states(upstream, probe, turns, metrics),
+        upstreams=lambda: _upstream_states(settings, upstream, probe, turns, metrics),
         queue=turns.snapshot,
         limits=lambda: [
             LimitRow(
@@ -226,13 +227,13 @@ def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, A
     yield repeat(1.0, partial(_tidy, parts.server, parts.upstream, parts.flights))
     yield repeat(settings.key_refresh, reload, signals.reload)
     yield _watch_lag(parts.metrics)
-    yield _report_upstream(parts.probe, parts.upstream.address)
+    yield _report_upstreams(_probes(parts.upstream, parts.probe))
     yield repeat(RECHECK_INTERVAL, parts.probe.recheck, parts.probe.due)
     if settings.model_refresh:
         yield repeat(settings.model_refresh, models.refresh, models.due)
     if isinstance(parts.upstream, Pool):
-        parts.upstream.changed = models.due.set
-        yield repeat(1.0, parts.upstream.tick)
+        parts.upstream.changed = partial(_on_change, parts)
+        yield repeat(1.0, partial(_poll, parts.upstream, parts.turns))
 
 
 def _make_upstream(settings: Settings) -> Upstream | Pool:
@@ -290,30 +291,35 @@ def _client_limits(settings: Settings) -> ClientLimits:
 
 
 def _upstream_states(
-    upstream: Upstream | Pool, probe: Probe, turns: Turns, metrics: Metrics
+    settings: Settings, upstream: Upstream | Pool, probe: Probe, turns: Turns, metrics: Metrics
 ) -> list[UpstreamState]:
-    """Return the state of each server. In a pool, a waiting request belongs to no server yet."""
+    """Return the state of each server.
+
+    A request in the queue that several servers may answer waits for each of them.
+    """
     if isinstance(upstream, Pool):
         conflicts = upstream.conflicts()
+        waiting: Counter[str] = Counter()
+        for model, count in Counter(row.model for row in turns.snapshot().waiting).items():
+            waiting.update(dict.fromkeys(upstream.able(model), count))
         return [
             UpstreamState(
                 status.name,
                 up=status.health is Health.UP,
                 running=status.running,
-                waiting=0,
+                waiting=waiting[status.name],
                 errors=status.errors,
                 models=status.loaded,
                 conflicts=[model for name, model in sorted(conflicts) if name == status.name],
             )
             for status in upstream.statuses()
         ]
-    waiting = len(turns)
     return [
         UpstreamState(
-            upstream.address,
+            settings.hosts[0].name,
             up=probe.up is not False,
-            running=max(0, metrics.running - waiting),
-            waiting=waiting,
+            running=max(0, metrics.running - len(turns)),
+            waiting=len(turns),
             errors=metrics.upstream_errors,
             models=probe.loaded,
         )
@@ -375,8 +381,28 @@ async def _watch_lag(metrics: Metrics) -> None:
         metrics.tick(max(0.0, time.monotonic() - due))
 
 
-async def _report_upstream(probe: Probe, address: str) -> None:
-    print(startup.describe_upstream(await probe.version(), address), flush=True)
+async def _poll(pool: Pool, turns: Turns) -> None:
+    """Poll the servers; let requests that wait have slots that came free without a turn's end."""
+    await pool.tick()
+    turns.wake()
+
+
+def _on_change(parts: Parts) -> None:
+    """Look at the models and the slots again, since a server came, went, or changed its models."""
+    parts.models.due.set()
+    parts.turns.wake()
+
+
+def _probes(upstream: Upstream | Pool, probe: Probe) -> list[Probe]:
+    """Return a probe for each server: if there is only one, the one that there is."""
+    return [Probe(one) for one in upstream.servers] if isinstance(upstream, Pool) else [probe]
+
+
+async def _report_upstreams(probes: list[Probe]) -> None:
+    """Print what answers at each server's address."""
+    versions = await asyncio.gather(*(probe.version() for probe in probes))
+    for probe, version in zip(probes, versions, strict=True):
+        print(startup.describe_upstream(version, probe.address), flush=True)
 
 
 def _load() -> Settings:
@@ -434,13 +460,15 @@ def _check_keys(report: Report, keys: KeyStore) -> None:
 
 
 async def _check_ollama(report: Report, upstream: Upstream | Pool) -> None:
-    probe = Probe(upstream)
-    version = await probe.version()
-    text = startup.describe_upstream(version, upstream.address).removeprefix("Ollama ")
+    versions = []
     with report.section("Ollama"):
-        report.say(Mark.OK if isinstance(version, str) else Mark.WARN, text)
+        for each in _probes(upstream, Probe(upstream)):
+            versions.append(version := await each.version())
+            text = startup.describe_upstream(version, each.address).removeprefix("Ollama ")
+            report.say(Mark.OK if isinstance(version, str) else Mark.WARN, text)
     with report.section("models"):
-        found = await probe.digests() if isinstance(version, str) else None
+        answers = any(isinstance(version, str) for version in versions)
+        found = await Probe(upstream).digests() if answers else None
         if found:
             names = [*found][:MAX_LISTED] + ["..."] * (len(found) > MAX_LISTED)
             report.say(Mark.OK, f"{len(found)}: {', '.join(names)}")

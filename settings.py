@@ -500,7 +500,9 @@ def parse_hosts(text: str, default_port: int | None, api_key: str = "") -> tuple
         SettingsError: a variable has a bad value. The text shows no credentials.
 
     """
-    hosts = [_parse_host(part.strip(), default_port) for part in text.split(",")]
+    # A comma that is not percent-encoded in a password cuts it, so the whole list is looked at.
+    secret = "@" in text
+    hosts = [_parse_host(part.strip(), default_port, secret) for part in text.split(",")]
     seen = set()
     for host in hosts:
         if host.address in seen:
@@ -514,9 +516,9 @@ def parse_hosts(text: str, default_port: int | None, api_key: str = "") -> tuple
     return tuple(_give_keys(named, api_key) if api_key else named)
 
 
-def _parse_host(text: str, default_port: int | None) -> Host:
-    """Parse one entry of OLLAMA_HOST."""
-    shown = "one with credentials" if "@" in text else repr(text[:60])
+def _parse_host(text: str, default_port: int | None, secret: bool) -> Host:
+    """Parse one entry of OLLAMA_HOST, which errors do not show if it may hold a secret."""
+    shown = "one with credentials" if secret else repr(text[:60])
     wrong = SettingsError(
         "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as http://127.0.0.1:11434"
         f" with no path, or a list of them separated by commas, not {shown}"

@@ -296,6 +296,12 @@ def check(settings: Settings) -> None:
     """
     for warning in settings.warnings:
         log.warning("%s", warning)
+    if len(settings.hosts) > 1 and not settings.model_refresh:
+        log.warning(
+            "MODEL_REFRESH is 0, so OllProx does not compare the models of the servers in"
+            " OLLAMA_HOST: a request may go to one that lacks its model or has another version"
+            " of it, and lists show the models of one server only"
+        )
     try:
         family, kind, *_, where = socket.getaddrinfo(
             settings.listen_host, 0, type=socket.SOCK_STREAM

@@ -14,7 +14,7 @@ from answers.questions import managed_models
 from answers.stored import StoredAnswer
 from cache import Cache
 from wire.http11 import Ask, HTTPError, Response
-from wire.pool import One
+from wire.pool import One, Pool
 from wire.upstream import FORWARDED, loop_error
 
 log = logging.getLogger("ollprox")
@@ -53,6 +53,11 @@ class Probe:
         self._probing = asyncio.Lock()
         self._looked = -math.inf  # when `look` last asked
         self._looking = asyncio.Lock()
+
+    @property
+    def address(self) -> str:
+        """Where the Ollama is."""
+        return self._upstream.address
 
     async def version(self) -> str | HTTPError:
         """Return Ollama's version, or the error that explains why it is not known."""
@@ -158,6 +163,26 @@ class Probe:
             log.warning("Ollama does not answer any more: %s", reason)
         if up and before is not None:
             log.info("Ollama at %s answers again", self._upstream.address)
+
+
+class PoolProbe(Probe):
+    """The same of several Ollamas. Their pool knows which are up, and logs it."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(pool)
+        self._pool = pool
+
+    async def ready(self) -> bool:
+        """Return true if one of them answers."""
+        return self._pool.answers
+
+    async def digests(self) -> dict[str, str] | None:
+        """Return each model's digest by its name; None unless the pool compares them."""
+        found = await super().digests()
+        return None if self._pool.digests() is None else found
+
+    def _note(self, *, up: bool, reason: str = "") -> None:
+        self.up = up
 
 
 class ModelWatch:

@@ -351,4 +351,6 @@ POOL_API = Api(
     pull=b"/api/pull",
     delete=b"/api/delete",
     blobs=b"/api/blobs/",
+    told=frozenset({b"/api/create", b"/api/push"}),
+    openai=_V1,
 )

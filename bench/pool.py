@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import AsyncIterator
 
+import report
 from common import KEY, Figures, free_port, note, ollprox, save
 
 SLOTS, SECONDS, REQUESTS, AT_ONCE = 2, 0.05, 400, 16
@@ -124,7 +125,7 @@ async def main() -> int:
         who = "one of two is dead" if dead else "one server"
         note(figures, "median, ms", who, await median_of_one(dead=dead))
     save("pool", figures)
-    return 0
+    return report.show("pool")
 
 
 if __name__ == "__main__":

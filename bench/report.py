@@ -122,6 +122,31 @@ TARGETS = [
     Target("memory", "idle process", figure("idle process, MiB"), 26, "MiB"),
     Target("memory", "from the start to ready", figure("ready, s"), 0.25, "s"),
     Target("waits", "longest wait beside 31 MB", figure("longest wait, ms", "31 MB"), 150, "ms"),
+    Target(
+        "pool",
+        "answers of two servers, to those of one",
+        ratio("answers/s", "1 servers", "2 servers"),
+        1.9,
+        "times",
+        least=True,
+    ),
+    Target(
+        "pool",
+        "share of a server that answers 503",
+        figure("share of 1,000, %", "a server that answers 503"),
+        1,
+        "%",
+    ),
+    Target(
+        "pool",
+        "a dead server, more, median",
+        lambda figures: (
+            figure("median, ms", "one of two is dead")(figures)
+            - figure("median, ms", "one server")(figures)
+        ),
+        1,
+        "ms",
+    ),
 ]
 
 

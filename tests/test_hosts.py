@@ -64,7 +64,13 @@ def test_credentials_are_decoded_and_shown_nowhere() -> None:
     assert base64.b64decode(encoded).decode() == "us@er:pa:ss,w\u00f6rd"
     assert (host.name, host.url, host.weight) == ("gpu1", "https://gpu1:1", 2)
     assert encoded not in repr(host)
-    for text in ("https://user:secret@a/path", "ftp://user:secret@a", "https://user:secret@a b"):
+    for text in (
+        "https://user:secret@a/path",
+        "ftp://user:secret@a",
+        "https://user:secret@a b",
+        "https://user:secret,more@a",  # an error is in the part before the comma
+        "https://user:sec,secret@a,b",
+    ):
         with pytest.raises(SettingsError) as caught:
             parse_hosts(text, None)
         assert "secret" not in str(caught.value)

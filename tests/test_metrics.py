@@ -792,7 +792,7 @@ async def test_the_view_says_the_same(
         assert row["seconds"] >= row["first_byte"] >= 0
         assert abs(row["time"] - view["now"]) < 60
     assert view["upstreams"] == [
-        {"host": f"127.0.0.1:{ollama.port}", "up": True, "running": 0, "waiting": 0}
+        {"host": "127.0.0.1", "up": True, "running": 0, "waiting": 0}
         | {"errors": 0, "models": ["gemma3:270m", "llama2:latest"], "conflicts": []}
     ]
 
@@ -911,9 +911,12 @@ def test_limits_are_shown_to_those_whose_they_are() -> None:
 
 
 def test_each_ollama_is_up_or_down() -> None:
-    states = [UpstreamState("a:1", True, 1, 0, 0, ["llama2"]), UpstreamState("b:1", False, 0, 0, 3)]
+    states = [UpstreamState("a:1", True, 1, 0, 0, ["llama2"]), UpstreamState("b:1", False, 0, 2, 3)]
     seen = metrics(upstreams=lambda: states)
-    assert Numbers(seen.text(NOBODY)).by("upstream_up", "host") == {"a:1": 1, "b:1": 0}
+    numbers = Numbers(seen.text(NOBODY))
+    assert numbers.by("upstream_up", "host") == {"a:1": 1, "b:1": 0}
+    assert numbers.by("upstream_running", "host") == {"a:1": 1, "b:1": 0}
+    assert numbers.by("upstream_waiting", "host") == {"a:1": 0, "b:1": 2}
     rows: Any = seen.view(NOBODY)["upstreams"]
     assert [(row["host"], row["up"]) for row in rows] == [("a:1", True), ("b:1", False)]
 

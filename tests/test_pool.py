@@ -176,6 +176,17 @@ def test_slots_are_counted_for_each_server() -> None:
     assert Roster(members({}, {})).take("m", 0) is not None  # any number
 
 
+def test_a_request_moves_to_a_server_with_a_free_slot_before_a_less_busy_one() -> None:
+    a, b, c = members({"m": "1"}, {"m": "1"}, {"m": "1"}, slots=2)
+    roster = Roster([a, b, c])
+    b.running, b.weight, c.running = 2, 100, 1
+    chosen = roster.choose("m", bytes, 0, [a])
+    assert chosen is c
+    c.running = 2
+    assert roster.choose("m", bytes, 0, [a]) is b  # one more than its slots, rather than an error
+    assert roster.choose("m", bytes, 0, [a], free=True) is None
+
+
 # The exchange, with servers that do what a test says.
 
 
@@ -418,7 +429,7 @@ async def test_what_leaves_something_behind_goes_to_the_first_server() -> None:
     fakes = Fakes(SAME, SAME)
     fakes.pool.roster.note_unreachable(fakes.member("a"), 0)
     for method, target, name in (
-        (b"POST", b"/api/create", "a"),
+        (b"POST", b"/api/copy", "a"),
         (b"HEAD", b"/api/blobs/sha256:x", "a"),
         (b"GET", b"/api/version", "b"),
     ):

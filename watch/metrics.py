@@ -682,11 +682,16 @@ class Metrics:
         yield Row("gauge", "ollprox_readers", "Clients waiting for these exchanges.", readers)
 
     def _upstream_rows(self) -> Iterator[Row]:
-        up = [({"host": state.host}, int(state.up)) for state in self.upstreams()]
+        states = self.upstreams()
+        up = [({"host": state.host}, int(state.up)) for state in states]
         yield Row("gauge", "ollprox_upstream_up", "1 if this Ollama answers, else 0.", up)
+        for what in ("running", "waiting"):
+            values = [({"host": state.host}, getattr(state, what)) for state in states]
+            meaning = f"Generations that are {what}, by Ollama."
+            yield Row("gauge", f"ollprox_upstream_{what}", meaning, values)
         conflicts = [
             ({"host": state.host, "model": model}, 1)
-            for state in self.upstreams()
+            for state in states
             for model in state.conflicts
         ]
         meaning = "1 for a model that this Ollama is not used for, since most have another digest."

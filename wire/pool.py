@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, M
 from contextlib import (
     AbstractAsyncContextManager,
     AsyncExitStack,
+    ExitStack,
     aclosing,
     asynccontextmanager,
     suppress,
@@ -53,6 +54,8 @@ class Api:
     pull: bytes
     delete: bytes
     blobs: bytes  # followed by a digest
+    told: frozenset[bytes]  # those that report their progress on the first server
+    openai: bytes  # how the paths of OpenAI's API begin; none of them manages models
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +140,7 @@ class Pool:
         self._clock = clock
         self._digests: dict[str, str] = {}
         self._conflicts: set[tuple[str, str]] = set()
+        self._managing = 0  # requests under way that may change models
 
     # The interface of a single `Upstream`.
 
@@ -149,6 +153,16 @@ class Pool:
     def requests(self) -> int:
         """The number of requests sent to all servers."""
         return sum(server.upstream.requests for server in self._servers.values())
+
+    @property
+    def servers(self) -> list[One]:
+        """The servers, in the order of the settings."""
+        return [server.upstream for server in self._servers.values()]
+
+    @property
+    def answers(self) -> bool:
+        """Whether a server answers; one whose generations fail still does."""
+        return any(m.health is not Health.UNREACHABLE for m in self.roster.members)
 
     def sweep(self) -> None:
         """End waits that take too long. Call it once a second."""
@@ -193,17 +207,29 @@ class Pool:
             return await self._ask_one(ask, stack)
         if ask.model:
             return await self._generate(ask, stack)
+        if ask.method not in _READS and ask.target.startswith(self._api.openai):
+            return await self._upload(ask, stack)
         if ask.method in _READS:
             if (known := await self._known(ask.target)) is not None:
                 return _response(200, known, stack, head=ask.method == b"HEAD")
             if not ask.target.startswith(self._api.blobs):
                 return await self._read_from_any(ask, stack)
-        stack.callback(self.poll_soon)  # models may have changed
+        return await self._manage(ask, stack)
+
+    async def _manage(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Manage models on all servers or on the first."""
+        self._expect_changes(stack)
         everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
         if (manage := everywhere.get(ask.target)) is not None:
             return await manage(replace(ask, body=await _read(ask), length=None), stack)
         # On the first server: what such a request leaves there is needed by later ones.
-        return await stack.enter_async_context(self._on(self.roster.members[0], ask))
+        first = self.roster.members[0]
+        response = await stack.enter_async_context(self._on(first, ask))
+        if response.status != 200 or ask.target not in self._api.told:
+            return response
+        lines = _marked(first.name, response)
+        stack.push_async_callback(lines.aclose)
+        return Response(200, response.headers, lines)
 
     async def _ask_one(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Send a request to the server named in its path. Raises HTTPError 404."""
@@ -211,14 +237,43 @@ class Pool:
         member = self._named(unquote(name.decode("latin-1")))
         if member is None:
             raise HTTPError(404, "OLLAMA_HOST has no server of that name")
-        if ask.method not in _READS and not ask.model:
-            stack.callback(self.poll_soon)  # models may have changed
-        if (slot := self._slot_of(ask)) is not None:
-            self.roster.move(slot, member)
+        if ask.model:
+            self._occupy(member, ask, stack)
+        elif ask.method not in _READS:
+            self._expect_changes(stack)
         return await stack.enter_async_context(self._on(member, replace(ask, target=slash + rest)))
 
+    async def _upload(self, ask: Ask, stack: AsyncExitStack) -> Response:
+        """Ask the first server that is up: nobody reads which model an upload is for."""
+        members = self.roster.members
+        member = next((m for m in members if m.health is Health.UP), members[0])
+        self._occupy(member, ask, stack)
+        return await stack.enter_async_context(self._on(member, ask))
+
+    def _occupy(self, member: Member, ask: Ask, stack: AsyncExitStack) -> None:
+        """Count a generation on a server, which may be full."""
+        if (slot := self._slot_of(ask)) is None:
+            slot = Slot()
+            stack.callback(self.roster.give_back, slot)
+        self.roster.move(slot, member)
+
+    def _expect_changes(self, stack: AsyncExitStack) -> None:
+        """Have the lists read anew from now until after the exchange, which may change models."""
+        self._managing += 1
+
+        def end() -> None:
+            self._managing -= 1
+            self.poll_soon()
+
+        stack.callback(end)
+
     async def _known(self, target: bytes) -> bytes | None:
-        """Return a list of models, after polling stale servers; None for any other target."""
+        """Return a list of models, after polling stale servers; None for any other target.
+
+        Models that are being managed are listed again.
+        """
+        if self._managing and target == self._api.tags:
+            self.poll_soon()
         stale = [server for server in self._servers.values() if server.is_stale]
         if stale and target == self._api.tags:
             await self._poll_all(stale)
@@ -327,20 +382,16 @@ class Pool:
     ) -> AsyncGenerator[bytes, None]:
         """Yield a server's lines with its name; add the name to `failed` if the pull fails."""
         error: object = "the pull ended too early"
-        rest = b""
         try:
             async with self._on(member, ask) as response:
-                async for piece in _pieces(response):
-                    *lines, rest = (rest + piece).split(b"\n")
-                    for line in filter(None, map(_object, lines)):
-                        error = line.get("error", error)
-                        if line.get("status") == "success":
-                            error = None
-                        if "error" not in line:
-                            status = f"{member.name}: {line.get('status', '')}"
-                            yield _line({**line, "status": status, "host": member.name})
-                if (last := _object(rest)) is not None:
-                    error = None if last.get("status") == "success" else last.get("error", error)
+                async for line in _lines(response):
+                    told = _object(line) or {}
+                    error = told.get("error", error)
+                    if told.get("status") == "success":
+                        error = None
+                    if told and "error" not in told:
+                        status = f"{member.name}: {told.get('status', '')}"
+                        yield _line({**told, "status": status, "host": member.name})
         except HTTPError as broken:
             error = broken.message
         if error is not None:
@@ -371,7 +422,10 @@ class Pool:
 
         Each list takes at most `POLL_TIMEOUT`.
         """
-        self.roster.trust_again(self._clock())
+        with ExitStack() as stack:
+            for member in self.roster.members:
+                stack.enter_context(self._watching(member))
+            self.roster.trust_again(self._clock())
         await self._poll_all(self._servers.values())
 
     async def _poll_all(self, servers: Iterable[_Server]) -> None:
@@ -440,12 +494,20 @@ class Pool:
             with self._watching(member, f"no answer within {POLL_TIMEOUT:g} s"):
                 self.roster.note_unreachable(member, self._clock())
             return None
-        except HTTPError:
+        except HTTPError as error:
+            if target == self._api.tags and not isinstance(error, NoAnswer):
+                # Such as a gateway that wants other credentials. It may refuse the other list.
+                with self._watching(member, error.message):
+                    self.roster.note_unreachable(member, self._clock())
             return None
         listed = (_object(body) or {}).get("models")
         if response.status != 200 or not isinstance(listed, list):
             return None
         return [model for model in listed if isinstance(model, dict)]
+
+    def able(self, model: str) -> list[str]:
+        """Return the names of the servers that may answer for a model."""
+        return [member.name for member in self.roster.able(model)]
 
     def digests(self) -> dict[str, str] | None:
         """Return each model's digest by name; None if no server has listed its models."""
@@ -558,6 +620,34 @@ async def _pieces(response: Response) -> AsyncGenerator[bytes, None]:
         return
     async for piece in response.body:
         yield piece
+
+
+async def _lines(response: Response) -> AsyncGenerator[bytes, None]:
+    """Yield a body's lines, without their ends. Raises HTTPError 502 if one is too large."""
+    rest = b""
+    async for piece in _pieces(response):
+        *lines, rest = (rest + piece).split(b"\n")
+        if len(rest) > MAX_LIST:
+            raise HTTPError(502, "Ollama's answer is too large")
+        for line in lines:
+            yield line
+    if rest:
+        yield rest
+
+
+async def _marked(name: str, response: Response) -> AsyncGenerator[bytes, None]:
+    """Yield lines of progress with the name of the server that they tell of.
+
+    The last status stays `success`, which clients look for.
+    """
+    async for line in _lines(response):
+        told = _object(line)
+        if told is None or "error" in told:
+            yield line + b"\n"
+            continue
+        if (status := told.get("status")) not in {None, "success"}:
+            told["status"] = f"{name}: {status}"
+        yield _line({**told, "host": name})
 
 
 async def _all(response: Response) -> bytes:

@@ -103,14 +103,15 @@ class Roster:
             prompt: returns the request's body, whose start counts.
             now: the time in seconds.
             tried: servers that have already failed to answer the request.
-            free: choose only a server with a free slot.
+            free: choose only a server with a free slot; otherwise one is only preferred.
 
         """
         able = self.able(model)
         up = [m for m in able if m.health is Health.UP or self._may_probe(m, now)]
         left = [m for m in up if m not in tried] or [m for m in able if m not in tried]
-        if free:
-            left = [m for m in left if not m.slots or m.running < m.slots]
+        with_slot = [m for m in left if not m.slots or m.running < m.slots]
+        if free or with_slot:
+            left = with_slot
         for member in left:
             if member.health is Health.FAILING and self._may_probe(member, now):
                 return member
