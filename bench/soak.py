@@ -75,7 +75,7 @@ class Upstream:
             await writer.wait_closed()
 
     async def answer(self, number: int, writer: asyncio.StreamWriter) -> bool:
-        """Answer one question; tell whether the connection goes on."""
+        """Answer one question; return True if the connection stays open."""
         self.attempts[number] += 1
         attempt, fault, count = self.attempts[number], fault_of(number), lines_of(number)
         if fault == "reset":
@@ -191,7 +191,7 @@ class Soak:
     def check(
         self, number: int, stream: bool, wrong_key: bool, status: int, complete: bool, data: bytes
     ) -> str:
-        """Say what is wrong with an answer; nothing if it is right or explained."""
+        """Return what is wrong with an answer; empty if it is right or explained."""
         if wrong_key:
             return "" if status in {401, 429} else f"a wrong key got {status}"
         errors, may_be_cut = EXPLAINED.get(fault_of(number), (set[int](), False))
@@ -229,7 +229,7 @@ def outcome_of(cache_status: bytes) -> str:
 
 
 async def miscounted(soak: Soak, upstream: Upstream) -> list[str]:
-    """Say what OllProx has counted otherwise than its clients and the stand-in have."""
+    """Return the differences between the counts of OllProx and those of clients and stand-in."""
     asked = f"GET /metrics HTTP/1.1\r\nHost: a\r\nAPIKEY: {KEY}\r\nConnection: close\r\n\r\n"
     text, got, left = "", 0, list[float]()
     for _ in range(100):  # until the last ones that left have been seen to

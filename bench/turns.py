@@ -1,4 +1,4 @@
-"""How long people wait while somebody floods the GPU, with the fair queue and without it.
+"""How long people wait while one label floods the GPU, with and without the fair queue.
 
 usage: turns.py
 

@@ -1,4 +1,4 @@
-"""The dashboard with figures that a test chooses, without OllProx; and its picture.
+"""The dashboard without OllProx, with figures chosen by a test; and its screenshot.
 
 `python tests/screenshot.py` makes `docs/dashboard.png`.
 """
@@ -101,7 +101,7 @@ def _requests() -> list[dict[str, Any]]:
 
 
 def busy() -> dict[str, Any]:
-    """What OllProx says of itself when there is much to do."""
+    """Return the figures of a busy OllProx."""
     return {
         "version": "0.1.0",
         "now": NOW,
@@ -181,7 +181,7 @@ def _use(requests: int, saved: int, prompt: int, tokens: int, **name: str) -> di
 
 @dataclass
 class Stage:
-    """What `metrics.json` answers, and what it was asked; `dropped` are the URLs of DELETEs."""
+    """The answers of `metrics.json`, and the requests for it; `dropped` has the URLs of DELETEs."""
 
     metrics: Any = field(default_factory=busy)
     status: int = 200
@@ -191,7 +191,7 @@ class Stage:
     let_go: asyncio.Event | None = None  # what the next answers wait for
 
     async def serve(self, page: Page) -> None:
-        """Answer in OllProx's place."""
+        """Answer requests in place of OllProx."""
         page_headers = {"Content-Security-Policy": POLICY}
         await page.route(
             URL,
@@ -223,7 +223,7 @@ class Stage:
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """Start the machine's own browser, not one of Playwright's."""
+    """Start the installed browser, not one of Playwright's."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -231,7 +231,7 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 async def enter(page: Page, key: str) -> None:
-    """Enter the key as somebody without a mouse does."""
+    """Enter the key with the keyboard alone."""
     await page.keyboard.press("Tab")
     await page.keyboard.type(key)
     await page.keyboard.press("Enter")

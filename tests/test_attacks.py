@@ -1,4 +1,4 @@
-"""Requests that are not what they seem, as raw bytes; what matters is what upstream sees."""
+"""Malicious requests, as raw bytes; what counts is what upstream receives."""
 
 import asyncio
 import contextlib
@@ -19,13 +19,13 @@ STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 
 def with_key(head: bytes) -> bytes:
-    """Put a valid key into a head, so that nothing but its form can be its fault."""
+    """Put a valid key into a head, so that only its form can be wrong."""
     line_end = head.find(b"\n") + 1
     return head[:line_end] + f"APIKEY: {KEY}\r\n".encode() + head[line_end:]
 
 
 async def statuses(port: int, data: bytes) -> list[int]:
-    """Send bytes; return the status of each response that came before the close."""
+    """Send bytes; return the status of each response until the connection closes."""
     return [int(status) for status in STATUS.findall(await raw(port, data))]
 
 

@@ -1,7 +1,7 @@
-"""Real clients, each against OllProx and straight against the stand-in.
+"""Real clients, each against OllProx and directly against the stand-in.
 
-What a client gives through OllProx must be what it gives without: for a miss, for a hit, and
-for a request that joins another. And so must be what it raises.
+A client must return the same through OllProx as without it: for a miss, for a hit, and for a
+request that joins another. It must also raise the same errors.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ def with_requests(base: str, key: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """What a client gave, as plain values that can be compared."""
+    """Return what a client returned, as plain values that can be compared."""
     if isinstance(value, dict):
         return {name: plain(member) for name, member in value.items()}
     if isinstance(value, list):

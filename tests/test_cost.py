@@ -81,7 +81,7 @@ class Wire(asyncio.Transport):
 
 
 class Bench:
-    """OllProx between two wires."""
+    """OllProx between a client and an upstream that are both in this process."""
 
     def __init__(self) -> None:
         self.upstream = make_upstream()

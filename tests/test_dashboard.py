@@ -1,4 +1,4 @@
-"""The dashboard in a browser: against OllProx, and with figures that OllProx would not give."""
+"""The dashboard in a browser: against OllProx, and with unusual figures."""
 
 import asyncio
 import re
@@ -21,7 +21,7 @@ expect.set_options(timeout=20_000)  # milliseconds: a busy machine is no fault o
 
 @pytest_asyncio.fixture
 async def page() -> AsyncIterator[Page]:
-    """A browser's page; at the end it must have had nothing to complain of."""
+    """A browser's page; at the end, the browser must have reported no error."""
     complaints: list[str] = []
 
     def hear(message: ConsoleMessage) -> None:

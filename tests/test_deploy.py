@@ -1,4 +1,4 @@
-"""The files in `deploy/`: each is checked by its own tool, and what stands in front is tried."""
+"""The files in `deploy/`: their own tools check them, and nginx and Caddy run with them."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""`DELETE /cache`: who may empty it, and what is gone then."""
+"""`DELETE /cache`: who may drop answers, and which ones it drops."""
 
 import asyncio
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The same clients through OllProx against a real Ollama, for who has one.
+"""The same clients through OllProx against a real Ollama, if you have one.
 
 OLLPROX_E2E_OLLAMA=host:port OLLPROX_E2E_MODEL=name make test-e2e
 """

@@ -1,4 +1,4 @@
-"""Upstream fails in every way: the right answer, nothing stored, nothing hung, full recovery."""
+"""Upstream fails in every way; clients get the right error, nothing is stored, nothing hangs."""
 
 import asyncio
 import contextlib

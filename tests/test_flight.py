@@ -38,7 +38,7 @@ def asking(model: str = "m") -> Ask:
 
 
 class Upstream:
-    """An exchange that says what the test tells it to."""
+    """A scripted exchange."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes | HTTPError | None] = asyncio.Queue()
@@ -73,7 +73,7 @@ class Upstream:
 
 
 class Field:
-    """Flights over one upstream, and what they stored."""
+    """Flights with one upstream, and the answers they stored."""
 
     def __init__(
         self, window: int = 10_000, budget: int = 100_000, timeouts: Timeouts | None = None
@@ -112,7 +112,7 @@ def joined(flight: Flight, wants: Wants = Wants.PIECES) -> Iterator[Reader]:
 
 
 async def settle() -> None:
-    """Let everything run that can."""
+    """Run all tasks until they wait."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -795,7 +795,7 @@ class ModelReader:
         self._next: asyncio.Task[bytes] | None = None
 
     async def read(self) -> None:
-        """Take what has come since, if anything."""
+        """Read what is new, if anything."""
         if self.ended:
             return
         if self._next is None:

@@ -418,7 +418,7 @@ async def test_a_declared_size_above_the_limit_is_413_before_its_bytes_arrive() 
 
 @given(st.binary(max_size=60), st.integers(1, 9))
 def test_any_bytes_are_decoded_as_h11_would_or_refused(data: bytes, step: int) -> None:
-    """The decoder never takes what h11 refuses, and never reads it otherwise."""
+    """The decoder never accepts what h11 refuses, and never reads a body differently."""
     try:
         body, done, rest = decode(data, step)
     except BadHead:

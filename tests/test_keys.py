@@ -1,4 +1,4 @@
-"""Who gets in: the program, its key file, and what it says of either."""
+"""Who gets in: the program and its key file, and the messages about both."""
 
 import asyncio
 import hashlib

@@ -1,4 +1,4 @@
-"""Bounds: each is hit, while a normal client from the same address keeps its answers."""
+"""Limits: each is exceeded, while a normal client at the same address still gets answers."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Limits of keys: sliding windows, refunds, reloads. Pure; the clock is the test's."""
+"""Limits of keys: sliding windows, refunds, reloads. Pure; the test sets the clock."""
 
 import math
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""Whatever a client sends before its key is checked is read in linear time.
+"""Everything a client sends before its key is checked is read in linear time.
 
-Steps are counted, not timed: those of patterns by a matcher that backtracks as `re` does, those
-of parsers by the functions that they call.
+These tests count steps instead of measuring time: for patterns with a matcher that backtracks
+like `re`, for parsers by the functions that they call.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""Request ids, and the log: the same fields as text and as JSON, a line each."""
+"""Request ids, and the log: the same fields as text and as JSON, one line each."""
 
 import asyncio
 import json

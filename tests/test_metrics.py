@@ -1,4 +1,4 @@
-"""What is counted, by exact numbers; `/metrics` is read with Prometheus's own parser."""
+"""The metrics, with exact numbers; Prometheus's own parser reads `/metrics`."""
 
 import asyncio
 import contextlib

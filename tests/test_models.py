@@ -1,4 +1,4 @@
-"""What OllProx knows of Ollama and its models, and requests that change them."""
+"""Whether Ollama is up, its list of models, and requests that change models."""
 
 import asyncio
 import re

@@ -1,4 +1,4 @@
-"""How requests are answered: the program over real sockets, before the stand-in."""
+"""How requests are answered: the program in front of the stand-in, over real sockets."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""README and `docs/` are true: each command and snippet is run, each table compared."""
+"""README and `docs/` are correct: every command and snippet runs, every table is compared."""
 
 import ast
 import asyncio
@@ -78,7 +78,7 @@ def names(cell: str) -> list[str]:
 
 @dataclass
 class Reader:
-    """Someone who has pasted all commands before this one into a copy of the checkout."""
+    """A reader who has pasted all earlier commands into a copy of the checkout."""
 
     folder: Path
     ollama: StandIn
@@ -108,10 +108,10 @@ class Reader:
         return out
 
     async def start(self, command: str, until: str, **more: object) -> tuple[str, str]:
-        """Start what does not end by itself, and stop it once it has said something.
+        """Start a command that does not end by itself; stop it once its output matches.
 
         Returns:
-            What it said that matched, and all that it said.
+            The match, and the complete output.
 
         """
         process = await asyncio.create_subprocess_exec(
@@ -144,7 +144,7 @@ def need(*programs: str) -> None:
 
 
 async def in_shell(reader: Reader, command: str, expected: str) -> None:
-    """Paste it, and look at what it prints and what `--check` says then."""
+    """Paste a command; check its output and that of `--check` afterwards."""
     out = await reader.paste(command)
     _, check = await reader.run("python ollprox.py --check", LISTEN_HOST="127.0.0.1")
     assert re.search(expected, out + check), out + check
@@ -193,7 +193,7 @@ async def by_make_demo(reader: Reader, command: str, expected: str) -> None:
 
 
 async def by_compose(reader: Reader, command: str, expected: str) -> None:
-    """Run it where Docker is; elsewhere hold its names against `docker-compose.yml`."""
+    """Run it if Docker is installed; otherwise compare its names with `docker-compose.yml`."""
     services = compose_services()
     profile = re.search(r"--profile (\w+)", command)
     assert profile is None or profile[1] in services.values()
@@ -290,7 +290,7 @@ WAYS: dict[str, tuple[Way, str]] = {
 
 
 def way(command: str) -> tuple[Way, str]:
-    """How a command is tried; there must be a way for each."""
+    """Return how to test a command; there must be a way for each."""
     found = [tried for form, tried in WAYS.items() if re.fullmatch(form, command, re.DOTALL)]
     assert len(found) == 1, f"how is this tested? {command!r}"
     return found[0]

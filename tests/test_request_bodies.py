@@ -1,4 +1,4 @@
-"""Bodies of requests: compressed, missing, of very many values, or streamed through."""
+"""Bodies of requests: compressed, missing, with very many values, or streamed through."""
 
 import asyncio
 import gzip

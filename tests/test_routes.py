@@ -1,4 +1,4 @@
-"""The whole API: which routes there are, who may use them, and how a proxy behaves."""
+"""All routes: which exist, who may use them, and how OllProx behaves as a proxy."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""Several Ollama servers, with the program as users run it."""
+"""Several Ollama servers behind the program, as users run it."""
 
 import asyncio
 import base64

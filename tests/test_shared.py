@@ -1,4 +1,4 @@
-"""One answer, many readers: joining, leaving, falling behind, breaking, asking afresh."""
+"""One answer, many readers: joining, leaving, falling behind, truncation, fresh answers."""
 
 import asyncio
 import contextlib
@@ -76,7 +76,7 @@ async def test_any_mix_of_requests_at_once_makes_one_upstream_request(
 
 
 async def settled(ollprox: Program, connections: int) -> None:
-    """Wait until OllProx has so many connections, and has read what they sent."""
+    """Wait until OllProx has this many connections and has read everything they sent."""
 
     def queued() -> list[str]:
         rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]

@@ -1,4 +1,4 @@
-"""Rights of keys, their limits, and turns on the GPU, as callers see them."""
+"""Rights and limits of keys, and turns on the GPU, as callers see them."""
 
 import asyncio
 import json
@@ -54,7 +54,7 @@ async def view(ollprox: Program) -> dict[str, Any]:
 
 
 async def until_waiting(ollprox: Program, count: int) -> list[dict[str, Any]]:
-    """Wait until so many requests wait for a turn."""
+    """Wait until this many requests are queued."""
     while len(waiting := (await view(ollprox))["waiting"]) != count:
         await asyncio.sleep(0.01)
     return list(waiting)

@@ -1,6 +1,6 @@
-"""Clients that read slowly get all of what they were sent, whatever else ends meanwhile.
+"""Slow readers get everything that was sent to them, whatever else ends in the meantime.
 
-The server runs in this process, over sockets whose buffers are small.
+The server runs in this process, with small socket buffers.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ LIMITS = Limits(linger_timeout=0.001)  # so that TLS is given no time at a close
 
 
 class Setting:
-    """A server, and one client that reads when it is told to."""
+    """A server, and one client that reads on demand."""
 
     def __init__(self, cert: tuple[Path, Path] | None, limits: Limits = LIMITS) -> None:
         self.answered = asyncio.Event()

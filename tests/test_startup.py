@@ -1,4 +1,4 @@
-"""The start: what it says of settings and of Ollama; `--check`, `--ping`, SIGHUP; the collector."""
+"""The start: messages about settings and Ollama; `--check`, `--ping`, SIGHUP; the collector."""
 
 import asyncio
 import gc

@@ -1,4 +1,4 @@
-"""The fair queue: who is next, what is refused, and that nothing is left behind."""
+"""The fair queue: who is next, what is refused, and no leaks."""
 
 import asyncio
 import heapq
@@ -99,7 +99,7 @@ class Event:
 
 
 class Machine:
-    """Runs turns on a clock of its own; each takes the seconds that its request says."""
+    """Runs turns on a simulated clock; each takes as many seconds as its request says."""
 
     def __init__(self, slots: int = 1) -> None:
         self.scheduler = Scheduler(CountedSlots(slots))

@@ -1,4 +1,4 @@
-"""Upstream's connections: hosts that vanish, addresses that are broken, and who owns a socket."""
+"""Connections to upstream: hosts that vanish, addresses that fail, and sockets without leaks."""
 
 import asyncio
 import contextlib
@@ -260,7 +260,7 @@ async def test_a_broken_first_address_costs_less_than_a_second(
 
 @contextlib.asynccontextmanager
 async def early_answer() -> AsyncIterator[tuple[int, asyncio.Event]]:
-    """An upstream that answers an upload before it has come; tells when its client is gone."""
+    """An upstream that answers an upload before it is complete; reports when its client is gone."""
     gone = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
