@@ -206,13 +206,13 @@ def _check_rights(route: Route, key: Key) -> None:
 
 
 def _is_for_a_page(head: Head) -> bool:
-    """Return true if a browser asks for a page to show."""
+    """Return True if a browser asks for a page to show."""
     accept = head.get(b"accept")
     return head.method == b"GET" and accept is not None and b"text/html" in accept.lower()
 
 
 def _is_same_origin(head: Head, origin: bytes) -> bool:
-    """Return true if the page came from the host that it calls."""
+    """Return True if the page came from the host that it calls."""
     host = head.get(b"host")
     return host is not None and origin.partition(b"://")[2].lower() == host.lower()
 

@@ -156,7 +156,7 @@ To make a lasting one: {command()} keys add --label me, and restart
 
 
 def in_our_container() -> bool:
-    """Return true in a container of our own image."""
+    """Return True in a container of our own image."""
     marks = ("/.dockerenv", "/run/.containerenv")  # Docker's, Podman's
     return Path("/app") == ROOT and any(map(os.path.exists, marks))
 

@@ -70,14 +70,14 @@ class Timeouts:
     Attributes:
         write: for a reader that delays others (WRITE_TIMEOUT).
         idle: for the next piece (IDLE_TIMEOUT).
-        whole: for a fold, or a body that has no lines, from its request on (FIRST_BYTE_TIMEOUT);
+        fold: for a fold, or a body that has no lines, from its request on (FIRST_BYTE_TIMEOUT);
             longer while pieces arrive.
 
     """
 
     write: float = math.inf
     idle: float = math.inf
-    whole: float = math.inf
+    fold: float = math.inf
 
 
 class Flight:
@@ -458,7 +458,7 @@ class Reader:
     def patience(self, silent_since: float, timeouts: Timeouts) -> float:
         """Return how long it waits for upstream: a time on the monotonic clock."""
         until = max(silent_since, self.joined) + timeouts.idle
-        return max(until, self.joined + timeouts.whole) if self.wants_whole else until
+        return max(until, self.joined + timeouts.fold) if self.wants_whole else until
 
     @property
     def wants_whole(self) -> bool:
@@ -491,7 +491,7 @@ class Reader:
     async def pieces(self, silence: float = 0.0) -> AsyncIterator[bytes]:
         """Yield the tape to its end, up to a slice at a time.
 
-        With `silence`, a step is empty each time that so many seconds pass without news.
+        With `silence`, it also yields b"" after each period of this many seconds without news.
 
         Raises:
             HTTPError: upstream broke off, or was silent for too long.
@@ -554,7 +554,7 @@ class Reader:
             ) from error
 
     async def _wait(self, seconds: float = 0.0) -> bool:
-        """Wait for news; return False if none comes within so many seconds (0: no limit)."""
+        """Wait for news; return False if none comes within `seconds` (0: no limit)."""
         self._news = asyncio.get_running_loop().create_future()
         if not seconds:
             await self._news

@@ -90,8 +90,8 @@ class Route:
     generates: bool = False  # a model generates the answer, so the request needs a turn
     manages: bool = False  # it changes models, so stored answers may become wrong
     lists: str = ""  # the field of the answer that lists models
-    lists_aliases: bool = False  # that list has all models, and aliases beside them
-    streams_events: bool = False  # it answers with SSE if a stream is asked for
+    lists_aliases: bool = False  # that list contains all models, so it gets the aliases too
+    streams_events: bool = False  # the answer is SSE if the request wants a stream
     names_model: bool = False  # the suffix is the name of a model
 
     @property
@@ -132,8 +132,8 @@ def version(body: bytes) -> str:
 class RouteTable:
     """The routes, by exact path; a few end in a name that the client chooses.
 
-    If there are several servers, `hosts` are their names. Those of Ollama's own routes that begin
-    with `/api/`, and `/`, may have `/host/NAME` before them: then that server alone is asked.
+    If there are several servers, `hosts` are their names. `/host/NAME` may come before `/`, and
+    before those of Ollama's own routes that begin with `/api/`: it selects that server.
     """
 
     def __init__(self, rows: dict[bytes, Route], aliases: Aliases | None = None) -> None:

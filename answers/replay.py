@@ -95,13 +95,13 @@ async def _lines(
 
     """
     last = b"\n"
-    whole = True  # no event is under way
+    between_events = True
     try:
         async for piece in reader.pieces(heartbeat):
             if piece:
                 yield piece
-                last, whole = piece[-1:], piece.endswith(b"\n\n")
-            elif whole:
+                last, between_events = piece[-1:], piece.endswith(b"\n\n")
+            elif between_events:
                 yield BEAT
     except HTTPError as error:
         if error.kind != REPORTED:

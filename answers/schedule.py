@@ -134,7 +134,7 @@ class _Use:
     running: int = 0
 
     def full(self, more: int = 0) -> bool:
-        """Return true if the key may not start another turn after `more` others."""
+        """Return True if the key may not start another turn after `more` others."""
         return self.bound is not None and self.running + more >= self.bound
 
 

@@ -95,7 +95,7 @@ class Turns:
         self._draining = False
 
     def bounds(self, key: Key) -> bool:
-        """Return true if a request of the key may have to wait."""
+        """Return True if a request of the key may have to wait."""
         return self._slots.total > 0 or key.running is not None
 
     def admit(self, key: Key, model: str, size: int = 0) -> "Ticket":
@@ -108,7 +108,7 @@ class Turns:
 
         Raises:
             HTTPError: 429 if too many requests of its label wait, 503 while draining or if
-                there is no memory to wait in; all with Retry-After.
+                there is no memory for its prompt; all with Retry-After.
 
         """
         if self._draining:
