@@ -70,14 +70,14 @@ class Timeouts:
     Attributes:
         write: for a reader that delays others (WRITE_TIMEOUT).
         idle: for the next piece (IDLE_TIMEOUT).
-        fold: for a fold, or a body that has no lines, from its request on (FIRST_BYTE_TIMEOUT);
+        object: for a fold, or a body without lines, from its request on (FIRST_BYTE_TIMEOUT);
             longer while pieces arrive.
 
     """
 
     write: float = math.inf
     idle: float = math.inf
-    fold: float = math.inf
+    object: float = math.inf
 
 
 class Flight:
@@ -458,7 +458,7 @@ class Reader:
     def patience(self, silent_since: float, timeouts: Timeouts) -> float:
         """Return how long it waits for upstream: a time on the monotonic clock."""
         until = max(silent_since, self.joined) + timeouts.idle
-        return max(until, self.joined + timeouts.fold) if self.wants_whole else until
+        return max(until, self.joined + timeouts.object) if self.wants_whole else until
 
     @property
     def wants_whole(self) -> bool:

@@ -551,7 +551,7 @@ async def test_what_makes_no_notes_is_no_reader() -> None:
 
 
 async def test_each_reader_has_its_own_time_for_silences() -> None:
-    field = Field(timeouts=Timeouts(idle=10, fold=100))
+    field = Field(timeouts=Timeouts(idle=10, object=100))
     flight = field.begin()
     with joined(flight, Wants.FOLD) as folding, joined(flight) as reader:
         field.upstream.say(line("a"))
@@ -588,7 +588,7 @@ async def test_each_reader_has_its_own_time_for_silences() -> None:
 
 
 async def test_a_recorder_that_waits_for_its_readers_is_not_upstreams_silence() -> None:
-    field = Field(window=cost(line("a")), timeouts=Timeouts(idle=10, fold=10))
+    field = Field(window=cost(line("a")), timeouts=Timeouts(idle=10, object=10))
     flight = field.begin()
     with joined(flight, Wants.FOLD) as folding, joined(flight) as slow:
         field.upstream.say(line("a"), line("b"), DONE, None)
