@@ -281,7 +281,7 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl -N -i \S+/api/generate .*": (by_curl, r'fwd=miss(.|\n)*"response":"Paris"(.|\n)*\n\{'),
     r"curl -X DELETE \S+/cache\S* .*": (by_curl, r'\{"dropped":1\}'),
     r"curl \S+/metrics .*": (by_curl, r"\nollprox_keys 1\n"),
-    r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{\}'),
+    r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{"admin":true\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
     r"curl \"\S+/usage\S* .*": (by_curl, r'\{"rows": \[\{"key": "Mary", "model": '),
     r"echo 'USAGE_FILE=usage\.db' >> \.env": (in_shell, "would listen on"),
@@ -339,7 +339,7 @@ def test_a_command_that_no_test_knows_is_noticed() -> None:
     ]
     with pytest.raises(AssertionError, match="how is this tested"):
         way("make coffee")
-    known = {"", "sh", "text", "python", "js", "yaml", "mermaid"}  # what is done with each is here
+    known = {"", "sh", "text", "python", "js", "yaml", "ini", "mermaid"}  # each is handled here
     for page, text in PAGES.items():
         assert set(re.findall(r"^```(\w*)\n(?:.*\n)*?```$", text, re.MULTILINE)) <= known, page
     assert set(re.findall(r"^```(\w+)", README, re.MULTILINE)) <= {"sh", "python", "js"}
