@@ -170,7 +170,7 @@ async def test_a_server_that_refuses_our_credentials_is_out(launch: Start) -> No
 
     async with standins(Script(respond=refuse), Script()) as servers:
         ollprox = await launch(OLLAMA_HOST=hosts(servers))
-        await ollprox.says(rf"WARNING Ollama on {name(servers[0])} is down: .*wants credentials")
+        await ollprox.says(rf"WARNING Ollama on {name(servers[0])} is down: .*requires credentials")
         assert {answer.status for answer in await ask_all(ollprox.port, "a")} == {200}
         assert servers[0].asked("/api/generate") == []
         servers[0].script.respond = None
