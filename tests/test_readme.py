@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from client import KEY, ask, question
 from conftest import ROOT, SOURCES, Program, Start
-from standin import StandIn
+from standin import Script, StandIn
 
 from answers.ollama_api import route_table
 from settings import Settings
@@ -255,7 +255,7 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl -N -i \S+/api/generate .*": (by_curl, r'fwd=miss(.|\n)*"response":"Paris"(.|\n)*\n\{'),
     r"curl -X DELETE \S+/cache\S* .*": (by_curl, r'\{"dropped":1\}'),
     r"curl \S+/metrics .*": (by_curl, r"\nollprox_keys 1\n"),
-    r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{\}'),
+    r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{"admin":true\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
 }
 
@@ -310,7 +310,8 @@ def test_a_command_that_no_test_knows_is_noticed() -> None:
     ]
     with pytest.raises(AssertionError, match="how is this tested"):
         way("make coffee")
-    known = {"", "sh", "text", "python", "js", "yaml", "mermaid"}  # what is done with each is here
+    # What is done with each is here.
+    known = {"", "sh", "ini", "text", "python", "js", "yaml", "mermaid"}
     for page, text in PAGES.items():
         assert set(re.findall(r"^```(\w*)\n(?:.*\n)*?```$", text, re.MULTILINE)) <= known, page
     assert set(re.findall(r"^```(\w+)", README, re.MULTILINE)) <= {"sh", "python", "js"}
@@ -418,11 +419,14 @@ def test_every_path_is_in_the_readme() -> None:
         assert name in README, path
 
 
-async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn) -> None:
+    other = StandIn(Script(models={"llama2:latest": "b" * 64}))  # so that there is a conflict
+    hosts = f"127.0.0.1:{ollama.port},127.0.0.1:{await other.start()}"
+    ollprox = await launch(OLLAMA_HOST=hosts)
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
+    await other.stop()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     table = {names(row[0])[0]: row for row in rows(METRICS, "## Metrics")}
     assert {name: row[1] for name, row in table.items()} == kinds
