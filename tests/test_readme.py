@@ -17,7 +17,7 @@ import pytest
 import pytest_asyncio
 from client import KEY, ask, question
 from conftest import ROOT, SOURCES, Program, Start
-from standin import StandIn
+from standin import Script, StandIn
 
 from answers.ollama_api import route_table
 from settings import Settings
@@ -447,11 +447,14 @@ def test_every_path_is_in_the_readme() -> None:
         assert name in README, path
 
 
-async def test_every_metric_is_in_the_table(launch: Start, tmp_path: Path) -> None:
-    ollprox = await launch(USAGE_FILE=tmp_path / "usage.db")
+async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, tmp_path: Path) -> None:
+    other = StandIn(Script(models={"llama2:latest": "b" * 64}))  # so that there is a conflict
+    hosts = f"127.0.0.1:{ollama.port},127.0.0.1:{await other.start()}"
+    ollprox = await launch(OLLAMA_HOST=hosts, USAGE_FILE=tmp_path / "usage.db")
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
+    await other.stop()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     table = {names(row[0])[0]: row for row in rows(METRICS, "## Metrics")}
     assert {name: row[1] for name, row in table.items()} == kinds
