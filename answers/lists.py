@@ -12,7 +12,8 @@ def only_allowed(response: Response, name: str, may_use: Callable[[str], bool]) 
     """Take out of a response with a list of models those that a key may not use.
 
     Args:
-        response: it is changed. Errors, and what has no body, stay as they are.
+        response: it is changed. Errors stay as they are; one without a body, to HEAD, loses the
+            length, which would tell how long the whole list is.
         name: of the list: `models` on Ollama's own routes, `data` on `/v1/models`.
         may_use: whether the key may use a model, by its normalized name.
 
@@ -20,7 +21,10 @@ def only_allowed(response: Response, name: str, may_use: Callable[[str], bool]) 
         HTTPError: 502 if the list cannot be read, or is too large to be read.
 
     """
-    if response.status != 200 or response.body == b"":
+    if response.status != 200:
+        return
+    if response.body == b"":
+        response.length = None
         return
     if not isinstance(response.body, bytes):
         raise _unreadable()
