@@ -415,3 +415,18 @@ async def test_whoami_tells_a_keys_rights(launch: Start, ollama: StandIn, keys: 
     assert boss["rights"] == {"admin": True}
     assert (await ask(ollprox.port, "GET", "/whoami", headers={"APIKEY": ""})).status == 401
     assert json.dumps(boss).find(KEYS["boss"]) == -1
+
+
+async def test_the_length_of_a_list_does_not_tell_of_models_that_a_key_may_not_use(
+    launch: Start, ollama: StandIn, keys: Keys
+) -> None:
+    ollprox = await launch(API_KEY_FILE=keys(demo="models=llama2"))
+    for path in ("/api/tags", "/api/ps"):
+        answers = [
+            await ask(ollprox.port, method, path, headers=by(name))
+            for method in ("GET", "HEAD")
+            for name in ("anna", "demo")
+        ]
+        everything, allowed, full, head = (a.headers.get("content-length") for a in answers)
+        assert everything == full != allowed
+        assert head is None
