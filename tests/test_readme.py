@@ -284,7 +284,7 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{"admin":true\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
     r"curl \"\S+/usage\S* .*": (by_curl, r'\{"rows": \[\{"key": "Mary", "model": '),
-    r"echo 'USAGE_FILE=usage\.db' >> \.env": (in_shell, "would listen on"),
+    r"echo 'USAGE_FILE=usage\.db' >> \.env": (in_shell, "ok    settings"),
     r"python ollprox\.py --usage.*": (with_usage, r"key .* requests (.|\n)*Mary .* 3 "),
 }
 
