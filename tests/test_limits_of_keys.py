@@ -243,3 +243,17 @@ def test_what_is_in_use_is_told_of_each_key_and_limit() -> None:
     assert limits.standing(bob) == {"tokens": found[2]}
     unused = key(b"u", rate=(Limit(2, MINUTE),))
     assert limits.standing(unused) == {"rate": Standing(unused, "rate", Limit(2, MINUTE), 0, 0)}
+
+
+@pytest.mark.parametrize(("what", "thing"), [("rate", b"requests"), ("tokens", b"tokens")])
+def test_a_refusal_says_which_limit_and_until_when(what: str, thing: bytes) -> None:
+    error = LimitReached(what, Limit(5, MINUTE), 12.2)
+    assert (error.status, error.kind) == (429, what)
+    assert f"{what}=5/minute" in error.message
+    assert error.headers == (
+        (b"Retry-After", b"13"),
+        (b"x-ratelimit-limit-" + thing, b"5"),
+        (b"x-ratelimit-remaining-" + thing, b"0"),
+        (b"x-ratelimit-reset-" + thing, b"13s"),
+    )
+    assert retry_after(LimitReached(what, Limit(5, MINUTE), 0.01)) == 1
