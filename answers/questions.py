@@ -122,7 +122,8 @@ class Native:
             relayed=not cacheable,
             deterministic=is_deterministic(value.get("options")),
             ambiguous=ambiguous,
-            unloads=not value.get(self.input_name) and _is_zero(value.get("keep_alive")),
+            unloads=not (ambiguous or value.get(self.input_name))
+            and _is_zero(value.get("keep_alive")),
             size=len(body),
         )
 

@@ -252,6 +252,18 @@ async def test_unloading_and_looking_take_no_turn_and_loading_does(
 # Limits.
 
 
+async def test_a_prompt_in_another_case_is_not_taken_for_unloading(
+    launch: Start, ollama: StandIn, keys: Keys
+) -> None:
+    """Ollama reads names in any case, so it would generate."""
+    ollprox = await launch(API_KEY_FILE=keys(omar="rate=1/hour"))
+    unload = {"model": "llama2", "keep_alive": 0}
+    for path, names in (("/api/generate", {"Prompt": "Hi"}), ("/api/chat", {"MESSAGES": ["Hi"]})):
+        await ask(ollprox.port, "POST", path, unload | names, by("omar"))
+    answer = await ask(ollprox.port, "POST", "/api/generate", unload | {"PROMPT": "a"}, by("omar"))
+    assert answer.status == 429
+
+
 async def test_a_used_up_rate_is_429_with_the_true_time_and_hits_are_free(
     launch: Start, ollama: StandIn, keys: Keys
 ) -> None:
