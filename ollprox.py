@@ -405,13 +405,18 @@ async def _report_upstreams(probes: list[Probe]) -> None:
         print(startup.describe_upstream(version, probe.address), flush=True)
 
 
-def _load() -> Settings:
-    """Read the settings; in a container, look for Ollama on its host too. Raises SettingsError."""
+def _load(say: Callable[[str], None]) -> Settings:
+    """Read the settings; in a container, look for Ollama on its host too, and `say` so.
+
+    Raises:
+        SettingsError: one of them has a bad value.
+
+    """
     settings = load(os.environ)
     outside = startup.host_of_container(settings) if startup.in_our_container() else None
     if outside is None:
         return settings
-    print(f"No Ollama at {settings.upstream_address} in this container: trying {outside}")
+    say(f"No Ollama at {settings.upstream_address} in this container: trying {outside}")
     return load({**os.environ, "OLLAMA_HOST": outside})
 
 
@@ -433,7 +438,7 @@ def _check() -> int:
     """Report on what a start depends on; return the exit status, 0 if OllProx would start."""
     report = Report()
     with report.section("settings"):
-        settings = _load()
+        settings = _load(partial(report.say, Mark.OK))
         startup.check(settings)
         where = f"{settings.listen_scheme}://{settings.listen_address}"
         report.say(Mark.OK, f"listens on {where}, forwards to {startup.describe_hosts(settings)}")
@@ -472,8 +477,9 @@ async def _check_ollama(report: Report, upstream: Upstream | Pool) -> None:
         if found:
             names = [*found][:MAX_LISTED] + ["..."] * (len(found) > MAX_LISTED)
             report.say(Mark.OK, f"{len(found)}: {', '.join(names)}")
-        elif found is not None:
-            report.say(Mark.WARN, "none yet; to get one: ollama pull llama2")
+        elif answers:
+            none = "none yet; to get one: ollama pull llama2"
+            report.say(Mark.WARN, "the list cannot be read" if found is None else none)
     await upstream.close()
 
 
@@ -539,7 +545,7 @@ def main(arguments: list[str] | None = None) -> int:
             return startup.ping(load(os.environ))
         if chosen.check:
             return _check()
-        settings = _load()
+        settings = _load(print)
         if chosen.usage is not None:
             return _print_usage(settings, chosen.usage)
         writer = LineWriter(sys.stderr.fileno(), as_json=settings.log_format == "json")

@@ -26,6 +26,7 @@ from client import KEY, Client, ask, question
 from conftest import FAULTS, ROOT, SOURCES
 from standin import StandIn
 
+import ollprox
 import startup
 from access import keytool
 from settings import load
@@ -560,6 +561,21 @@ async def test_ollama_is_looked_for_on_the_containers_host(ollama: StandIn) -> N
     assert await asyncio.to_thread(find, load(up, nowhere), "localhost") is None
     other = load({"OLLAMA_HOST": "192.0.2.1"}, nowhere)
     assert await asyncio.to_thread(find, other, "localhost") is None
+
+
+def test_check_says_that_the_containers_host_is_tried(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key_file: Path
+) -> None:
+    for name, value in {"API_KEY_FILE": key_file, "OLLAMA_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(startup, "in_our_container", lambda: True)
+    monkeypatch.setattr(startup, "host_of_container", lambda settings: "localhost")
+    assert ollprox.main(["--check"]) == 0
+    first, second, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("ok    settings  No Ollama at 127.0.0.1:")
+    assert first.endswith("in this container: trying localhost")
+    assert "forwards to http://localhost:" in second
+    assert all(re.match(r"(ok  |warn|FAIL)  \w+ ", line) for line in rest)
 
 
 def test_the_image_runs_the_key_tool_as_its_argument() -> None:

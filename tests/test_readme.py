@@ -253,7 +253,6 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"git clone REPOSITORY_URL ollprox && cd ollprox": (by_git_clone, r"(?m)^ollprox\.py$"),
     r"cp \.env\.example \.env": (in_shell, r"warn  keys +none \(API_KEY_FILE is not set\)"),
     r"echo 'secretgardenkey  # Mary' >> keys/keys\.txt": (in_shell, r"keys +1 from \S+/keys\.txt"),
-    r"echo 'API_KEY_FILE=keys/keys\.txt' >> \.env": (in_shell, r"keys +1 from \S+/keys\.txt"),
     r"python ollprox\.py keys add --label Mary": (in_shell, r"added to(.|\n)*keys +2 from"),
     r"make ollprox\.pyz": (in_shell, "ok    settings"),
     r"python ollprox\.pyz": (by_start, r"OllProx \S+ listens on"),
