@@ -387,6 +387,27 @@ async def test_a_list_that_does_not_come_in_time_counts_as_no_connection(
     assert lines == ["Ollama on a is down: no answer within 0.05 s", "Ollama on a is back"]
 
 
+async def test_each_change_of_health_is_one_line_of_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Also when a failing server is trusted again since no request came for it."""
+    fakes = Fakes({"m:latest": "1"}, {"m:latest": "2"})
+    await fakes.pool.tick()
+    caplog.set_level("INFO")
+    caplog.clear()
+    fakes.fakes["a"].does = "500"
+    for _ in range(3):
+        assert (await fakes.ask())[0] == 500
+    assert await fakes.ask() == (200, b"b")  # the other digest counts meanwhile
+    fakes.now += 1 + MAX_PROBE
+    await fakes.pool.tick()
+    assert (await fakes.ask())[0] == 500
+    found = [line.getMessage() for line in caplog.records]
+    lines = [line for line in found if "is not used for" not in line]
+    down, back = "Ollama on a is down: it fails", "Ollama on a is back"
+    assert lines == [down, back, down]
+
+
 async def test_lists_are_those_of_all_servers_from_the_last_poll() -> None:
     fakes = Fakes({"m": "1", "x": "2"}, {"m": "9", "y": "3"})
     await fakes.pool.tick()
