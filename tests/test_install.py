@@ -4,6 +4,7 @@ These tests use no tools of Unix, so that CI runs them on Windows and macOS too.
 """
 
 import asyncio
+import hashlib
 import os
 import re
 import shutil
@@ -287,6 +288,22 @@ def test_the_release_is_refused_for_another_tag(tmp_path: Path) -> None:
     command = ("bash", ROOT / ".ci/release", tmp_path)
     out = run(*command, cwd=tmp_path, status=1, TAG="v9.9.9", PYTHON=sys.executable)
     assert f"the tag is v9.9.9, but ollprox.py says {version()}" in out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs bash")
+def test_a_release_has_its_files_and_its_notes(tmp_path: Path, pyz: Path) -> None:
+    if find_spec("hatchling") is None or find_spec("build") is None or not (ROOT / ".git").exists():
+        pytest.skip("needs hatchling, build and a git checkout")
+    command = ("bash", ROOT / ".ci/release", tmp_path)
+    run(*command, cwd=tmp_path, TAG=f"v{version()}", PYTHON=sys.executable)
+    built = {f"ollprox-{version()}{end}" for end in ("-py3-none-any.whl", ".tar.gz")}
+    built.add("ollprox.pyz")
+    assert {file.name for file in tmp_path.iterdir()} == {*built, "NOTES.md", "SHA256SUMS"}
+    sums = (tmp_path / "SHA256SUMS").read_text()
+    assert f"{hashlib.sha256(pyz.read_bytes()).hexdigest()}  ollprox.pyz\n" in sums
+    notes = (tmp_path / "NOTES.md").read_text()
+    assert "### Added" in notes
+    assert "\n## " not in notes
 
 
 # Systems that lack what Unix has.
