@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
+import tomllib
 import zipfile
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -257,6 +258,16 @@ def test_the_version_stands_in_one_place() -> None:
     newest = re.search(r"^## (\d\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
     assert newest
     assert newest[1] == version()
+
+
+def test_the_packages_of_the_wheel_are_those_that_are_pinned() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extra = project["optional-dependencies"]["shared"]
+    for name, needs in (("requirements", project["dependencies"]), ("requirements-shared", extra)):
+        file = ROOT / f"{name}.in"
+        if name == "requirements" or file.exists():
+            lines = file.read_text().splitlines()
+            assert [line for line in lines if not line.startswith("#")] == needs
 
 
 def test_the_image_has_every_module() -> None:
