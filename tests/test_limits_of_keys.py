@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from answers.limits import MAX_EVENTS, SWEEP_EVERY, LimitReached, Limits
 from keystore import Key, Limit
 
-MINUTE, HOUR = 60, 3600
+MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
 @dataclass
@@ -145,7 +145,30 @@ def test_a_log_is_bounded_and_never_lets_more_through() -> None:
             break
         admitted += 1
     assert admitted == 5 * MAX_EVENTS
-    assert len(limits._rates[b"d"]._events) <= 2 * MAX_EVENTS
+    assert len(limits._rates[b"d"]._windows[MINUTE]) <= 2 * MAX_EVENTS
+
+
+@pytest.mark.parametrize("limit", [Limit(1440, DAY), Limit(50_000, DAY)])
+def test_who_stays_within_all_limits_is_never_refused(limit: Limit) -> None:
+    """However many it sends: what is counted together for the day must not count for the minute."""
+    clock = Clock()
+    step = DAY / limit.count * 1.1
+    limits, mary = Limits(clock), key(rate=(Limit(60, MINUTE), limit))
+    for _ in range(3 * limit.count):
+        clock.now += step
+        limits.admit(mary)
+    assert sum(map(len, limits._rates[b"d"]._windows.values())) <= 4 * MAX_EVENTS
+
+
+def test_a_changed_unit_counts_what_was_used_before() -> None:
+    clock = Clock()
+    limits = Limits(clock)
+    for _ in range(2):
+        limits.admit(key(rate=(Limit(2, MINUTE),)))
+    clock.now += 30
+    with pytest.raises(LimitReached) as refused:
+        limits.admit(key(rate=(Limit(2, HOUR), Limit(9, MINUTE))))
+    assert retry_after(refused.value) == HOUR - 30
 
 
 def test_logs_that_have_run_empty_are_forgotten() -> None:
