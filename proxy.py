@@ -166,7 +166,7 @@ class Proxy:
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
         response = await self._replay(reader, route.form, record)
         if route.lists and key is not None and key.models is not None:
-            only_allowed(response, route.lists, key.may_use)
+            await only_allowed(response, route.lists, key.may_use)
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:

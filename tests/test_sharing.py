@@ -442,3 +442,26 @@ async def test_the_length_of_a_list_does_not_tell_of_models_that_a_key_may_not_u
         everything, allowed, full, head = (a.headers.get("content-length") for a in answers)
         assert everything == full != allowed
         assert head is None
+
+
+@pytest.mark.parametrize("size", [9, 100, 1000])
+async def test_a_list_is_filtered_however_small_the_cache_is(
+    launch: Start, ollama: StandIn, keys: Keys, size: int
+) -> None:
+    ollprox = await launch(API_KEY_FILE=keys(demo="models=m1", boss="admin"), CACHE_MAX_BYTES=size)
+    ollama.script.models = {f"m{number}:latest": "a" * 64 for number in range(5000)}
+    answer = await ask(ollprox.port, "GET", "/api/ps", headers=by("demo"))
+    assert [model["name"] for model in answer.json()["models"]] == ["m1:latest"]
+
+
+async def test_a_list_that_cannot_be_read_leaves_nothing_behind(
+    launch: Start, ollama: StandIn, keys: Keys
+) -> None:
+    ollprox = await launch(
+        API_KEY_FILE=keys(demo="models=m1", boss="admin"), CACHE_MAX_BYTES=9, MODEL_REFRESH=0
+    )
+    body = b"1" * (20 << 20)
+    ollama.script.raw = b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    assert (await ask(ollprox.port, "GET", "/api/ps", headers=by("demo"))).status == 502
+    metrics = await ask(ollprox.port, "GET", "/metrics", headers=by("boss"))
+    assert "ollprox_answers_under_way 0\n" in metrics.body.decode()
