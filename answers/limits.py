@@ -5,6 +5,7 @@ digest, so they survive a reload of the key file. No I/O; the clock is an argume
 """
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -78,7 +79,8 @@ class SlidingLog:
             return 0.0
         for event in self._recent(limit, now):
             if (excess := excess - event.amount) <= 0:
-                return event.at + limit.seconds - now
+                # Rounding must not make it 0 while the event still counts.
+                return max(event.at + limit.seconds - now, sys.float_info.epsilon)
         return limit.seconds  # a limit of 0 never allows any
 
     def empty_in(self, limit: Limit, now: float) -> float:
