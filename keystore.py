@@ -564,10 +564,15 @@ class KeyStore:
         admin_labels: tuple[str, ...] = (),
         defaults: Options | None = None,
         refresh: float = 10.0,
+        shared_salt: bytes = b"",
     ) -> "KeyStore":
-        """Make one, without reading; without a salt, a random one is made for this run."""
+        """Make one, without reading.
+
+        Without a salt, the digests in memory have `shared_salt`, so that several processes have
+        the same; without that, a random one that is made for this run.
+        """
         digests = bool(salt)
-        salt = salt or secrets.token_bytes(32)
+        salt = salt or shared_salt or secrets.token_bytes(32)
         return cls(path, salt, digests, admin_labels, defaults or {}, refresh)
 
     def __len__(self) -> int:

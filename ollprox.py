@@ -31,6 +31,8 @@ from answers.limits import Limits
 from answers.models import ModelWatch, Probe
 from answers.permits import Permits
 from answers.schedule import CountedSlots
+from answers.shared import CONFIRM_INTERVAL, EPOCH_KEY, WATCH_INTERVAL, Codec, SharedCache
+from answers.shared_limits import SharedLimits
 from answers.stored import StoredAnswer
 from answers.turns import Turns, fair_queue
 from cache import Budget, Cache
@@ -40,9 +42,9 @@ from proxy import Proxy
 from record import Record
 from settings import Settings, SettingsError, address, load
 from watch.metrics import Metrics, UpstreamState
-from watch.pages import Pages
+from watch.pages import Pages, drop
 from watch.telemetry import AccessLog, LineWriter, setup_logging
-from wire.http11 import parse_request_head
+from wire.http11 import Exchange, parse_request_head
 from wire.server import Limits as ClientLimits
 from wire.server import Server
 from wire.upstream import Upstream
@@ -68,6 +70,8 @@ class Parts:
     turns: Turns
     metrics: Metrics
     server: Server
+    shared: SharedCache | None
+    shared_limits: SharedLimits | None
 
 
 def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
@@ -81,13 +85,24 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
         settings.queue_timeout,
         budget,
     )
+    exchange: Exchange = fair_queue(upstream.exchange)
+    limits = Limits()
+    shared = shared_limits = None
+    if (valkey := startup.cache_server(settings)) is not None:
+        codec = Codec(startup.secret_bytes(settings.cache_secret))
+        shared = SharedCache(
+            valkey, codec, lambda: models, settings.cache_ttl, lambda: drop(cache, flights)
+        )
+        exchange = shared.before(exchange)
+        shared_limits = SharedLimits(valkey, codec)
+        limits.on_spend = shared_limits.spend
     flights = Flights(
         settings.cache_max_entry_bytes,
         budget,
-        fair_queue(upstream.exchange),
+        exchange,
         Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout),
     )
-    permits = Permits(Limits(), turns)
+    permits = Permits(limits, turns)
     probe = Probe(upstream)
     metrics = Metrics(
         __version__,
@@ -98,13 +113,17 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
         upstream_requests=lambda: upstream.requests,
         upstreams=lambda: [_upstream_state(upstream, probe, turns, metrics)],
         queue=turns.snapshot,
+        shared=shared.counts if shared is not None else None,
     )
     flights.ended = metrics.count_flight
     models = ModelWatch(probe, cache, flights, metrics.set_models)
-    pages = Pages(probe, cache, flights, metrics, permits)
+    pages = Pages(probe, cache, flights, metrics, permits, shared)
     routes = api.route_table(settings.max_object_bytes)
     gate = Gate(settings, keys, routes)
-    proxy = Proxy(settings, gate, routes, cache, flights, permits, models, pages.answer)
+    proxy = Proxy(
+        *(settings, gate, routes, cache, flights, permits, models, pages.answer),
+        *(shared, shared_limits),
+    )
     access_log = AccessLog(writer, settings.log_level)
 
     def done(record: Record) -> None:
@@ -121,7 +140,8 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
     )
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
     return Parts(
-        settings, keys, certificate, upstream, probe, models, flights, turns, metrics, server
+        *(settings, keys, certificate, upstream, probe, models, flights, turns, metrics, server),
+        *(shared, shared_limits),
     )
 
 
@@ -166,6 +186,8 @@ async def stop(parts: Parts, signals: startup.Signals) -> None:
         task.cancel()
     await asyncio.wait(ends)
     await parts.upstream.close()
+    if parts.shared is not None:
+        await parts.shared.server.close()
 
 
 def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, Any, None]]:
@@ -178,6 +200,11 @@ def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, A
     yield _report_upstream(parts.probe, parts.upstream.address)
     if settings.model_refresh:
         yield repeat(settings.model_refresh, models.refresh, models.due)
+    if (shared := parts.shared) is not None:
+        yield repeat(WATCH_INTERVAL, shared.watch)
+        yield repeat(CONFIRM_INTERVAL, shared.flush, shared.news)
+    if (limits := parts.shared_limits) is not None:
+        yield repeat(CONFIRM_INTERVAL, limits.flush, limits.news)
 
 
 def _make_upstream(settings: Settings) -> Upstream:
@@ -275,6 +302,9 @@ async def _check(settings: Settings, keys: KeyStore) -> int:
     upstream = _make_upstream(settings)
     await _report_upstream(Probe(upstream), upstream.address)
     await upstream.close()
+    if (valkey := startup.cache_server(settings)) is not None:
+        print(await startup.describe_cache(valkey, EPOCH_KEY))
+        await valkey.close()
     return 0
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
-from answers.flight import Flight, Flights, Reader, Wants
+from answers.flight import Flight, Flights, Reader, Source, Wants
 from answers.lists import only_allowed
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
@@ -23,6 +23,8 @@ from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
 from answers.questions import EXAMPLE, Codec, Question, large_question
 from answers.replay import as_object, replay
+from answers.shared import SharedCache
+from answers.shared_limits import Reservation, SharedLimits, refunding
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
@@ -31,11 +33,13 @@ from record import Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.codings import coding_of
+from wire.forwarded import client_address
 from wire.http11 import (
     Ask,
     Head,
     Headers,
     HTTPError,
+    Lookup,
     Request,
     Response,
     end_to_end,
@@ -103,6 +107,8 @@ class Proxy:
         permits: lets generations begin.
         models: knows the models' digests, and is told of requests that change models.
         page: returns one of OllProx's own pages: by its name, for the caller's key.
+        shared: where processes share answers; None if they do not.
+        shared_limits: where they count together.
 
     """
 
@@ -116,6 +122,8 @@ class Proxy:
         permits: Permits,
         models: ModelWatch,
         page: Callable[[str, Head, Key | None], Awaitable[Response]],
+        shared: SharedCache | None = None,
+        shared_limits: SharedLimits | None = None,
     ) -> None:
         self.settings = settings
         self.gate = gate
@@ -125,6 +133,8 @@ class Proxy:
         self.permits = permits
         self.models = models
         self.page = page
+        self.shared = shared
+        self.shared_limits = shared_limits
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         self._parsers = ThreadPoolExecutor(PARSERS, "parse")  # not the pool that keys need
 
@@ -137,11 +147,10 @@ class Proxy:
         if head.method == b"OPTIONS" and record.headers:
             record.outcome = Outcome.PAGE
             return self.gate.preflight(head)
-        admission = self.gate.admit(head, record.client)
+        admission = self._admit(head, record)
         route, key = admission.route, admission.key
         self._note_route(record, head, route)
-        if key is not None:
-            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+        self._note_key(record, key)
         if route.page:
             # The probes of load balancers, and the polls of Prometheus and the dashboard.
             record.quiet = route.access is not Access.ADMIN
@@ -153,7 +162,9 @@ class Proxy:
         record.model = question.model or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
-        decision = self._decide(head, question, admission, record.request_id)
+        reserved = await self._reserve_for(head, question, admission)
+        with refunding(reserved):
+            decision = self._decide(head, question, admission, record.request_id, reserved)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
             return self._hit(decision.stored, question, record)
@@ -182,6 +193,18 @@ class Proxy:
         record.generates = route.generates
         if route.page:
             record.outcome = Outcome.PAGE
+
+    def _note_key(self, record: Record, key: Key | None) -> None:
+        """Note in the record whose request it is."""
+        if key is not None:
+            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+
+    def _admit(self, head: Head, record: Record) -> Admission:
+        """Let a request in, counted by its client's address. Raises HTTPError."""
+        if trusted := self.settings.trusted_proxies:
+            forwarded = head.get(b"x-forwarded-for") or b""
+            record.client = client_address(record.client, forwarded, trusted)
+        return self.gate.admit(head, record.client)
 
     # What is asked.
 
@@ -226,8 +249,41 @@ class Proxy:
 
     # Where the answer comes from.
 
+    def _is_at_hand(self, cache_key: bytes | None, directives: CacheDirectives) -> bool:
+        """Return whether a request would generate nothing, if it were decided now."""
+        if directives.only_if_cached:
+            return True
+        if cache_key is None or directives.reload or directives.private:
+            return False
+        answer = self.cache.get(cache_key)
+        if answer is not None and answer.age(time.time()) <= directives.max_age:
+            return True
+        return self._find_flight(cache_key, directives) is not None
+
+    async def _reserve(self, key: Key | None) -> Reservation | None:
+        """Count a generation for all processes, if they count together. Raises HTTPError 429."""
+        if self.shared_limits is None or key is None or not (key.rate or key.tokens):
+            return None
+        return await self.shared_limits.reserve(key)
+
+    async def _reserve_for(
+        self, head: Head, question: Question, admission: Admission
+    ) -> Reservation | None:
+        """Count the generation that a request is about to begin. Raises HTTPError 429."""
+        if self.shared_limits is None or not admission.route.generates or question.unloads:
+            return None
+        cache_key = self._scoped_key(question, admission.key)
+        if self._is_at_hand(cache_key, CacheDirectives.of(head)):
+            return None
+        return await self._reserve(admission.key)
+
     def _decide(
-        self, head: Head, question: Question, admission: Admission, request_id: bytes
+        self,
+        head: Head,
+        question: Question,
+        admission: Admission,
+        request_id: bytes,
+        reserved: Reservation | None,
     ) -> Decision:
         """Find the answer, or begin to make it; at once, or two might begin the same.
 
@@ -245,11 +301,12 @@ class Proxy:
                 return Decision(Outcome.HIT, status, stored=answer)
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
-        if directives.only_if_cached:
+        flight_key = None if directives.private else cache_key
+        lookup = self._lookup(flight_key, directives)
+        if directives.only_if_cached and lookup is None:
             raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
         outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
-        flight_key = None if directives.private else cache_key
-        flight = self._begin(head, question, admission, request_id, flight_key)
+        flight = self._begin(head, question, admission, request_id, flight_key, lookup, reserved)
         return Decision(outcome, b"OllProx; " + status, flight=flight)
 
     def _look_up(
@@ -266,6 +323,12 @@ class Proxy:
             return None, b"fwd=request"
         return answer, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
 
+    def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
+        """Return what may be looked up in the shared cache."""
+        if self.shared is None or flight_key is None or directives.reload:
+            return None
+        return Lookup(flight_key, directives.max_age, directives.only_if_cached)
+
     def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
         """Return the flight that a request may join."""
         if directives.reload or directives.private:
@@ -279,12 +342,16 @@ class Proxy:
         admission: Admission,
         request_id: bytes,
         flight_key: bytes | None,
+        lookup: Lookup | None,
+        reserved: Reservation | None,
     ) -> Flight:
         """Begin a flight; the caller's key is charged. Raises HTTPError 429, 503."""
         route, model = admission.route, normalize_model(question.model)
         permit = None
-        if route.generates and not question.unloads and admission.key is not None:
-            permit = self.permits.admit(admission.key, model, question.size)
+        if lookup is not None and lookup.only:
+            flight_key = None  # others want an answer even if it is not there
+        elif route.generates and not question.unloads and admission.key is not None:
+            permit = self.permits.admit(admission.key, model, question.size, reserved)
         cacheable = question.key is not None
         # The body is sent decompressed.
         headers = FORWARDED if cacheable else _passed_on(head, without=_DECODED)
@@ -298,6 +365,7 @@ class Proxy:
                 question.body,
                 model=model,
                 ticket=permit.ticket if permit is not None else None,
+                lookup=lookup,
             ),
             route.codec.notes if route.codec else progress_notes,
             partial(self._store, flight_key) if flight_key is not None else None,
@@ -323,7 +391,7 @@ class Proxy:
             raise _too_large(limit)
         permit = None
         if route.generates and admission.key is not None:
-            permit = self.permits.admit(admission.key, "", 0)
+            permit = await self._admit_upload(admission.key)
         change = ModelChange(self.models) if route.manages else None
         body = _limited(request.pieces(), limit, change) if head.has_body else bytes
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
@@ -334,11 +402,19 @@ class Proxy:
         response = self._replay(flight.join(), route.form, record)
         return await (response if change is None else change.settled(response))
 
+    async def _admit_upload(self, key: Key) -> Permit:
+        """Let a generation begin whose prompt is not read. Raises HTTPError 429, 503."""
+        reserved = await self._reserve(key)
+        with refunding(reserved):
+            return self.permits.admit(key, "", 0, reserved)
+
     def _store(self, cache_key: bytes, flight: Flight) -> bool:
         """Store a complete answer; return whether it was stored."""
         answer = stored_answer(flight, flight.whole(), self.models.digest(flight.model))
         if answer is None or answer.size > self.settings.cache_max_entry_bytes:
             return False
+        if self.shared is not None and flight.source is Source.GENERATED:
+            self.shared.store(cache_key, answer, flight.began)
         return self.cache.put(cache_key, answer)
 
     async def _replay(self, reader: Reader, form: Form, record: Record) -> Response:
@@ -349,6 +425,7 @@ class Proxy:
         finally:
             if flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
+        self._note_source(flight, record)
         waited = isinstance(response.body, bytes)  # else it is not known yet
         if waited and flight.stored and record.outcome is Outcome.MISS:
             record.cache_status += b"; stored"
@@ -363,6 +440,15 @@ class Proxy:
 
         response.release = release
         return response
+
+    def _note_source(self, flight: Flight, record: Record) -> None:
+        """Note in the record that the answer is the shared cache's, if it is."""
+        if flight.cache_status:
+            record.cache_status = flight.cache_status + b", " + record.cache_status
+        if flight.source is Source.SHARED_CACHE and flight.born is not None:
+            record.headers += ((b"Age", b"%d" % max(0, time.time() - flight.born)),)
+            if record.outcome is Outcome.MISS:
+                record.outcome = Outcome.HIT
 
 
 NO_ROUTE = Record.route

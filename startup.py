@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import hmac
 import json
 import logging
 import math
@@ -21,6 +22,7 @@ from answers.models import describe_response
 from keystore import KeyStore, new_key, parse_options, reason
 from settings import ROOT, Settings, SettingsError, address, program_path
 from wire.http11 import HTTPError
+from wire.valkey import Unavailable, Valkey, open_valkey
 
 log = logging.getLogger("ollprox")
 
@@ -47,10 +49,11 @@ def open_keys(settings: Settings) -> KeyStore:
         raise SettingsError(f"KEY_DEFAULTS: {error}") from None
     keys = KeyStore.open(
         path,
-        settings.api_key_salt.encode("utf-8", "surrogateescape"),
+        secret_bytes(settings.api_key_salt),
         admin_labels=settings.admin_labels,
         defaults=defaults,
         refresh=settings.key_refresh,
+        shared_salt=_shared_salt(settings),
     )
     if path is None:
         _warn_without_a_file(settings)
@@ -72,6 +75,18 @@ def open_keys(settings: Settings) -> KeyStore:
             path,
         )
     return keys
+
+
+def _shared_salt(settings: Settings) -> bytes:
+    """Return a salt that all processes with one CACHE_SECRET have; empty without a secret."""
+    if not settings.cache_secret:
+        return b""
+    return hmac.digest(secret_bytes(settings.cache_secret), b"ollprox salt", "sha256")
+
+
+def secret_bytes(text: str) -> bytes:
+    """Return a secret of the settings as the bytes that the environment has."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _warn_without_a_file(settings: Settings) -> None:
@@ -139,15 +154,16 @@ that it prints to keys/keys.txt, and set API_KEY_FILE=keys/keys.txt in .env
 
 
 def describe(settings: Settings, keys: KeyStore) -> str:
-    """Return three lines that say what OllProx does with these settings."""
+    """Return a few lines that say what OllProx does with these settings."""
     source = f"from {keys.path}" if keys.path else "(API_KEY_FILE is not set)"
     limits = f"up to {_size(settings.cache_max_bytes)}"
     limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
     kept = f"{limits}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
+    shared = f"\nshared cache  {settings.cache_url}" if settings.cache_url else ""
     return (
         f"forwards to   {settings.upstream_url}\n"
         f"API keys      {len(keys) or 'none'} {source}\n"
-        f"cache         {kept}"
+        f"cache         {kept}{shared}"
     )
 
 
@@ -206,6 +222,53 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
         raise SettingsError(f"OLLAMA_CA_FILE: {path}: {_tls_reason(error)}") from None
 
 
+def cache_server(settings: Settings) -> Valkey | None:
+    """Return the server of the shared cache, not connected yet; None if there is none.
+
+    Raises:
+        SettingsError: redis-py is not installed, or CACHE_CA_FILE cannot be used.
+
+    """
+    if settings.cache_url is None:
+        return None
+    path = str(program_path(settings.cache_ca_file)) if settings.cache_ca_file else None
+    try:
+        if settings.cache_url.tls:
+            ssl.create_default_context(cafile=path)  # redis-py would not say what is wrong
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"CACHE_CA_FILE: {path}: {_tls_reason(error)}") from None
+    try:
+        return open_valkey(settings.cache_url, settings.cache_timeout, path)
+    except ModuleNotFoundError:
+        raise SettingsError(
+            "CACHE_URL needs redis-py: run"
+            f" `{sys.executable} -m pip install -r requirements-shared.txt`, or leave it empty"
+        ) from None
+
+
+async def describe_cache(server: Valkey, key: bytes) -> str:
+    """Return one line that says whether the server of the shared cache answers for a key."""
+    try:
+        await server.call("MGET", key)
+    except Unavailable as error:
+        return f"the shared cache does not answer yet: {error}"
+    return "the shared cache answers"
+
+
+def _warn_about_the_shared_cache(settings: Settings) -> None:
+    """Warn about settings that do nothing, or that keep the shared cache from working."""
+    if settings.cache_url is None:
+        if settings.cache_secret or settings.cache_ca_file:
+            log.warning("CACHE_SECRET and CACHE_CA_FILE do nothing without CACHE_URL")
+        return
+    if not settings.model_refresh:
+        log.warning("MODEL_REFRESH=0: the digests of models are not known, so no answer is shared")
+    if not settings.cache_ttl:
+        log.warning("CACHE_TTL=0: no answer is stored, so none is shared")
+    if settings.cache_ca_file and not settings.cache_url.tls:
+        log.warning("CACHE_CA_FILE does nothing: the scheme of CACHE_URL is without TLS")
+
+
 def check(settings: Settings) -> None:
     """Warn about settings that are probably wrong; check the address and the certificates.
 
@@ -226,6 +289,8 @@ def check(settings: Settings) -> None:
             f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}"
         ) from None
     upstream_tls(settings)
+    cache_server(settings)
+    _warn_about_the_shared_cache(settings)
     if settings.tls_cert_file:
         Certificate(settings)
 

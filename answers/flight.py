@@ -111,7 +111,10 @@ class Flight:
         self.headers: Headers = ()
         self.length: int | None = None
         self.notes: Notes | None = None  # from the response's head on
-        self.born: float | None = None  # when that head came, in seconds since 1970
+        self.born: float | None = None  # when that head first came, in seconds since 1970
+        self.cache_status = b""  # what the shared cache says of it
+        # Seconds that the answer may be old when it comes; new ones are not.
+        self.may_be_old = ask.lookup.max_age if ask.lookup is not None else 0.0
         self.usage = NO_USAGE  # what it took, at its end
         self.ending: Ending | None = None
         self.error: HTTPError | None = None
@@ -236,7 +239,7 @@ class Flight:
                 self.notes = notes = self._make_notes(response)
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
-                self.born = self._flights.clock()
+                self._note_source(response)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -253,6 +256,17 @@ class Flight:
         except Exception:
             log.exception("a flight failed because of a fault in OllProx")
             self._fail(HTTPError(500, "OllProx failed; its log says more"))
+
+    def _note_source(self, response: Response) -> None:
+        """Note where the answer comes from; one that was kept needs no permit."""
+        self.born, self.cache_status = response.born, response.cache_status
+        if response.born is None:
+            self.born = self._flights.clock()
+            return
+        self.source = Source.SHARED_CACHE
+        if self.permit is not None:
+            self.permit.give_back()
+            self.permit = None
 
     def _fail(self, error: HTTPError) -> None:
         notes = self.notes
@@ -580,8 +594,9 @@ class Flights:
         flights = self._by_key.get(key)
         if not flights or not flights[-1].joinable:
             return None
-        born = flights[-1].born
-        return flights[-1] if born is None or self.clock() - born <= max_age else None
+        flight = flights[-1]
+        age = flight.may_be_old if flight.born is None else self.clock() - flight.born
+        return flight if age <= max_age else None
 
     def begin(
         self,

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 from keystore import Key, Limit
 from wire.http11 import HTTPError
@@ -72,16 +73,28 @@ class SlidingLog:
         return max(0.0, last + limit.seconds - now)
 
 
+class Reserved(Protocol):
+    """A generation that was counted elsewhere too; `answers.shared_limits.Reservation`."""
+
+    used: bool
+
+    def refund(self) -> None:
+        """Do not count it after all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Charge:
     """A generation that was counted; `refund` gives it back if it never began."""
 
     _event: Event | None
+    _reserved: Reserved | None = None
 
     def refund(self) -> None:
         """Do not count it after all. To be called at most once."""
         if self._event is not None:
             self._event.amount -= 1
+        if self._reserved is not None:
+            self._reserved.refund()
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,13 +119,21 @@ class Limits:
 
     """
 
+    on_spend: Callable[[Key, int], None]
+    """Called with the tokens of each answer of a key that has a limit."""
+
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.on_spend = lambda key, tokens: None
         self._clock = clock
         self._rates: dict[bytes, SlidingLog] = {}  # by the key's digest
         self._tokens: dict[bytes, SlidingLog] = {}
 
-    def admit(self, key: Key) -> Charge:
+    def admit(self, key: Key, reserved: Reserved | None = None) -> Charge:
         """Count a generation that is about to begin.
+
+        Args:
+            key: of the caller.
+            reserved: that the generation was counted for all processes too.
 
         Raises:
             LimitReached: 429; nothing was counted.
@@ -125,10 +146,13 @@ class Limits:
                 if log is not None and (wait := log.free_in(limit, now)):
                     raise LimitReached(what, limit, wait)
         rates = self._log(self._rates, key, key.rate, now)
-        return Charge(rates.add(now, 1) if rates is not None else None)
+        if reserved is not None:
+            reserved.used = True
+        return Charge(rates.add(now, 1) if rates is not None else None, reserved)
 
     def spend(self, key: Key, tokens: int) -> None:
         """Count the tokens of an answer at its end."""
+        self.on_spend(key, tokens)
         now = self._clock()
         log = self._log(self._tokens, key, key.tokens, now)
         if log is not None and tokens:

@@ -147,6 +147,8 @@ class ModelWatch:
     ) -> None:
         self.due = asyncio.Event()
         """Set when the list should be read again at once."""
+        self.listed_at = 0.0
+        """When the last list that was read was asked for, on the monotonic clock."""
         self._probe = probe
         self._cache = cache
         self._flights = flights
@@ -167,10 +169,14 @@ class ModelWatch:
 
         Returns false if there was nothing to compare: the list cannot be read, or is the first.
         """
+        asked = time.monotonic()
         found = await self._probe.digests()
         if found is None:
             self._digests = self._digests or {}  # all that is listed next counts as changed
             return False
+        if asked < self.listed_at:
+            return True  # a list that was asked for later came first
+        self.listed_at = asked
         before, self._digests = self._digests, found
         if found != before:
             self._on_list(found)

@@ -6,7 +6,7 @@ caller that would have begun it. The flight gives it back at its end.
 
 from typing import NamedTuple
 
-from answers.limits import Charge, Limits
+from answers.limits import Charge, Limits, Reserved
 from answers.turns import Ticket, Turns
 from keystore import Key
 from record import Usage
@@ -23,6 +23,13 @@ class Permit(NamedTuple):
     ticket: Ticket | None
     charge: Charge | None
     limits: Limits
+
+    def give_back(self) -> None:
+        """Give it back unused: nothing was generated."""
+        if self.ticket is not None:
+            self.ticket.withdraw()
+        if self.charge is not None:
+            self.charge.refund()
 
     def end(self, usage: Usage) -> None:
         """Give it back at the answer's end, and count the tokens that were generated."""
@@ -42,20 +49,21 @@ class Permits(NamedTuple):
     limits: Limits
     turns: Turns
 
-    def admit(self, key: Key, model: str, size: int) -> Permit:
+    def admit(self, key: Key, model: str, size: int, reserved: Reserved | None = None) -> Permit:
         """Let a generation begin.
 
         Args:
             key: of the caller, who is charged.
             model: its normalized name; empty if the body does not tell.
             size: bytes of the prompt, which count while it waits.
+            reserved: what `SharedLimits.reserve` returned.
 
         Raises:
             HTTPError: 429 if the key has used up a limit or its label's queue is full, 503 if
                 OllProx is stopping or has no memory; all with Retry-After.
 
         """
-        charge = self.limits.admit(key) if key.rate or key.tokens else None
+        charge = self.limits.admit(key, reserved) if key.rate or key.tokens else None
         if not self.turns.bounds(key):
             return Permit(key, None, charge, self.limits)
         try:

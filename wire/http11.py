@@ -138,7 +138,9 @@ class Response:
 
     `headers` are end-to-end headers without Content-Length. `length` is the length of a
     body that comes as a stream, in bytes, where it is known. `release` is called once the
-    response was sent, or could not be.
+    response was sent, or could not be. `born` is when the answer was generated, in seconds since
+    1970, if it was kept somewhere; None if it is new. `cache_status` is what another cache on
+    the way says of it (a member of `Cache-Status`, RFC 9211).
     """
 
     status: int
@@ -146,10 +148,25 @@ class Response:
     body: bytes | AsyncIterator[bytes]
     length: int | None = None
     release: Callable[[], None] | None = None
+    born: float | None = None
+    cache_status: bytes = b""
 
 
 def _nobody() -> bool:
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Which kept answer may be given in place of a new one.
+
+    `cache_key` identifies it, with its scope. It may be `max_age` seconds old. With `only` no new
+    answer is wanted.
+    """
+
+    cache_key: bytes
+    max_age: float
+    only: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,7 +177,8 @@ class Ask:
     sent, so that a request that waits holds its prompt once; an upload is an iterator instead,
     is sent once, and in chunks unless `length` is known. `model` is the normalized name, empty
     if no model is needed. `whole_wanted` returns True while somebody waits for the answer as a
-    whole: then a silence in its middle is for the asker to judge.
+    whole: then a silence in its middle is for the asker to judge. `lookup` is None if only a new
+    answer will do.
     """
 
     method: bytes
@@ -171,6 +189,7 @@ class Ask:
     model: str = ""
     ticket: AbstractAsyncContextManager[object] | None = None
     whole_wanted: Callable[[], bool] = _nobody
+    lookup: Lookup | None = None
 
 
 Exchange = Callable[[Ask], AbstractAsyncContextManager[Response]]
