@@ -10,12 +10,13 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from answers.flight import Flight, Flights, Reader, Source, Wants
+from answers.limits import LimitReached
 from answers.lists import only_allowed
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
@@ -84,6 +85,10 @@ class CacheDirectives:
 _NO_DIRECTIVES = CacheDirectives()
 _DIRECTIVES = frozenset({b"cache-control", b"pragma"})
 _MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
+
+
+Reserved = Reservation | LimitReached | None
+"""A generation that was counted for all processes, or why it was not; None if it need not be."""
 
 
 class Decision(NamedTuple):
@@ -260,16 +265,17 @@ class Proxy:
             return True
         return self._find_flight(cache_key, directives) is not None
 
-    async def _reserve(self, key: Key | None) -> Reservation | None:
-        """Count a generation for all processes, if they count together. Raises HTTPError 429."""
+    async def _reserve(self, key: Key | None) -> Reserved:
+        """Count a generation for all processes, if they count together."""
         if self.shared_limits is None or key is None or not (key.rate or key.tokens):
             return None
-        return await self.shared_limits.reserve(key)
+        try:
+            return await self.shared_limits.reserve(key)
+        except LimitReached as error:
+            return error
 
-    async def _reserve_for(
-        self, head: Head, question: Question, admission: Admission
-    ) -> Reservation | None:
-        """Count the generation that a request is about to begin. Raises HTTPError 429."""
+    async def _reserve_for(self, head: Head, question: Question, admission: Admission) -> Reserved:
+        """Count the generation that a request is about to begin."""
         if self.shared_limits is None or not admission.route.generates or question.unloads:
             return None
         cache_key = self._scoped_key(question, admission.key)
@@ -283,7 +289,7 @@ class Proxy:
         question: Question,
         admission: Admission,
         request_id: bytes,
-        reserved: Reservation | None,
+        reserved: Reserved = None,
     ) -> Decision:
         """Find the answer, or begin to make it; at once, or two might begin the same.
 
@@ -303,11 +309,34 @@ class Proxy:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         flight_key = None if directives.private else cache_key
         lookup = self._lookup(flight_key, directives)
-        if directives.only_if_cached and lookup is None:
-            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
         outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
-        flight = self._begin(head, question, admission, request_id, flight_key, lookup, reserved)
+        permit = None
+        try:
+            permit = self._permit(question, admission, directives, reserved)
+        except HTTPError as error:
+            if lookup is None:
+                raise
+            # The shared cache may have it. Nobody may join, since others want it even if not.
+            outcome, flight_key, lookup = Outcome.REFUSED, None, replace(lookup, refusal=error)
+        flight = self._begin(head, question, admission, request_id, flight_key, lookup, permit)
         return Decision(outcome, b"OllProx; " + status, flight=flight)
+
+    def _permit(
+        self,
+        question: Question,
+        admission: Admission,
+        directives: CacheDirectives,
+        reserved: Reserved,
+    ) -> Permit | None:
+        """Let a generation begin; None if it needs no permit. Raises HTTPError 429, 503, 504."""
+        if directives.only_if_cached:
+            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+        if not admission.route.generates or question.unloads or admission.key is None:
+            return None
+        if isinstance(reserved, HTTPError):
+            raise reserved
+        model = normalize_model(question.model)
+        return self.permits.admit(admission.key, model, question.size, reserved)
 
     def _look_up(
         self, cache_key: bytes, directives: CacheDirectives
@@ -327,7 +356,7 @@ class Proxy:
         """Return what may be looked up in the shared cache."""
         if self.shared is None or flight_key is None or directives.reload:
             return None
-        return Lookup(flight_key, directives.max_age, directives.only_if_cached)
+        return Lookup(flight_key, directives.max_age)
 
     def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
         """Return the flight that a request may join."""
@@ -343,15 +372,10 @@ class Proxy:
         request_id: bytes,
         flight_key: bytes | None,
         lookup: Lookup | None,
-        reserved: Reservation | None,
+        permit: Permit | None,
     ) -> Flight:
-        """Begin a flight; the caller's key is charged. Raises HTTPError 429, 503."""
+        """Begin a flight."""
         route, model = admission.route, normalize_model(question.model)
-        permit = None
-        if lookup is not None and lookup.only:
-            flight_key = None  # others want an answer even if it is not there
-        elif route.generates and not question.unloads and admission.key is not None:
-            permit = self.permits.admit(admission.key, model, question.size, reserved)
         cacheable = question.key is not None
         # The body is sent decompressed.
         headers = FORWARDED if cacheable else _passed_on(head, without=_DECODED)
@@ -405,6 +429,8 @@ class Proxy:
     async def _admit_upload(self, key: Key) -> Permit:
         """Let a generation begin whose prompt is not read. Raises HTTPError 429, 503."""
         reserved = await self._reserve(key)
+        if isinstance(reserved, LimitReached):
+            raise reserved
         with refunding(reserved):
             return self.permits.admit(key, "", 0, reserved)
 
@@ -447,7 +473,7 @@ class Proxy:
             record.cache_status = flight.cache_status + b", " + record.cache_status
         if flight.source is Source.SHARED_CACHE and flight.born is not None:
             record.headers += ((b"Age", b"%d" % max(0, time.time() - flight.born)),)
-            if record.outcome is Outcome.MISS:
+            if record.outcome is not Outcome.COLLAPSED:
                 record.outcome = Outcome.HIT
 
 

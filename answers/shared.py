@@ -180,8 +180,8 @@ class SharedCache:
             if answer is not None:
                 headers, body = unpack(answer.packed), _slices(answer.body)
                 yield Response(200, headers, body, born=answer.born, cache_status=status)
-            elif lookup.only:
-                raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+            elif lookup.refusal is not None:
+                raise lookup.refusal
             else:
                 async with exchange(ask) as response:
                     response.cache_status = status

@@ -40,12 +40,12 @@ class Reservation:
 
 
 @contextmanager
-def refunding(reserved: Reservation | None) -> Iterator[None]:
+def refunding(reserved: Reservation | LimitReached | None) -> Iterator[None]:
     """Give a reservation back at the block's end, unless its generation has begun."""
     try:
         yield
     finally:
-        if reserved is not None and not reserved.used:
+        if isinstance(reserved, Reservation) and not reserved.used:
             reserved.refund()
 
 

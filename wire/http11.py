@@ -160,13 +160,13 @@ def _nobody() -> bool:
 class Lookup:
     """Which kept answer may be given in place of a new one.
 
-    `cache_key` identifies it, with its scope. It may be `max_age` seconds old. With `only` no new
-    answer is wanted.
+    `cache_key` identifies it, with its scope. It may be `max_age` seconds old. If there is none,
+    `refusal` is raised, unless it is None: then a new answer is made.
     """
 
     cache_key: bytes
     max_age: float
-    only: bool = False
+    refusal: HTTPError | None = None
 
 
 @dataclass(frozen=True, slots=True)
