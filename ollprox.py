@@ -44,6 +44,7 @@ from settings import Settings, SettingsError, address, load
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages, drop
 from watch.telemetry import AccessLog, LineWriter, setup_logging
+from wire.forwarded import behind
 from wire.http11 import Exchange, parse_request_head
 from wire.server import Limits as ClientLimits
 from wire.server import Server
@@ -131,8 +132,9 @@ def build(settings: Settings, keys: KeyStore, writer: LineWriter) -> Parts:
         access_log(record)
 
     take = partial(take_credential, keys.salt, settings.api_key_in_path)
+    trusted = settings.trusted_proxies
     server = Server(
-        proxy.handle,
+        behind(proxy.handle, trusted) if trusted else proxy.handle,
         proxy.render_error,
         partial(parse_request_head, take_credential=take),
         done,

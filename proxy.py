@@ -34,7 +34,6 @@ from record import Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.codings import coding_of
-from wire.forwarded import client_address
 from wire.http11 import (
     Ask,
     Head,
@@ -152,10 +151,9 @@ class Proxy:
         if head.method == b"OPTIONS" and record.headers:
             record.outcome = Outcome.PAGE
             return self.gate.preflight(head)
-        admission = self._admit(head, record)
+        admission = self.gate.admit(head, record.client)
         route, key = admission.route, admission.key
-        self._note_route(record, head, route)
-        self._note_key(record, key)
+        self._note_route(record, head, route, key)
         if route.page:
             # The probes of load balancers, and the polls of Prometheus and the dashboard.
             record.quiet = route.access is not Access.ADMIN
@@ -167,9 +165,9 @@ class Proxy:
         record.model = question.model or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
-        reserved = await self._reserve_for(head, question, admission)
-        with refunding(reserved):
-            decision = self._decide(head, question, admission, record.request_id, reserved)
+        asked = head, question, admission, record.request_id
+        alone = self.shared_limits is None
+        decision = self._decide(*asked) if alone else await self._decide_within_limits(*asked)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
             return self._hit(decision.stored, question, record)
@@ -190,26 +188,16 @@ class Proxy:
         body = error.body or form.body(error.status, error.message)
         return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
 
-    def _note_route(self, record: Record, head: Head, route: Route) -> None:
-        """Note in the record what kind of request it is."""
+    def _note_route(self, record: Record, head: Head, route: Route, key: Key | None = None) -> None:
+        """Note in the record what kind of request it is, and whose."""
+        if key is not None:
+            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
         record.path = head.path[:MAX_SHOWN].decode()
         known = head.path if head.path in self.routes.rows else route.target or b""
         record.route = known.decode()
         record.generates = route.generates
         if route.page:
             record.outcome = Outcome.PAGE
-
-    def _note_key(self, record: Record, key: Key | None) -> None:
-        """Note in the record whose request it is."""
-        if key is not None:
-            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
-
-    def _admit(self, head: Head, record: Record) -> Admission:
-        """Let a request in, counted by its client's address. Raises HTTPError."""
-        if trusted := self.settings.trusted_proxies:
-            forwarded = head.get(b"x-forwarded-for") or b""
-            record.client = client_address(record.client, forwarded, trusted)
-        return self.gate.admit(head, record.client)
 
     # What is asked.
 
@@ -274,14 +262,17 @@ class Proxy:
         except LimitReached as error:
             return error
 
-    async def _reserve_for(self, head: Head, question: Question, admission: Admission) -> Reserved:
-        """Count the generation that a request is about to begin."""
-        if self.shared_limits is None or not admission.route.generates or question.unloads:
-            return None
-        cache_key = self._scoped_key(question, admission.key)
-        if self._is_at_hand(cache_key, CacheDirectives.of(head)):
-            return None
-        return await self._reserve(admission.key)
+    async def _decide_within_limits(
+        self, head: Head, question: Question, admission: Admission, request_id: bytes
+    ) -> Decision:
+        """Decide within the limits that all processes count together; see `_decide`."""
+        reserved: Reserved = None
+        if admission.route.generates and not question.unloads:
+            cache_key = self._scoped_key(question, admission.key)
+            if not self._is_at_hand(cache_key, CacheDirectives.of(head)):
+                reserved = await self._reserve(admission.key)
+        with refunding(reserved):
+            return self._decide(head, question, admission, request_id, reserved)
 
     def _decide(
         self,
@@ -308,35 +299,19 @@ class Proxy:
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         flight_key = None if directives.private else cache_key
-        lookup = self._lookup(flight_key, directives)
+        lookup = None if self.shared is None else self._lookup(flight_key, directives)
         outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
-        permit = None
+        begin = partial(self._begin, head, question, admission, request_id)
         try:
-            permit = self._permit(question, admission, directives, reserved)
+            if directives.only_if_cached:
+                raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+            flight = begin(flight_key, lookup, reserved)
         except HTTPError as error:
             if lookup is None:
                 raise
             # The shared cache may have it. Nobody may join, since others want it even if not.
-            outcome, flight_key, lookup = Outcome.REFUSED, None, replace(lookup, refusal=error)
-        flight = self._begin(head, question, admission, request_id, flight_key, lookup, permit)
+            outcome, flight = Outcome.REFUSED, begin(None, replace(lookup, refusal=error))
         return Decision(outcome, b"OllProx; " + status, flight=flight)
-
-    def _permit(
-        self,
-        question: Question,
-        admission: Admission,
-        directives: CacheDirectives,
-        reserved: Reserved,
-    ) -> Permit | None:
-        """Let a generation begin; None if it needs no permit. Raises HTTPError 429, 503, 504."""
-        if directives.only_if_cached:
-            raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
-        if not admission.route.generates or question.unloads or admission.key is None:
-            return None
-        if isinstance(reserved, HTTPError):
-            raise reserved
-        model = normalize_model(question.model)
-        return self.permits.admit(admission.key, model, question.size, reserved)
 
     def _look_up(
         self, cache_key: bytes, directives: CacheDirectives
@@ -354,7 +329,7 @@ class Proxy:
 
     def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
         """Return what may be looked up in the shared cache."""
-        if self.shared is None or flight_key is None or directives.reload:
+        if flight_key is None or directives.reload:
             return None
         return Lookup(flight_key, directives.max_age)
 
@@ -372,10 +347,15 @@ class Proxy:
         request_id: bytes,
         flight_key: bytes | None,
         lookup: Lookup | None,
-        permit: Permit | None,
+        reserved: Reserved = None,
     ) -> Flight:
-        """Begin a flight."""
+        """Begin a flight; the caller's key is charged. Raises HTTPError 429, 503."""
         route, model = admission.route, normalize_model(question.model)
+        permit, wanted = None, lookup is None or lookup.refusal is None
+        if wanted and route.generates and not question.unloads and admission.key is not None:
+            if isinstance(reserved, LimitReached):
+                raise reserved
+            permit = self.permits.admit(admission.key, model, question.size, reserved)
         cacheable = question.key is not None
         # The body is sent decompressed.
         headers = FORWARDED if cacheable else _passed_on(head, without=_DECODED)
@@ -451,7 +431,8 @@ class Proxy:
         finally:
             if flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
-        self._note_source(flight, record)
+        if flight.cache_status:
+            self._note_source(flight, record)
         waited = isinstance(response.body, bytes)  # else it is not known yet
         if waited and flight.stored and record.outcome is Outcome.MISS:
             record.cache_status += b"; stored"
@@ -468,9 +449,8 @@ class Proxy:
         return response
 
     def _note_source(self, flight: Flight, record: Record) -> None:
-        """Note in the record that the answer is the shared cache's, if it is."""
-        if flight.cache_status:
-            record.cache_status = flight.cache_status + b", " + record.cache_status
+        """Note in the record what the shared cache says of an answer."""
+        record.cache_status = flight.cache_status + b", " + record.cache_status
         if flight.source is Source.SHARED_CACHE and flight.born is not None:
             record.headers += ((b"Age", b"%d" % max(0, time.time() - flight.born)),)
             if record.outcome is not Outcome.COLLAPSED:

@@ -239,7 +239,9 @@ class Flight:
                 self.notes = notes = self._make_notes(response)
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
-                self._note_source(response)
+                self.born, self.cache_status = self._flights.clock(), response.cache_status
+                if response.born is not None:
+                    self._was_kept(response.born)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -257,13 +259,9 @@ class Flight:
             log.exception("a flight failed because of a fault in OllProx")
             self._fail(HTTPError(500, "OllProx failed; its log says more"))
 
-    def _note_source(self, response: Response) -> None:
-        """Note where the answer comes from; one that was kept needs no permit."""
-        self.born, self.cache_status = response.born, response.cache_status
-        if response.born is None:
-            self.born = self._flights.clock()
-            return
-        self.source = Source.SHARED_CACHE
+    def _was_kept(self, born: float) -> None:
+        """Note that the answer was generated before, so that it needs no permit."""
+        self.source, self.born = Source.SHARED_CACHE, born
         if self.permit is not None:
             self.permit.give_back()
             self.permit = None

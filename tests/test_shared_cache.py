@@ -198,7 +198,7 @@ async def test_a_second_process_answers_from_the_shared_cache(
     assert numbers['ollprox_tokens_total{source="generated"}'] == 0
     assert numbers['ollprox_tokens_total{source="cached"}'] == 3 * len(ollama.script.tokens)
     assert numbers['ollprox_requests_total{route="/api/generate",status="200",cache="hit"}'] == 2
-    assert "cache=hit" in second.text()
+    await second.says("cache=hit")
 
 
 async def test_a_shared_answer_is_folded(share: Share, server: Server, ollama: StandIn) -> None:

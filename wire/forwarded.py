@@ -1,9 +1,13 @@
 """Find a client's address behind trusted proxies, from `X-Forwarded-For`."""
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 
+from record import Record
+from wire.http11 import Request, Response
+
 IPAddress = IPv4Address | IPv6Address
+Handle = Callable[[Request, Record], Awaitable[Response]]
 Networks = Sequence[IPv4Network | IPv6Network]
 
 MAX_ADDRESS = 64  # bytes of an element that may be an address; the longest with a port has 53
@@ -33,6 +37,17 @@ def client_address(peer: str, forwarded: bytes, trusted: Networks) -> str:
         if not _is_trusted(found, trusted):
             break
     return str(found)
+
+
+def behind(handle: Handle, trusted: Networks) -> Handle:
+    """Return a handler that notes the client's address in the record before it handles."""
+
+    async def handled(request: Request, record: Record) -> Response:
+        forwarded = request.head.get(b"x-forwarded-for") or b""
+        record.client = client_address(record.client, forwarded, trusted)
+        return await handle(request, record)
+
+    return handled
 
 
 def _is_trusted(address: IPAddress, trusted: Networks) -> bool:
