@@ -169,6 +169,8 @@ async def serve(parts: Parts) -> int:
     for chore in chores:
         chore.cancel()
     await asyncio.wait(chores)
+    if parts.shared is not None:
+        await parts.shared.server.close()
     log.debug("%d tasks are left", len(asyncio.all_tasks()) - 1)  # without this one
     return 0
 
@@ -188,8 +190,6 @@ async def stop(parts: Parts, signals: startup.Signals) -> None:
         task.cancel()
     await asyncio.wait(ends)
     await parts.upstream.close()
-    if parts.shared is not None:
-        await parts.shared.server.close()
 
 
 def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, Any, None]]:

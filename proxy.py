@@ -310,7 +310,8 @@ class Proxy:
             if lookup is None:
                 raise
             # The shared cache may have it. Nobody may join, since others want it even if not.
-            outcome, flight = Outcome.REFUSED, begin(None, replace(lookup, refusal=error))
+            refusal = HTTPError(error.status, error.message, error.headers)
+            outcome, flight = Outcome.REFUSED, begin(None, replace(lookup, refusal=refusal))
         return Decision(outcome, b"OllProx; " + status, flight=flight)
 
     def _look_up(

@@ -239,6 +239,11 @@ def _cache_server(text: str) -> CacheServer:
     return CacheServer(host, port, tls, int(database), user, password)
 
 
+def _cache_url(text: str) -> str:
+    _cache_server(text)
+    return text
+
+
 def _cache_secret(text: str) -> str:
     if len(text.encode("utf-8", "surrogateescape")) < 16:
         raise ValueError(
@@ -275,7 +280,7 @@ class Settings:
     cache_max_entry_bytes: int = _setting(8 << 20, _positive_size)
     cache_only_deterministic: bool = _setting(False, _switch)
     cache_per_key: bool = _setting(False, _switch)
-    cache_url: CacheServer | None = _setting(None, _cache_server, secret=True)  # noqa: RUF009
+    cache_url: str = _setting("", _cache_url, secret=True)
     cache_secret: str = _setting("", _cache_secret, secret=True)
     cache_ca_file: str = _setting("", str)
     cache_timeout: float = _setting(0.05, _seconds)
@@ -316,6 +321,11 @@ class Settings:
         return "https" if self.tls_cert_file else "http"
 
     @property
+    def cache_server(self) -> CacheServer | None:
+        """The server of the shared cache; None if there is none."""
+        return _cache_server(self.cache_url) if self.cache_url else None
+
+    @property
     def upstream_address(self) -> str:
         """Host and port of upstream, as in a URL or a `Host` header."""
         return address(self.ollama_host, self.ollama_port)
@@ -354,7 +364,7 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     settings = Settings(**chosen)
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
-    if settings.cache_url is not None and not settings.cache_secret:
+    if settings.cache_url and not settings.cache_secret:
         raise SettingsError(
             "CACHE_URL needs CACHE_SECRET, the same in all processes:"
             " `python keystore.py salt` makes one"

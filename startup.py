@@ -159,7 +159,7 @@ def describe(settings: Settings, keys: KeyStore) -> str:
     limits = f"up to {_size(settings.cache_max_bytes)}"
     limits += f", {_size(settings.cache_max_entry_bytes)} per answer"
     kept = f"{limits}, for {settings.cache_ttl:g} s" if settings.cache_ttl else "off (CACHE_TTL=0)"
-    shared = f"\nshared cache  {settings.cache_url}" if settings.cache_url else ""
+    shared = f"\nshared cache  {settings.cache_server}" if settings.cache_url else ""
     return (
         f"forwards to   {settings.upstream_url}\n"
         f"API keys      {len(keys) or 'none'} {source}\n"
@@ -229,16 +229,17 @@ def cache_server(settings: Settings) -> Valkey | None:
         SettingsError: redis-py is not installed, or CACHE_CA_FILE cannot be used.
 
     """
-    if settings.cache_url is None:
+    server = settings.cache_server
+    if server is None:
         return None
     path = str(program_path(settings.cache_ca_file)) if settings.cache_ca_file else None
     try:
-        if settings.cache_url.tls:
+        if server.tls:
             ssl.create_default_context(cafile=path)  # redis-py would not say what is wrong
     except (OSError, ValueError) as error:
         raise SettingsError(f"CACHE_CA_FILE: {path}: {_tls_reason(error)}") from None
     try:
-        return open_valkey(settings.cache_url, settings.cache_timeout, path)
+        return open_valkey(server, settings.cache_timeout, path)
     except ModuleNotFoundError:
         raise SettingsError(
             "CACHE_URL needs redis-py: run"
@@ -257,7 +258,8 @@ async def describe_cache(server: Valkey, key: bytes) -> str:
 
 def _warn_about_the_shared_cache(settings: Settings) -> None:
     """Warn about settings that do nothing, or that keep the shared cache from working."""
-    if settings.cache_url is None:
+    server = settings.cache_server
+    if server is None:
         if settings.cache_secret or settings.cache_ca_file:
             log.warning("CACHE_SECRET and CACHE_CA_FILE do nothing without CACHE_URL")
         return
@@ -265,7 +267,7 @@ def _warn_about_the_shared_cache(settings: Settings) -> None:
         log.warning("MODEL_REFRESH=0: the digests of models are not known, so no answer is shared")
     if not settings.cache_ttl:
         log.warning("CACHE_TTL=0: no answer is stored, so none is shared")
-    if settings.cache_ca_file and not settings.cache_url.tls:
+    if settings.cache_ca_file and not server.tls:
         log.warning("CACHE_CA_FILE does nothing: the scheme of CACHE_URL is without TLS")
 
 

@@ -161,8 +161,12 @@ class ModelWatch:
         return self._probe.up
 
     def digest(self, model: str) -> str:
-        """Return the digest of a model, by its normalized name; empty if it is not known."""
-        return (self._digests or {}).get(model, "")
+        """Return the digest of a model, by its normalized name; empty if it is not known.
+
+        Of a model that runs elsewhere it is not known: the list has the digest of a stub.
+        """
+        digest = (self._digests or {}).get(model, "")
+        return "" if digest.startswith(api.REMOTE) else digest
 
     async def refresh(self) -> bool:
         """Drop the answers of every model whose digest has changed since the last call.

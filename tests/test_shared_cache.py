@@ -308,6 +308,27 @@ async def test_errors_and_cut_answers_are_not_shared(
     assert len(await server.has(1)) == 1
 
 
+async def test_a_shared_answer_needs_no_turn(share: Share, server: Server, ollama: StandIn) -> None:
+    limits = {"MAX_GENERATIONS": "1", "QUEUE_MAX": "1"}
+    (first,) = await share(server, 1)
+    (second,) = await share(server, 1, **limits)
+    for prompt in ("one", "two"):
+        await generate(first, prompt)
+    await server.has(2)
+    ollama.script.hold_head = True
+    asked = len(ollama.asked())
+    running = asyncio.create_task(generate(second, "runs"))
+    await ollama.until(lambda: len(ollama.asked()) > asked)
+    assert (await generate(second, "one")).cache_status == SHARED  # it would have to wait
+    queued = asyncio.create_task(generate(second, "waits"))
+    while (await metrics(second))["ollprox_queue_depth"] < 1:
+        await asyncio.sleep(0.02)
+    assert (await generate(second, "two")).cache_status == SHARED  # it would be refused
+    assert (await generate(second, "three")).status == 429
+    ollama.script.let_go.set()
+    assert [(await running).status, (await queued).status] == [200, 200]
+
+
 # A server in trouble.
 
 
@@ -604,6 +625,22 @@ async def test_without_digests_nothing_is_shared(
     assert not server.values()
 
 
+async def test_a_remote_model_is_not_shared(share: Share, server: Server, ollama: StandIn) -> None:
+    """Its digest is that of a stub: the model itself may change without it."""
+    (program,) = await share(server, 1, MODEL_REFRESH="0.2")
+    listed = ollama._models
+
+    def with_remote() -> list[dict[str, Any]]:
+        return [{**model, "remote_host": "https://ollama.com:443"} for model in listed()]
+
+    ollama._models = with_remote  # type: ignore[method-assign]
+    seen = len(ollama.asked("/api/tags"))
+    await ollama.until(lambda: len(ollama.asked("/api/tags")) > seen + 2)
+    assert (await generate(program)).cache_status == "OllProx; fwd=miss"
+    assert (await generate(program)).cache_status.startswith("OllProx; hit")
+    assert not server.values()
+
+
 # Limits.
 
 
@@ -622,7 +659,9 @@ async def test_rates_count_in_all_processes(
         refused = await generate(program, "three", APIKEY="limited")
         assert refused.status == 429
         assert 3000 < int(refused.headers["retry-after"]) <= 3720
-    assert (await generate(first, "two", APIKEY="limited")).cache_status.count("hit") == 1
+    await server.has(2)
+    assert (await generate(first, "two", APIKEY="limited")).cache_status == SHARED
+    assert "an answer failed" not in first.text()
     await server.kill()
     # While the server is down each process counts alone; each has counted one.
     assert (await generate(first, "four", APIKEY="limited")).status == 200

@@ -377,6 +377,20 @@ async def test_an_answer_that_began_before_a_purge_is_not_shared() -> None:
     assert await look(second) == b"{}\n"
 
 
+async def test_an_answer_waits_for_a_list_of_models_that_was_read_after_it() -> None:
+    models = FakeModels("a")
+    shared = SharedCache(valkey(), Codec(b"s"), lambda: models, 60, lambda: None)
+    await shared.watch()
+    for _ in range(2):  # the list is not read again at once, so the second waits
+        shared.store(b"k", answer_of("a"), time.monotonic())
+        await shared.flush()
+        assert shared.counts().writes == 1
+    models.listed = "b"  # it was replaced since
+    shared._confirm_at = 0.0
+    await shared.flush()
+    assert shared.counts()[4:6] == (1, 1)  # written, dropped
+
+
 async def test_what_waits_to_be_written_is_bounded() -> None:
     models = FakeModels("a")
     shared = SharedCache(valkey(), Codec(b"s"), lambda: models, 60, lambda: None)
