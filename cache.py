@@ -16,10 +16,10 @@ link, and the objects of a stored answer (`bench/memory.py` measures them)."""
 class Budget:
     """The bytes that stored answers, tapes and queued requests share.
 
-    Reservations come first: stored values are evicted to make room for them.
+    Reservations have priority: stored values are evicted to make room for them.
 
     Args:
-        max_bytes: the most that may be in use, in bytes.
+        max_bytes: the limit, in bytes.
 
     """
 
@@ -30,7 +30,7 @@ class Budget:
         self.evict: Callable[[], None] = _nothing_to_evict
 
     def make_room(self, size: int) -> bool:
-        """Evict stored values until `size` bytes are free; False if they can never be."""
+        """Evict stored values until `size` bytes are free; False if that is impossible."""
         if size > self.max_bytes - self.reserved_bytes:
             return False
         while self.stored_bytes + self.reserved_bytes + size > self.max_bytes:
@@ -41,8 +41,8 @@ class Budget:
         """Set `size` bytes aside.
 
         Returns:
-            False if they do not fit beside what is reserved. With `must` they are counted
-            even so, and the next reservation has to make room for them.
+            False if they do not fit beside the other reservations. With `must` they are
+            reserved in any case, and the next reservation has to make up for it.
 
         """
         if not must:
@@ -62,7 +62,7 @@ def _nothing_to_evict() -> None:
 
 
 class Value(Protocol):
-    """What the cache needs to know of a value; wrapping each one would cost more memory."""
+    """Interface of cached values. A wrapper around each value would take more memory."""
 
     @property
     def size(self) -> int:
@@ -80,17 +80,16 @@ class Cache(Generic[V]):
     """A least-recently-used cache with a byte budget and a TTL.
 
     Args:
-        budget: what its values share with others. A budget has one cache.
-        ttl: how long a value is kept, in seconds; 0 keeps nothing.
-        clock: seconds since 1970. It goes on while the machine sleeps, and other machines
-            have the same.
+        budget: the bytes that stored values share with tapes and the queue; for one cache.
+        ttl: how long a value is stored, in seconds; 0 stores nothing.
+        clock: seconds since 1970. Unlike a monotonic clock, it advances while the machine
+            sleeps, and is the same on other machines.
 
     """
 
     def __init__(self, budget: Budget, ttl: float, clock: Callable[[], float] = time.time) -> None:
         self.budget = budget
         self.ttl = ttl
-        self.puts = 0
         self.evictions = 0
         self.expiries = 0
         self._clock = clock
@@ -119,7 +118,7 @@ class Cache(Generic[V]):
         return value
 
     def expire(self, key: bytes) -> bool:
-        """Remove `key` if it has expired; return whether it had."""
+        """Remove the value of `key` if it has expired; return True if it had."""
         value = self._entries.get(key)
         if value is None or self._clock() - value.born < self.ttl:
             return False
@@ -131,11 +130,11 @@ class Cache(Generic[V]):
         """Store `value`, evicting the least recently used values to make room.
 
         Args:
-            key: what identifies it; an older value under it is replaced.
+            key: identifies the value; an older value with this key is replaced.
             value: must not change any more.
 
         Returns:
-            False if it cannot fit or has expired already; then nothing has changed.
+            False, and changes nothing, if the value does not fit or has already expired.
 
         """
         size = value.size + ENTRY_OVERHEAD
@@ -145,7 +144,6 @@ class Cache(Generic[V]):
         if key in self._entries:
             self.remove(key)
         self.budget.make_room(size)
-        self.puts += 1
         self._entries[key] = value
         self.budget.stored_bytes += size
         return True

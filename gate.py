@@ -10,18 +10,20 @@ import re
 import time
 from dataclasses import dataclass
 
-from answers.ollama_api import Access, Form, Route, RouteTable
-from keystore import MAX_WRONG, NO_SCHEME, Key, KeyStore, WrongKeys
+from access.credentials import MAX_WRONG, NO_SCHEME, WrongKeys
+from access.rights import Key
+from answers.ollama_api import HOME, Access, Form, Route, RouteTable
+from keystore import KeyStore
 from settings import Origins, Settings
 from wire.http11 import Head, Headers, HTTPError, Response
-from wire.upstream import loop_error
+from wire.upstream import loop_error, sent_by_us
 
 log = logging.getLogger("ollprox")
 
-WRONG_KEY = "wrong key"  # the kind of an HTTPError that says that no valid key was presented
+WRONG_KEY = "wrong key"  # the kind of an HTTPError for a request without a valid key
 
-# The only challenge is Bearer. Basic works too but is not offered: a browser would then attach
-# the password to requests that pages of other sites make.
+# Basic works too but is not offered: a browser would then attach the password to requests that
+# pages of other sites make.
 _CHALLENGE: Headers = ((b"WWW-Authenticate", b'Bearer realm="OllProx"'),)
 _EXPOSED = b"Cache-Status, Age, X-Request-ID, Retry-After, Server-Timing"
 _HEADER_NAMES = re.compile(rb"[\w!#$%&'*+.^`|~, -]+", re.ASCII)
@@ -35,9 +37,9 @@ _HOW_TO_SEND = {  # a key, by the form of the API: the headers that its clients 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """A request that gets in: where it goes, and whose it is.
+    """A request that was let in.
 
-    `target` is the path to ask upstream for. `key` is None on a route that is open to all.
+    `target` is the path to request upstream. `key` is None if the route needs no key.
     """
 
     route: Route
@@ -49,9 +51,9 @@ class Gate:
     """Lets requests in.
 
     Args:
-        settings: which origins may call, and our own address for the example in an error.
+        settings: the allowed origins, and our own address for examples in errors.
         keys: the valid API keys.
-        routes: the paths that exist.
+        routes: the known paths.
 
     """
 
@@ -64,19 +66,21 @@ class Gate:
         self._wrong_keys = WrongKeys()
 
     def admit(self, head: Head, client: str) -> Admission:
-        """Let a request in.
+        """Let a request in, or refuse it.
 
         Args:
-            head: its head.
-            client: the IP address that it comes from, by which wrong keys are counted.
+            head: of the request.
+            client: its IP address, for counting wrong keys.
 
         Raises:
-            HTTPError: 401 no valid key, 403 not allowed, 404 no such path, 405 wrong method, 429
-                too many wrong keys, 508 a loop.
+            HTTPError: 401 no valid key, 403 not allowed, 404 unknown path, 405 wrong method, 429
+                too many wrong keys, 508 forwarding loop.
 
         """
-        if b"via" in head.names and _goes_in_a_circle(head):
+        if b"via" in head.names and sent_by_us(head.get(b"via") or b""):
             raise loop_error()
+        if head.path == b"/" and _is_for_a_page(head):
+            return Admission(HOME, b"", None)
         found = self._routes.find(head.path)
         if found is None:
             self._authenticate(head, client)  # only callers with a key learn which paths exist
@@ -89,21 +93,27 @@ class Gate:
             raise _wrong_method(route)
         if head.basic or route.access is Access.ADMIN:
             self._refuse_foreign(head, managing=route.access is Access.ADMIN)
-        if key is not None:
+        if key is not None and route.access is not Access.KEY:
             _check_rights(route, key)
         return Admission(route, target, key)
 
-    def _authenticate(self, head: Head, client: str) -> Key:
-        """Return the first valid key that a head presents. Raises HTTPError 401, 429."""
+    def identify(self, head: Head) -> Key | None:
+        """Return the first valid key that a head presents; None if there is none."""
         now = time.time()
         for digest in head.credentials:
             if (key := self._keys.find(digest, now)) is not None:
                 return key
-        raise HTTPError(401, self._refusal(head, client, now), _CHALLENGE, kind=WRONG_KEY)
+        return None
 
-    def _refusal(self, head: Head, client: str, now: float) -> str:
+    def _authenticate(self, head: Head, client: str) -> Key:
+        """Return the caller's key. Raises HTTPError 401, 429."""
+        if (key := self.identify(head)) is not None:
+            return key
+        raise HTTPError(401, self._refusal(head, client), _CHALLENGE, kind=WRONG_KEY)
+
+    def _refusal(self, head: Head, client: str) -> str:
         """Say why no key lets the request in, and what would. Raises HTTPError 429."""
-        wrong = "there is no API key"
+        now, wrong = time.time(), "there is no API key"
         if presented := [digest for digest in head.credentials if digest != NO_SCHEME]:
             if any(self._keys.expired(digest, now) for digest in presented):
                 return "the API key has expired; ask the operator for a new one"
@@ -116,7 +126,7 @@ class Gate:
         return f"{wrong}: {how}"
 
     def _slow_down(self, client: str) -> None:
-        """Count a wrong key. Raises HTTPError 429 beyond a few a minute from one address."""
+        """Count a wrong key. Raises HTTPError 429 after `MAX_WRONG` from one address."""
         count, left = self._wrong_keys.count(client)
         if count == MAX_WRONG + 1:
             log.warning("%s has sent %d wrong API keys within a minute", client, count)
@@ -129,10 +139,10 @@ class Gate:
             )
 
     def _refuse_foreign(self, head: Head, *, managing: bool) -> None:
-        """Refuse what a page of another site makes a browser send. Raises HTTPError 403.
+        """Refuse requests from pages of other sites. Raises HTTPError 403.
 
-        Browsers attach Basic passwords by themselves, so a page that a user merely visits could
-        use them. A page that manages models must be one of an origin that is listed by name.
+        Browsers attach Basic passwords on their own, so any page that a user visits could use
+        them. To manage models, a page's origin must be listed by name; `*` is not enough.
         """
         origin = head.get(b"origin")
         if origin is None and head.get(b"sec-fetch-site") != b"cross-site":
@@ -148,7 +158,7 @@ class Gate:
         )
 
     def cors(self, head: Head) -> Headers:
-        """Return the headers that let a listed origin's page read the response."""
+        """Return the CORS headers for a response; none unless the origin is listed."""
         origin = head.get(b"origin")
         if origin is None or not self._origins.allow(origin):
             return ()
@@ -159,7 +169,7 @@ class Gate:
         )
 
     def preflight(self, head: Head) -> Response:
-        """Answer what a browser asks before a request; no key comes with it."""
+        """Answer a CORS preflight; browsers send it without a key."""
         found = self._routes.find(head.path)
         methods = b", ".join(found[0].methods) if found else b"GET, POST"
         wanted = head.get(b"access-control-request-headers") or b""
@@ -175,12 +185,12 @@ class Gate:
 
 
 def caller(head: Head) -> str:
-    """Return what the log shows of a caller without a valid key: digits of a digest."""
+    """Return what the log shows for a caller without a valid key: part of a digest."""
     return next((d.hex()[:8] for d in head.credentials if d != NO_SCHEME), "-")
 
 
 def _check_rights(route: Route, key: Key) -> None:
-    """Refuse a key that lacks the right to a route. Raises HTTPError 403."""
+    """Refuse a key that may not use a route. Raises HTTPError 403."""
     if route.access is Access.ADMIN and not key.admin:
         raise HTTPError(
             403,
@@ -195,8 +205,14 @@ def _check_rights(route: Route, key: Key) -> None:
         )
 
 
+def _is_for_a_page(head: Head) -> bool:
+    """Return True if a browser asks for a page to show."""
+    accept = head.get(b"accept")
+    return head.method == b"GET" and accept is not None and b"text/html" in accept.lower()
+
+
 def _is_same_origin(head: Head, origin: bytes) -> bool:
-    """Return true if the page comes from the address that it asks."""
+    """Return True if the page came from the host that it calls."""
     host = head.get(b"host")
     return host is not None and origin.partition(b"://")[2].lower() == host.lower()
 
@@ -204,11 +220,3 @@ def _is_same_origin(head: Head, origin: bytes) -> bool:
 def _wrong_method(route: Route) -> HTTPError:
     allowed = b", ".join(route.methods)
     return HTTPError(405, f"this path takes only {allowed.decode()}", ((b"Allow", allowed),))
-
-
-def _goes_in_a_circle(head: Head) -> bool:
-    """Return true if our own Via is present."""
-    via = head.get(b"via")
-    return via is not None and any(
-        member.split()[1:2] == [b"OllProx"] for member in via.split(b",")
-    )

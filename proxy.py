@@ -1,4 +1,4 @@
-"""Decide how each request is answered: from the cache, by a flight, or by a page of our own.
+"""Decide how each request is answered: from the cache, by a flight, or by an OllProx page.
 
 Read `Proxy.handle` first.
 """
@@ -15,21 +15,21 @@ from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
+from access.rights import Key
 from answers.flight import Flight, Flights, Reader, Source, Wants
 from answers.limits import LimitReached
-from answers.lists import only_allowed
+from answers.lists import change_list, rename_model
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
 from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
-from answers.questions import EXAMPLE, Codec, Question, large_question
+from answers.questions import EXAMPLE, SHORT, Codec, Question, is_quick, large_question
 from answers.replay import as_object, replay
 from answers.shared import SharedCache
 from answers.shared_limits import Reservation, SharedLimits, refunding
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
-from keystore import Key
 from record import Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
@@ -45,26 +45,26 @@ from wire.http11 import (
     end_to_end,
     unpack,
 )
-from wire.upstream import FORWARDED, VIA
+from wire.pool import HOST
+from wire.upstream import VIA, add_via, forwarded
 
-MAX_QUESTIONS = 512  # small bodies whose question is remembered
-MAX_KNOWN_BODY = 2048  # bytes of such a body
-MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is parsed on the event loop
-PARSERS = 2  # threads that parse larger ones
+MAX_QUESTIONS = 512  # parsed bodies that are remembered
+MAX_KNOWN_BODY = 2048  # bytes of the largest body that is remembered
+PARSERS = 2  # threads that parse larger bodies
 
 
 @dataclass(frozen=True, slots=True)
 class CacheDirectives:
-    """What a request says of caching (RFC 9111 section 5.2.1)."""
+    """A request's cache directives (RFC 9111 section 5.2.1)."""
 
-    max_age: float = math.inf  # seconds that an answer may be old
+    max_age: float = math.inf  # maximum age of an answer, in seconds
     reload: bool = False  # `no-cache`: ask upstream
     private: bool = False  # `no-store`: ask upstream, and neither store nor share the answer
     only_if_cached: bool = False
 
     @classmethod
     def of(cls, head: Head) -> "CacheDirectives":
-        """Read them from a head; Pragma counts where there is no Cache-Control."""
+        """Read the directives of a head. Pragma counts only without a Cache-Control."""
         if head.names.isdisjoint(_DIRECTIVES):
             return _NO_DIRECTIVES
         value = head.get(b"cache-control")
@@ -91,28 +91,29 @@ Reserved = Reservation | LimitReached | None
 
 
 class Decision(NamedTuple):
-    """Where the answer to a request comes from: it is stored, or else a flight brings it."""
+    """Where the answer to a request comes from: either `stored` or `flight` is set."""
 
     outcome: Outcome
     cache_status: bytes
     stored: StoredAnswer | None = None
+    age: float = 0.0  # of the stored answer, in seconds
     flight: Flight | None = None
 
 
 class Proxy:
-    """How requests are answered.
+    """Answers requests.
 
     Args:
-        settings: what the user chose.
-        gate: lets requests in.
-        routes: what is known of Ollama's API.
+        settings: the user's settings.
+        gate: decides which requests get in.
+        routes: the routes of Ollama's API.
         cache: the stored answers.
         flights: the answers under way.
-        permits: lets generations begin.
-        models: knows the models' digests, and is told of requests that change models.
-        page: returns one of OllProx's own pages: by its name, for the caller's key.
+        permits: decides whether a generation may begin.
+        models: knows the models' digests, and watches requests that change models.
+        page: returns the OllProx page of that name, for the caller's key.
         shared: where processes share answers; None if they do not.
-        shared_limits: where they count together.
+        shared_limits: where they count together; None if they do not.
 
     """
 
@@ -140,10 +141,11 @@ class Proxy:
         self.shared = shared
         self.shared_limits = shared_limits
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
-        self._parsers = ThreadPoolExecutor(PARSERS, "parse")  # not the pool that keys need
+        # A separate pool, so that parsing never delays the reading of the key file.
+        self._parsers = ThreadPoolExecutor(PARSERS, "parse")
 
     async def handle(self, request: Request, record: Record) -> Response:
-        """Answer a request. The head decides who is let in; then the body is read."""
+        """Answer a request: check its head first, then read its body. Raises HTTPError."""
         head = request.head
         record.method = _METHODS.get(head.method, "other")
         if b"origin" in head.names:
@@ -153,45 +155,50 @@ class Proxy:
             return self.gate.preflight(head)
         admission = self.gate.admit(head, record.client)
         route, key = admission.route, admission.key
-        self._note_route(record, head, route, key)
+        self._note_route(record, head, route)
+        _note_caller(record, head, key)
         if route.page:
-            # The probes of load balancers, and the polls of Prometheus and the dashboard.
+            # Probes of load balancers, and polls of Prometheus and the dashboard.
             record.quiet = route.access is not Access.ADMIN
             return await self.page(route.page, head, key)
         record.headers += VIA
         if route.upload is not Upload.NONE:
             return await self._upload(request, admission, record)
+        return await self._answer(request, admission, record)
+
+    async def _answer(self, request: Request, admission: Admission, record: Record) -> Response:
+        """Read the body, and answer with a stored answer or from a flight."""
+        route, key = admission.route, admission.key
         question = await self._read_question(route, request)
         record.model = question.model or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
-        asked = head, question, admission, record.request_id
+        asked = request.head, question, admission, record.request_id
         alone = self.shared_limits is None
         decision = self._decide(*asked) if alone else await self._decide_within_limits(*asked)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
-            return self._hit(decision.stored, question, record)
+            return self._hit(decision.stored, decision.age, question, record)
         assert decision.flight is not None
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
-        response = await self._replay(reader, route.form, record)
-        if route.lists and key is not None and key.models is not None:
-            only_allowed(response, route.lists, key.may_use)
+        response = await self._replay(reader, route.form, record, self._heartbeat(route, question))
+        if route.lists or route.names_model:
+            self._change_list(response, request.head, admission)
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
-        """Write an error in the form of the API that was called."""
-        if head is not None and record.route == NO_ROUTE and (found := self.routes.find(head.path)):
-            self._note_route(record, head, found[0])
-        if head is not None and error.kind == WRONG_KEY:
-            record.wrong_key, record.caller = True, caller(head)
+        """Return the response for an error, in the form of the API that was called."""
+        if head is not None and record.route == NO_ROUTE:  # the gate refused it
+            if (found := self.routes.find(head.path)) is not None:
+                self._note_route(record, head, found[0])
+            _note_caller(record, head, self.gate.identify(head))
+            record.wrong_key = error.kind == WRONG_KEY
         form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
         return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
 
-    def _note_route(self, record: Record, head: Head, route: Route, key: Key | None = None) -> None:
-        """Note in the record what kind of request it is, and whose."""
-        if key is not None:
-            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+    def _note_route(self, record: Record, head: Head, route: Route) -> None:
+        """Record the path, the route and the kind of a request."""
         record.path = head.path[:MAX_SHOWN].decode()
         known = head.path if head.path in self.routes.rows else route.target or b""
         record.route = known.decode()
@@ -199,10 +206,10 @@ class Proxy:
         if route.page:
             record.outcome = Outcome.PAGE
 
-    # What is asked.
+    # Read the question.
 
     async def _read_question(self, route: Route, request: Request) -> Question:
-        """Read the body and what it asks, where the route has one."""
+        """Read the body, if the route reads bodies. Raises HTTPError 400, 411, 413, 415."""
         head, codec, limit = request.head, route.codec, self.settings.max_body_bytes
         if codec is None or route.target is None:
             return _NO_QUESTION
@@ -213,14 +220,14 @@ class Proxy:
             value = head.get(b"content-encoding")
             coding = coding_of(value, accepted=route.takes_compressed)
         body = await request.read(limit)
-        if not coding and len(body) <= MAX_AT_ONCE:
+        if not coding and (len(body) <= SHORT or is_quick(body)):
             return self._question(codec, route.target, head.path, body)
         read = partial(large_question, codec, route.target, body, coding, limit)
         del body  # so that only the pool holds it
         return await asyncio.get_running_loop().run_in_executor(self._parsers, read)
 
     def _question(self, codec: Codec, target: bytes, path: bytes, body: bytes) -> Question:
-        """Read what a body asks; small ones that came before are known."""
+        """Parse a body; small bodies are parsed only once."""
         if len(body) > MAX_KNOWN_BODY:
             return codec.question(body, target)
         index = hashlib.sha256(path + b"\n" + body).digest()
@@ -231,16 +238,21 @@ class Proxy:
                 del self._questions[next(iter(self._questions))]
         return question
 
-    def _scoped_key(self, question: Question, key: Key | None) -> bytes | None:
-        """Return the cache key in its scope; None where nothing may be stored or shared."""
-        settings = self.settings
+    def _scoped_key(self, question: Question, admission: Admission) -> bytes | None:
+        """Return the cache key, for this caller only if CACHE_PER_KEY is set.
+
+        None if the answer may be neither stored nor shared.
+        """
+        settings, key = self.settings, admission.key
+        if admission.target.startswith(HOST):
+            return None  # that server may have another model of the same name
         if settings.cache_only_deterministic and not question.deterministic:
             return None
         if question.key is not None and settings.cache_per_key and key is not None:
             return hashlib.sha256(question.key + key.scope).digest()
         return question.key
 
-    # Where the answer comes from.
+    # Find or begin the answer.
 
     def _is_at_hand(self, cache_key: bytes | None, directives: CacheDirectives) -> bool:
         """Return whether a request would generate nothing, if it were decided now."""
@@ -268,7 +280,7 @@ class Proxy:
         """Decide within the limits that all processes count together; see `_decide`."""
         reserved: Reserved = None
         if admission.route.generates and not question.unloads:
-            cache_key = self._scoped_key(question, admission.key)
+            cache_key = self._scoped_key(question, admission)
             if not self._is_at_hand(cache_key, CacheDirectives.of(head)):
                 reserved = await self._reserve(admission.key)
         with refunding(reserved):
@@ -282,20 +294,22 @@ class Proxy:
         request_id: bytes,
         reserved: Reserved = None,
     ) -> Decision:
-        """Find the answer, or begin to make it; at once, or two might begin the same.
+        """Return the stored answer, the flight to join, or a new flight.
+
+        There is no `await` in here: two identical requests must not both begin a flight.
 
         Raises:
-            HTTPError: 429, 503 the caller may not begin a generation now; 504 the answer is not
-                in the cache, and nothing else was wanted.
+            HTTPError: 429, 503 the caller may not begin a generation now; 504 the answer is
+                not in the cache, and the request has `only-if-cached`.
 
         """
         directives = CacheDirectives.of(head)
-        cache_key = self._scoped_key(question, admission.key)
+        cache_key = self._scoped_key(question, admission)
         status = b"fwd=bypass"
         if cache_key is not None:
-            answer, status = self._look_up(cache_key, directives)
+            answer, age, status = self._look_up(cache_key, directives)
             if answer is not None:
-                return Decision(Outcome.HIT, status, stored=answer)
+                return Decision(Outcome.HIT, status, answer, age)
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         flight_key = None if directives.private else cache_key
@@ -304,7 +318,9 @@ class Proxy:
         begin = partial(self._begin, head, question, admission, request_id)
         try:
             if directives.only_if_cached:
-                raise HTTPError(504, "the answer is not in the cache, and only-if-cached was asked")
+                raise HTTPError(
+                    504, "the answer is not in the cache, and the request has only-if-cached"
+                )
             flight = begin(flight_key, lookup, reserved)
         except HTTPError as error:
             if lookup is None:
@@ -316,17 +332,17 @@ class Proxy:
 
     def _look_up(
         self, cache_key: bytes, directives: CacheDirectives
-    ) -> tuple[StoredAnswer | None, bytes]:
-        """Return the stored answer if it may be used, and what Cache-Status says of it."""
+    ) -> tuple[StoredAnswer | None, float, bytes]:
+        """Return the stored answer or None, its age, and the value for Cache-Status."""
         if directives.reload or directives.private:
-            return None, b"fwd=request"
+            return None, 0.0, b"fwd=request"
         answer = self.cache.get(cache_key)
         if answer is None:
-            return None, b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
+            return None, 0.0, b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
         age = answer.age(time.time())
         if age > directives.max_age:
-            return None, b"fwd=request"
-        return answer, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
+            return None, age, b"fwd=request"
+        return answer, age, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
 
     def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
         """Return what may be looked up in the shared cache."""
@@ -335,7 +351,7 @@ class Proxy:
         return Lookup(flight_key, directives.max_age)
 
     def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
-        """Return the flight that a request may join."""
+        """Return the flight that a request may join, if there is one."""
         if directives.reload or directives.private:
             return None
         return self.flights.find(cache_key, directives.max_age)
@@ -350,7 +366,7 @@ class Proxy:
         lookup: Lookup | None,
         reserved: Reserved = None,
     ) -> Flight:
-        """Begin a flight; the caller's key is charged. Raises HTTPError 429, 503."""
+        """Begin a flight and charge the caller's key. Raises HTTPError 429, 503."""
         route, model = admission.route, normalize_model(question.model)
         permit, wanted = None, lookup is None or lookup.refusal is None
         if wanted and route.generates and not question.unloads and admission.key is not None:
@@ -359,7 +375,8 @@ class Proxy:
             permit = self.permits.admit(admission.key, model, question.size, reserved)
         cacheable = question.key is not None
         # The body is sent decompressed.
-        headers = FORWARDED if cacheable else _passed_on(head, without=_DECODED)
+        via = head.get(b"via")
+        headers = forwarded(via) if cacheable else _passed_on(head, without=_DECODED)
         headers += ((b"X-Request-ID", request_id),)
         return self.flights.begin(
             flight_key,
@@ -377,11 +394,13 @@ class Proxy:
             permit,
         )
 
-    def _hit(self, answer: StoredAnswer, question: Question, record: Record) -> Response:
+    def _hit(
+        self, answer: StoredAnswer, age: float, question: Question, record: Record
+    ) -> Response:
         if question.folds and not answer.object:
             record.outcome = Outcome.REFUSED
             raise too_large_error(self.settings.max_object_bytes)
-        record.headers += ((b"Age", b"%d" % answer.age(time.time())),)
+        record.headers += ((b"Age", b"%d" % age),)
         record.usage = answer.usage
         headers = unpack(answer.packed)
         if question.folds:
@@ -389,7 +408,7 @@ class Proxy:
         return Response(200, headers, answer.body)
 
     async def _upload(self, request: Request, admission: Admission, record: Record) -> Response:
-        """Pass a request on whose body is streamed through unread, and its progress back."""
+        """Stream a request's body through unread, and relay the response."""
         head, route = request.head, admission.route
         limit = self.settings.max_body_bytes if route.upload is Upload.LIMITED else None
         if limit is not None and (head.length or 0) > limit:
@@ -398,10 +417,18 @@ class Proxy:
         if route.generates and admission.key is not None:
             permit = await self._admit_upload(admission.key)
         change = ModelChange(self.models) if route.manages else None
-        body = _limited(request.pieces(), limit, change) if head.has_body else bytes
+        pieces = request.pieces() if limit is None else request.pieces(limit)
+        body = pieces if change is None else _noted(pieces, change)
         headers = (*_passed_on(head), (b"X-Request-ID", record.request_id))
         ticket = permit.ticket if permit is not None else None
-        ask = Ask(head.method, admission.target, headers, body, head.length, ticket=ticket)
+        ask = Ask(
+            head.method,
+            admission.target,
+            headers,
+            body if head.has_body else bytes,
+            head.length,
+            ticket=ticket,
+        )
         record.outcome, record.cache_status = Outcome.BYPASS, b"OllProx; fwd=bypass"
         flight = self.flights.begin(None, ask, progress_notes, None, permit)
         response = self._replay(flight.join(), route.form, record)
@@ -424,26 +451,49 @@ class Proxy:
             self.shared.store(cache_key, answer, flight.began)
         return self.cache.put(cache_key, answer)
 
-    async def _replay(self, reader: Reader, form: Form, record: Record) -> Response:
-        """Replay a flight to its reader, and note in the record what came of it."""
+    def _heartbeat(self, route: Route, question: Question) -> float:
+        """Return the seconds until a comment; 0 where anything but events may be the answer."""
+        only_events = route.streams_events and question.stream and not question.ambiguous
+        return self.settings.heartbeat if only_events else 0.0
+
+    def _change_list(self, response: Response, head: Head, admission: Admission) -> None:
+        """Change a list of models, or the description of one. Raises HTTPError 502."""
+        route, key = admission.route, admission.key
+        aliases = self.settings.model_aliases if route.lists_aliases else ()
+        restricted = key is not None and key.models is not None
+        if route.lists and (aliases or restricted):
+            may_use = key.may_use if key is not None and restricted else None
+            change_list(response, route.lists, may_use, aliases)
+        if route.names_model and admission.target != head.path:
+            rename_model(response, unquote(head.path.removeprefix(route.target or b"").decode()))
+
+    async def _replay(
+        self, reader: Reader, form: Form, record: Record, heartbeat: float = 0.0
+    ) -> Response:
+        """Replay a flight to its reader, and record the result."""
         flight = reader.flight
         try:
-            response = await replay(reader, form)
+            response = await replay(reader, form, heartbeat)
         finally:
             if flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
         if flight.cache_status:
             self._note_source(flight, record)
-        waited = isinstance(response.body, bytes)  # else it is not known yet
-        if waited and flight.stored and record.outcome is Outcome.MISS:
+        is_late = flight.born is None  # a heartbeat came before the head: it may still be queued
+        ended = isinstance(response.body, bytes)  # else it is not known yet if it is stored
+        if ended and flight.stored and record.outcome is Outcome.MISS:
             record.cache_status += b"; stored"
-        if record.queued is not None:
+        if record.queued is not None and not is_late:
             duration = b"queue;dur=%.1f" % (record.queued * 1000)
             record.headers += ((b"Server-Timing", duration),)
 
         def release() -> None:
             record.shared = record.outcome is Outcome.COLLAPSED and reader.has_all
             record.usage = flight.usage
+            if flight.ending is None and flight.notes is not None and reader.has_all:
+                record.usage = flight.notes.usage  # it leaves before the end of the body
+            if is_late and flight.permit is not None:
+                record.queued = _queued(flight.permit, record)
             reader.leave()
 
         response.release = release
@@ -460,8 +510,8 @@ class Proxy:
 
 NO_ROUTE = Record.route
 _MISS = b"OllProx; fwd=miss"
-# Headers that go no further: they are about this connection, or about who the client is;
-# and codings, in which OllProx could not read an answer.
+# Headers that are not forwarded: they concern this connection or identify the client, or they
+# would let Ollama compress the answer, which OllProx must read.
 _STOPPED = frozenset(
     b"host expect via origin referer cookie proxy-authorization accept-encoding forwarded"
     b" x-real-ip x-request-id".split()
@@ -471,8 +521,15 @@ _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE",
 _NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
 
 
+def _note_caller(record: Record, head: Head, key: Key | None) -> None:
+    if key is not None:
+        record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+    else:
+        record.caller = caller(head)
+
+
 def _check_model(key: Key, question: Question, admission: Admission) -> None:
-    """Refuse a model that the key may not use. Raises HTTPError 403."""
+    """Check that the key may use the model. Raises HTTPError 403."""
     route, model = admission.route, question.model
     if route.names_model:
         model = unquote(admission.target.rpartition(route.target or b"")[2].decode())
@@ -491,17 +548,10 @@ def _queued(permit: Permit, record: Record) -> float | None:
     return max(0.0, min(permit.ticket.waited(), time.monotonic() - record.started))
 
 
-async def _limited(
-    pieces: AsyncIterator[bytes], limit: int | None, change: ModelChange | None
-) -> AsyncIterator[bytes]:
-    """Pass a body on. Raises HTTPError 413 beyond the limit."""
-    size = 0
+async def _noted(pieces: AsyncIterator[bytes], change: ModelChange) -> AsyncIterator[bytes]:
+    """Pass a body on, and show it to `change`."""
     async for piece in pieces:
-        size += len(piece)
-        if limit is not None and size > limit:
-            raise _too_large(limit)
-        if change is not None:
-            change.note(piece)
+        change.note(piece)
         yield piece
 
 
@@ -510,8 +560,7 @@ def _too_large(limit: int) -> HTTPError:
 
 
 def _passed_on(head: Head, *, without: frozenset[bytes] = frozenset()) -> Headers:
-    """Return what upstream gets of a client's headers, where its answer is the client's alone."""
+    """Return the client's headers to forward, for an answer that only this client gets."""
     kept = end_to_end(head.headers, without=_STOPPED | without)
-    via = head.get(b"via")
-    ours = (b"Via", b"%b, 1.1 OllProx" % via if via else b"1.1 OllProx")
-    return (*(pair for pair in kept if not pair[0].startswith(b"x-forwarded-")), ours)
+    passed = (pair for pair in kept if not pair[0].startswith(b"x-forwarded-"))
+    return (*passed, *add_via(head.get(b"via")))

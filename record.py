@@ -9,26 +9,26 @@ class Outcome(enum.StrEnum):
     """How a request was answered. The values are the words of the log and the metrics."""
 
     HIT = "hit"
-    """It got a stored answer."""
+    """Answered with a stored answer."""
 
     MISS = "miss"
-    """No stored answer fitted, so it started an exchange with upstream."""
+    """No stored answer could be used, so the request began a flight."""
 
     COLLAPSED = "collapsed"
-    """It joined an exchange that was under way (RFC 9211 section 2.7)."""
+    """Joined a flight that was under way (RFC 9211 section 2.7)."""
 
     BYPASS = "bypass"
-    """Its answer cannot be cached, so it had an exchange of its own."""
+    """Not cacheable, so the request had a flight to itself."""
 
     REFUSED = "refused"
-    """OllProx answered with an error and did not ask upstream."""
+    """Answered with an error by OllProx, without asking upstream."""
 
     PAGE = "page"
-    """It was for one of OllProx's own pages, whether it got the page or an error."""
+    """A request for one of OllProx's own pages, successful or not."""
 
 
 class Usage(NamedTuple):
-    """What one answer took to generate."""
+    """The cost of generating one answer."""
 
     lines: int = 0  # or events; 0 if it came as a single object
     prompt_tokens: int = 0
@@ -40,35 +40,35 @@ NO_USAGE = Usage()
 
 
 class Record:
-    """What is known about one request; filled on its way and handed over once, at its end.
+    """What is known about one request. It is filled on the way, and counted and logged at the end.
 
     Times are seconds on the monotonic clock.
     """
 
-    # What the server knows.
-    request_id: bytes = b"-"  # the client's if it is well formed, else one that we made
+    # Set by the server.
+    request_id: bytes = b"-"  # the client's if it is well formed, else a new one
     status: int = 0  # 499 if the client left first
     bytes_sent: int = 0  # of the body
     first_byte: float | None = None
 
-    # What the proxy decided, from the head.
+    # Set by the proxy, from the head.
     caller: str = "-"  # the key's label, or the first digits of its digest
     label: str | None = None  # the key's label; None without a valid key
     wrong_key: bool = False  # the key was missing or not valid
     method: str = "-"
     path: str = "-"
     route: str = "other"  # the path, or its fixed beginning if clients choose the rest
-    generates: bool = False  # it asks a model for an answer
+    generates: bool = False  # the route makes a model generate an answer
     quiet: bool = False  # a probe or a poll, logged at DEBUG only
-    headers: tuple[tuple[bytes, bytes], ...] = ()  # added to the response, even to an error
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # of the response, even if it is an error
 
-    # What the proxy decided, from the body and what followed.
+    # Set by the proxy, from the body and the answer.
     model: str = "-"  # as the client wrote it
     outcome: Outcome = Outcome.REFUSED
     cache_status: bytes = b"OllProx"  # RFC 9211
-    usage: Usage = NO_USAGE  # of the answer, once it is whole
-    queued: float | None = None  # seconds it waited for a turn; None if it took no turn
-    shared: bool = False  # it joined an answer and received all of it
+    usage: Usage = NO_USAGE  # of the answer, once it has ended
+    queued: float | None = None  # seconds of waiting for a turn; None if it took none
+    shared: bool = False  # it joined a flight and received the complete answer
 
     def __init__(self, client: str) -> None:
         self.client = client  # the peer's address

@@ -1,30 +1,47 @@
 """The settings: one frozen dataclass, read from the environment and `.env`.
 
 Each field is the environment variable of the same name in upper case. The environment
-wins over `.env`, and an empty value means the default. A bad value raises a
-`SettingsError` whose one line names the variable and the fix.
+overrides `.env`, and an empty value means the default. A bad value raises a
+`SettingsError`; its message is one line with the variable and the fix.
 """
 
+import base64
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
-ROOT = Path(__file__).resolve().parent  # relative paths in settings start here
+
+def _place() -> tuple[Path, str]:
+    """Return the folder of `.env`, at which relative paths start, and the command to run OllProx.
+
+    The folder is that of the program, or of the zip application that it is in. Installed as a
+    package, where alone an `__init__.py` stands beside it, it is the working folder.
+    """
+    folder = Path(__file__).resolve().parent
+    if not folder.is_dir():
+        return folder.parent, f"python {folder.name}"
+    if (folder / "__init__.py").exists():
+        return Path.cwd(), "ollprox"
+    return folder, "python ollprox.py"
+
+
+ROOT, COMMAND = _place()
+KEY_FILE = "keys/keys.txt"  # the key file if API_KEY_FILE is not set, and the file is there
 
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
-_CLOSE = 0.88  # difflib's ratio: LOG_LEVLE is close to LOG_LEVEL, SSL_CERT_FILE is not to TLS_...
-_NOT_OURS = {"LOGLEVEL"}  # other programs' variables that are close to ours
+_CLOSE = 0.88  # of difflib: LOG_LEVLE is a misspelt LOG_LEVEL, SSL_CERT_FILE is not TLS_...
+_NOT_OURS = {"LOGLEVEL"}  # other programs' variables with similar names
 
 
 class SettingsError(Exception):
-    """A setting that cannot be used; its text is the one line to show the user."""
+    """A setting cannot be used; the message is the one line to show to the user."""
 
 
 def _seconds(text: str) -> float:
@@ -140,7 +157,7 @@ _WEB_PORTS = {"http": "80", "https": "443"}  # left out of an origin
 
 
 def _can_match(pattern: str) -> bool:
-    """Return whether any page's origin can match the pattern."""
+    """Return True if the origin of some page can match the pattern."""
     match = _PATTERN.fullmatch(pattern)
     if match is None:
         return _NO_SCHEME.fullmatch(pattern) is not None
@@ -154,8 +171,7 @@ class Origins:
     """The origins of CORS_ORIGINS, compiled for matching.
 
     Args:
-        patterns: origins, in each of which a `*` stands for any characters, as in
-            OLLAMA_ORIGINS.
+        patterns: origins, in which `*` stands for any characters, as in OLLAMA_ORIGINS.
 
     """
 
@@ -165,16 +181,18 @@ class Origins:
         self._split = [pattern.split(b"*") for pattern in encoded if b"*" in pattern]
 
     def allow(self, origin: bytes) -> bool:
-        """Return whether a page of this origin, the value of an `Origin` header, may call.
+        """Return True if pages of an origin may call. Takes linear time.
 
-        The time is linear in the origin's length.
+        Args:
+            origin: the value of an `Origin` header.
+
         """
         origin = origin.lower()
         return origin in self._exact or any(_fits(parts, origin) for parts in self._split)
 
 
 def _fits(parts: list[bytes], origin: bytes) -> bool:
-    """Return whether the parts between a pattern's stars follow one another in the origin."""
+    """Return True if the parts between a pattern's stars occur in the origin in order."""
     first, *middle, last = parts
     at, end = len(first), len(origin) - len(last)
     if at > end or not (origin.startswith(first) and origin.endswith(last)):
@@ -185,6 +203,28 @@ def _fits(parts: list[bytes], origin: bytes) -> bool:
             return False
         at = found + len(part)
     return True
+
+
+def _aliases(text: str) -> tuple[tuple[str, str], ...]:
+    """Parse `ALIAS=MODEL` items; the names stay as they are written."""
+    pairs = []
+    for item in _labels(text):
+        alias, _, model = (part.strip() for part in item.partition("="))
+        if not (_MODEL_NAME.fullmatch(alias) and _MODEL_NAME.fullmatch(model)):
+            raise ValueError(
+                "must be names and models, such as gpt-4o=llama3.3,small=qwen3:4b", item
+            )
+        pairs.append((alias, model))
+    aliases = [normalize_model(alias) for alias, _ in pairs]
+    for index, (alias, model) in enumerate(pairs):
+        if normalize_model(model) in aliases:
+            raise ValueError("must not point an alias to an alias", f"{alias}={model}")
+        if aliases[index] in aliases[:index]:
+            raise ValueError("must name each alias once", f"{alias}={model}")
+    return tuple(pairs)
+
+
+_MODEL_NAME = re.compile(r"[a-zA-Z0-9][\w.:@/-]{0,255}", re.ASCII)
 
 
 def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
@@ -247,7 +287,7 @@ def _cache_url(text: str) -> str:
 def _cache_secret(text: str) -> str:
     if len(text.encode("utf-8", "surrogateescape")) < 16:
         raise ValueError(
-            "must have 16 bytes or more; `python keystore.py salt` makes one, for all processes"
+            f"must have 16 bytes or more; `{COMMAND} keys salt` makes one, for all processes"
         )
     return text
 
@@ -263,6 +303,10 @@ class Settings:
     ollama_host: str = _setting("127.0.0.1", str)
     ollama_port: int = _setting(11434, _port)
     ollama_tls: bool = field(default=False)  # OLLAMA_HOST was an https URL
+    hosts: tuple["Host", ...] = field(
+        default=(), compare=False
+    )  # all of OLLAMA_HOST; `ollama_host` is the first
+    upstream_api_key: str = _setting("", str, secret=True)
     listen_host: str = _setting("0.0.0.0", _host)
     listen_port: int = _setting(8000, _listen_port)
     api_key_file: str = _setting("", str)
@@ -286,6 +330,9 @@ class Settings:
     cache_timeout: float = _setting(0.05, _seconds)
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting((), _networks)
     model_refresh: float = _setting(30.0, _seconds_or_off)
+    model_aliases: tuple[tuple[str, str], ...] = _setting((), _aliases)  # alias, model
+    usage_file: str = _setting("", str)
+    usage_days: int = _setting(400, _count)
     max_body_bytes: int = _setting(32 << 20, _positive_size)
     max_object_bytes: int = _setting(32 << 20, _positive_size)
     max_head_bytes: int = _setting(16 << 10, _positive_size)
@@ -301,19 +348,20 @@ class Settings:
     idle_timeout: float = _setting(300.0, _seconds)
     write_timeout: float = _setting(60.0, _seconds)
     drain_timeout: float = _setting(30.0, _seconds)
+    heartbeat: float = _setting(0.0, _seconds_or_off)
     log_level: str = _setting("INFO", _level)
     log_format: str = _setting("text", _log_format)
     warnings: tuple[str, ...] = field(default=())  # lines to log at the start
 
     @property
     def key_path(self) -> Path:
-        """Path of the key file."""
-        return program_path(self.api_key_file)
+        """Path of the key file; where none is set, the one that is read if it is there."""
+        return program_path(self.api_key_file or KEY_FILE)
 
     @property
-    def upstream_url(self) -> str:
-        """URL of upstream."""
-        return f"{'https' if self.ollama_tls else 'http'}://{self.upstream_address}"
+    def usage_path(self) -> Path:
+        """Path of the usage file."""
+        return program_path(self.usage_file)
 
     @property
     def listen_scheme(self) -> str:
@@ -356,8 +404,14 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
             wanted, bad = (*error.args, text.strip())[:2]  # a list's error also has the bad item
             shown = f", not {bad[:60]!r}" if item.repr else " (not shown)"
             raise SettingsError(f"{name} {wanted}{shown}") from None
-    if "ollama_host" in chosen:
-        chosen |= _upstream(chosen["ollama_host"], chosen.get("ollama_port"))
+    hosts = parse_hosts(
+        chosen.get("ollama_host", Settings().ollama_host),
+        chosen.get("ollama_port"),
+        chosen.get("upstream_api_key", ""),
+    )
+    first = hosts[0]
+    chosen |= {"hosts": hosts, "ollama_host": first.host, "ollama_port": first.port}
+    chosen["ollama_tls"] = first.tls
     budget = chosen.get("cache_max_bytes", Settings().cache_max_bytes)
     entry = chosen.get("cache_max_entry_bytes", Settings().cache_max_entry_bytes)
     chosen |= {"cache_max_entry_bytes": min(entry, budget), "warnings": _misspelt(values)}
@@ -367,16 +421,16 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     if settings.cache_url and not settings.cache_secret:
         raise SettingsError(
             "CACHE_URL needs CACHE_SECRET, the same in all processes:"
-            " `python keystore.py salt` makes one"
+            f" `{COMMAND} keys salt` makes one"
         )
     return settings
 
 
 def _misspelt(names: Iterable[str]) -> tuple[str, ...]:
-    """Return a warning for each name that is almost one of ours.
+    """Return a warning for each name that looks like a misspelt setting.
 
     The environment is full of other programs' variables, so only a close match counts, and
-    Ollama's own variables never do.
+    Ollama's variables never do.
     """
     ours = [item.name.upper() for item in fields(Settings) if item.metadata]
     others = sorted(set(names).difference(ours, _NOT_OURS))
@@ -417,33 +471,6 @@ def _read_env_file(path: Path) -> dict[str, str]:
     return found
 
 
-def _upstream(text: str, port: int | None) -> dict[str, Any]:
-    """Parse OLLAMA_HOST, which may be written as for Ollama itself."""
-    wrong = SettingsError(
-        "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as"
-        f" http://127.0.0.1:11434 with no path, not {text[:60]!r}"
-    )
-    if text.count(":") > 1 and "[" not in text and "//" not in text:
-        text = f"[{text}]"  # a bare IPv6 address
-    try:
-        url = urlsplit(text if "//" in text else f"http://{text}")
-        host, explicit = url.hostname or "", url.port
-    except ValueError:
-        raise wrong from None
-    if url.scheme not in {"http", "https"} or url.username is not None or explicit == 0:
-        raise wrong
-    if url.path not in {"", "/"} or url.query or url.fragment or not host.isascii():
-        raise wrong
-    if not re.fullmatch(r"[\w.:%-]*", host, re.ASCII) or max(map(len, host.split("."))) > 63:
-        raise wrong
-    if ".." in host or host.startswith("."):
-        raise wrong
-    host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    tls = url.scheme == "https"
-    default = 443 if tls else Settings().ollama_port
-    return {"ollama_host": host, "ollama_port": explicit or port or default, "ollama_tls": tls}
-
-
 def program_path(text: str) -> Path:
     """Return a path from the settings; a relative one starts at the program's folder."""
     return ROOT / Path(text).expanduser()
@@ -454,17 +481,17 @@ def address(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-REGISTRY = "registry.ollama.ai"  # the host of a model's name that has none
+REGISTRY = "registry.ollama.ai"  # the default host of a model's name
 
 
 def normalize_model(name: str) -> str:
-    """Write a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
+    """Return a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
 
     These are the rules of Ollama 0.33, from its `internal/modelref` and `types/model`: white
     space around the name is dropped, ASCII letters are in lower case, a scheme before a host is
     dropped, and so is `:local`. `:cloud` behind a tag is written `-cloud`. The default host
     registry.ollama.ai, then the default namespace `library`, are left out; the default tag is
-    `latest`. A name that Ollama would refuse stays one that it refuses. Linear in the name.
+    `latest`. A name that Ollama refuses is still refused afterwards. Takes linear time.
     """
     name = name.strip()
     if not name:
@@ -482,9 +509,9 @@ def normalize_model(name: str) -> str:
 
 
 def _without_source(name: str) -> str:
-    """Drop the source `:local`, and write the source `:cloud` in one way.
+    """Drop the source `:local`, and normalize the source `:cloud`.
 
-    A name with two sources is an error to Ollama, and stays as it is.
+    A name with two sources is an error in Ollama, and is returned unchanged.
     """
     base, source = _split_source(name)
     if not source or _split_source(base)[1]:
@@ -502,3 +529,153 @@ def _split_source(name: str) -> tuple[str, str]:
     if colon and tag.endswith("-cloud") and "/" not in tag:
         return f"{base}:{tag.removesuffix('-cloud')}", "cloud"
     return name, ""
+
+
+# Several Ollama servers: OLLAMA_HOST is a list, and each may need credentials.
+
+
+@dataclass(frozen=True, slots=True)
+class Host:
+    """One Ollama server of OLLAMA_HOST.
+
+    `name` identifies it to people: the host, or `HOST:PORT` if two servers share a host.
+    `authorization` is the value of the `Authorization` header for this server alone, empty for
+    none; it is never shown.
+    """
+
+    host: str
+    port: int
+    tls: bool = False
+    weight: float = 1.0
+    name: str = ""
+    authorization: str = field(default="", repr=False)
+
+    @property
+    def address(self) -> str:
+        """Host and port, as in a URL or a `Host` header."""
+        return address(self.host, self.port)
+
+    @property
+    def url(self) -> str:
+        """The URL, without credentials."""
+        return f"{'https' if self.tls else 'http'}://{self.address}"
+
+
+_WEIGHT = re.compile(r"(.*[^*])\*([0-9]+(?:\.[0-9]+)?)", re.DOTALL)
+_HOST_NAME = re.compile(r"[\w.:%-]*", re.ASCII)
+_TOKEN = re.compile(r"[!-~]+")
+_ANY_ADDRESS = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
+def parse_hosts(text: str, default_port: int | None, api_key: str = "") -> tuple[Host, ...]:
+    """Parse OLLAMA_HOST: servers separated by commas, each optionally followed by `*WEIGHT`.
+
+    A server is a host, `HOST:PORT` or a URL, as for Ollama itself. A URL may have credentials,
+    percent-encoded, as in `https://user:password@host`.
+
+    Args:
+        text: the variable's value.
+        default_port: OLLAMA_PORT, for servers without a port; None if it is not set.
+        api_key: UPSTREAM_API_KEY; see `_give_keys`.
+
+    Raises:
+        SettingsError: a variable has a bad value. The text shows no credentials.
+
+    """
+    # A comma that is not percent-encoded in a password cuts it, so the whole list is looked at.
+    secret = "@" in text
+    hosts = [_parse_host(part.strip(), default_port, secret) for part in text.split(",")]
+    seen = set()
+    for host in hosts:
+        if host.address in seen:
+            raise SettingsError(f"OLLAMA_HOST has {host.address} twice: list each server once")
+        seen.add(host.address)
+    names = [host.host for host in hosts]
+    named = [
+        replace(host, name=host.host if names.count(host.host) == 1 else host.address)
+        for host in hosts
+    ]
+    return tuple(_give_keys(named, api_key) if api_key else named)
+
+
+def _parse_host(text: str, default_port: int | None, secret: bool) -> Host:
+    """Parse one entry of OLLAMA_HOST, which errors do not show if it may hold a secret."""
+    shown = "one with credentials" if secret else repr(text[:60])
+    wrong = SettingsError(
+        "OLLAMA_HOST must be a host name, HOST:PORT, or a URL such as http://127.0.0.1:11434"
+        f" with no path, or a list of them separated by commas, not {shown}"
+    )
+    weight = 1.0
+    if (match := _WEIGHT.fullmatch(text)) is not None:
+        text, weight = match[1], float(match[2])
+        if not 0 < weight < math.inf:
+            raise SettingsError("OLLAMA_HOST has a server with weight 0: weights are above 0")
+    if text.count(":") > 1 and "[" not in text and "//" not in text:
+        text = f"[{text}]"  # a bare IPv6 address
+    try:
+        url = urlsplit(text if "//" in text else f"http://{text}")
+        name, port = url.hostname or "", url.port
+    except ValueError:
+        raise wrong from None
+    if url.scheme not in {"http", "https"} or url.path not in {"", "/"} or port == 0:
+        raise wrong
+    if url.query or url.fragment or not _is_host(name) or (not text and not name):
+        raise wrong
+    tls = url.scheme == "https"
+    port = port or default_port or (443 if tls else Settings().ollama_port)
+    host = _ANY_ADDRESS.get(name, name)
+    return Host(host, port, tls, weight, host, _basic(url.username, url.password))
+
+
+def _is_host(name: str) -> bool:
+    """Return True if a name can be a host name."""
+    if not _HOST_NAME.fullmatch(name) or ".." in name or name.startswith("."):
+        return False
+    return max(map(len, name.split("."))) <= 63
+
+
+def _basic(user: str | None, password: str | None) -> str:
+    """Return `Authorization` for a URL's user and password (RFC 7617); empty for none."""
+    if user is None and password is None:
+        return ""
+    pair = unquote_to_bytes(user or "") + b":" + unquote_to_bytes(password or "")
+    return f"Basic {base64.b64encode(pair).decode()}"
+
+
+def _give_keys(hosts: list[Host], text: str) -> list[Host]:
+    """Return the servers with the keys of UPSTREAM_API_KEY, as bearer tokens.
+
+    It is one key, for all https servers without credentials, or a list of `NAME=KEY` separated
+    by commas. It is a list only if it begins with a server's name and `=`.
+    """
+    names = {host.name for host in hosts}
+    parts = [part.strip() for part in text.split(",")]
+    keys = {host.name: text for host in hosts if host.tls and not host.authorization}
+    if parts[0].rpartition("=")[1] and parts[0].partition("=")[0] in names:
+        keys = dict(_named_key(part, names) for part in parts)
+    elif not keys:
+        raise SettingsError(
+            "UPSTREAM_API_KEY is sent only to https servers, and OLLAMA_HOST has none without"
+            " credentials: write NAME=KEY to send it to the server of that name"
+        )
+    if not all(_TOKEN.fullmatch(key) for key in keys.values()):
+        raise SettingsError("UPSTREAM_API_KEY has a key that is empty or has white space in it")
+    if any(host.authorization for host in hosts if host.name in keys):
+        raise SettingsError(
+            "UPSTREAM_API_KEY names a server that has credentials in OLLAMA_HOST: keep one of them"
+        )
+    return [
+        replace(host, authorization=f"Bearer {keys[host.name]}") if host.name in keys else host
+        for host in hosts
+    ]
+
+
+def _named_key(part: str, names: set[str]) -> tuple[str, str]:
+    """Parse `NAME=KEY`."""
+    name, _, key = part.partition("=")
+    if name not in names:
+        raise SettingsError(
+            "UPSTREAM_API_KEY must be one key, or NAME=KEY for servers of OLLAMA_HOST, whose names"
+            f" are {', '.join(sorted(names))}"
+        )
+    return name, key

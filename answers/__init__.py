@@ -1,1 +1,1 @@
-"""What is asked of a model, and how its answers are shared and kept."""
+"""Questions and answers: routes, cache keys, flights, the queue, and stored answers."""

@@ -1,13 +1,14 @@
 """Share one exchange with upstream among identical requests.
 
-A flight is a tape: one task, the recorder, records what upstream says, and each reader replays
-it at its own pace. A flight knows neither HTTP's framing nor Ollama's API: what an answer means
-is noted by a `Notes`.
+A flight is a tape: one task, the recorder, records what upstream sends, and each reader replays
+it at its own pace. A flight knows neither HTTP's framing nor Ollama's API: its `Notes` know what
+an answer means. A flight that is grounded continues for its readers, but nobody else can join it
+and its answer is not stored.
 
 The tape is a window. The recorder runs ahead of its readers until the window is full. It then
 waits for the readers of pieces, but not for those that only want the fold. While it waits, a
 reader that takes nothing for `Timeouts.write` seconds is dropped, so that it cannot hold up the
-others. A reader that holds up nobody but itself is left to the server's own write timeout.
+others. The server's own write timeout covers a reader that holds up only itself.
 """
 
 import asyncio
@@ -28,12 +29,12 @@ from wire.http11 import Ask, Exchange, Headers, HTTPError, Response, Truncated
 
 log = logging.getLogger("ollprox.flight")
 
-MAX_LINE = 32 << 20  # bytes of a line that is waited for; a longer one is passed on in parts
-SLICE = 256 << 10  # bytes that a reader takes off the tape at once
-PIECE_OVERHEAD = 64  # bytes charged for a piece beside its own: object and list slot
+MAX_LINE = 32 << 20  # bytes of a line; a longer one is relayed in parts
+SLICE = 256 << 10  # bytes that a reader takes from the tape at once
+PIECE_OVERHEAD = 64  # bytes charged for a piece beyond its length: object and list slot
 
 MakeNotes = Callable[[Response], Notes]
-"""Makes the notes on an answer, by the response's head."""
+"""Makes the notes for an answer, depending on the response's head."""
 
 _numbers = itertools.count(1)
 
@@ -41,9 +42,9 @@ _numbers = itertools.count(1)
 class Ending(enum.Enum):
     """How a flight has ended."""
 
-    COMPLETE = "upstream has said all"
-    INCOMPLETE = "upstream ended in order but without its last line: the repeat guard"
-    FAILED = "upstream was not reached, broke off, was too slow, or reported an error"
+    COMPLETE = "upstream sent the complete answer"
+    INCOMPLETE = "an orderly end without the last line: Ollama's repeat guard"
+    FAILED = "upstream was unreachable or too slow, broke off, or reported an error"
     ABANDONED = "the last reader left"
 
 
@@ -55,11 +56,11 @@ class Source(enum.Enum):
 
 
 class Wants(enum.Enum):
-    """What a reader wants of the tape."""
+    """What a reader wants from the tape."""
 
-    PIECES = "each piece in its turn; the recorder does not run further than a window ahead"
-    FOLD = "the answer as a single object, at its end; holds nobody up"
-    NOTHING = "it was dropped: too slow for the others"
+    PIECES = "each piece in turn; the recorder stays at most a window ahead"
+    FOLD = "the answer as a single object, at its end; this reader never delays others"
+    NOTHING = "the reader was dropped, because it was too slow for the others"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,27 +68,28 @@ class Timeouts:
     """How long flights wait, in seconds.
 
     Attributes:
-        write: for a reader that holds up others (WRITE_TIMEOUT).
+        write: for a reader that delays others (WRITE_TIMEOUT).
         idle: for the next piece (IDLE_TIMEOUT).
-        whole: for a fold, from its request on (FIRST_BYTE_TIMEOUT); longer if pieces still come.
+        object: for a fold, or a body without lines, from its request on (FIRST_BYTE_TIMEOUT);
+            longer while pieces arrive.
 
     """
 
     write: float = math.inf
     idle: float = math.inf
-    whole: float = math.inf
+    object: float = math.inf
 
 
 class Flight:
-    """One exchange with upstream, and the tape that it is recorded on.
+    """One exchange with upstream, and its tape.
 
     Args:
-        flights: where it is registered.
-        key: identifies its answer; None for a flight that cannot be joined.
-        ask: what is asked.
-        notes: makes the notes on the answer.
-        store: stores a complete answer and returns whether it did; None to store nothing.
-        permit: lets a model generate it; None if it is not a model's answer.
+        flights: the registry of flights.
+        key: identifies the answer; None for a flight that cannot be joined.
+        ask: the request to upstream.
+        notes: makes the notes for the answer.
+        store: stores a complete answer; returns True if it did. None to store nothing.
+        permit: the permit of a generation; None if no model generates the answer.
 
     """
 
@@ -110,27 +112,27 @@ class Flight:
         self.status = 0
         self.headers: Headers = ()
         self.length: int | None = None
-        self.notes: Notes | None = None  # from the response's head on
+        self.notes: Notes | None = None  # set when the response's head arrives
         self.born: float | None = None  # when that head first came, in seconds since 1970
         self.cache_status = b""  # what the shared cache says of it
-        # Seconds that the answer may be old when it comes; new ones are not.
+        # Seconds that the answer may be old when it arrives; a new one is not old.
         self.may_be_old = ask.lookup.max_age if ask.lookup is not None else 0.0
-        self.usage = NO_USAGE  # what it took, at its end
+        self.usage = NO_USAGE  # set at its end
         self.ending: Ending | None = None
         self.error: HTTPError | None = None
         self.start = 0  # index of the first piece on the tape
         self.readers: set[Reader] = set()
-        self.served = 0  # readers that left with all of it before its end
+        self.served = 0  # readers that left before its end with the complete answer
         self._flights = flights
         self._make_notes = notes
         self._store = store
         self._pieces: list[bytes] = []
-        self._joined: tuple[int, bytes] | None = None  # so many pieces, as one
+        self._joined: tuple[int, bytes] | None = None  # a number of pieces, and those joined
         self._size = 0  # bytes on the tape
-        self._held = 0  # bytes of the budget that the notes have
-        self._room: asyncio.Future[None] | None = None  # the recorder waits for its readers
-        self._heard = 0, 0.0  # the tape's end at the last look, and when it was first seen there
-        # The exchange has the flight by this, so the flight must not have the ask: a cycle.
+        self._held = 0  # bytes of the budget held by the notes
+        self._room: asyncio.Future[None] | None = None  # set while the recorder waits
+        self._heard = 0, 0.0  # the tape's end at the last check, and when it was first seen there
+        # This refers to the flight, so the flight must not refer to the ask: a cycle.
         ask = replace(ask, whole_wanted=self.is_whole_wanted)
         self._task: asyncio.Task[None] | None = asyncio.get_running_loop().create_task(
             self._record(ask)
@@ -152,17 +154,17 @@ class Flight:
         return self._room is not None
 
     def join(self, wants: Wants = Wants.PIECES) -> "Reader":
-        """Read from the tape's start; the reader must `leave` in the end."""
+        """Return a reader at the tape's start; the caller must `leave` in the end."""
         reader = Reader(self, wants)
         if self.notes is not None:
             reader.choose(self.notes)
         self.readers.add(reader)
         if self.is_full:
-            self.wake_recorder()  # a reader that holds it up holds up another one now
+            self.wake_recorder()  # a blocking reader now delays another one too
         return reader
 
     def leave(self, reader: "Reader") -> None:
-        """Let a reader go; the exchange goes with the last one."""
+        """Remove a reader; abort the exchange if it was the last one."""
         self.readers.discard(reader)
         self.served += self.ending is None and reader.has_all
         if not self.readers:
@@ -179,13 +181,13 @@ class Flight:
         return self._pieces[first:last]
 
     def whole(self) -> bytes:
-        """Return the tape as one piece, the same for all who ask for it."""
+        """Return the tape as one piece, which all callers share."""
         if self._joined is None or self._joined[0] != len(self._pieces):
             self._joined = len(self._pieces), b"".join(self._pieces)
         return self._joined[1]
 
     def wake_recorder(self) -> None:
-        """Let the recorder look again for room."""
+        """Make the recorder check for room again."""
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
@@ -194,17 +196,16 @@ class Flight:
         self._store = None
 
     def is_whole_wanted(self) -> bool:
-        """Return whether a reader waits for the fold; then `check_silence` judges silences."""
-        return any(reader.wants is Wants.FOLD for reader in self.readers)
+        """Return True if a reader waits for the whole; then `check_silence` has the timeouts."""
+        return any(reader.wants_whole for reader in self.readers)
 
     def check_silence(self, now: float) -> None:
-        """End the waits that last too long. To be called about once a second.
+        """End waits for upstream that take too long. Call it about once a second.
 
-        Each reader has its own limit: none is cut for another's. What ends all waits ends the
-        flight.
+        Each reader has its own limit. If all readers have waited too long, the flight fails.
         """
         end, since = self._heard
-        if end != self.end or self.is_full or not since:  # its readers' silence is not upstream's
+        if end != self.end or self.is_full or not since:  # not upstream's silence
             self._heard = self.end, now
             return
         timeouts = self._flights.timeouts
@@ -222,13 +223,13 @@ class Flight:
             reader.fail(error)
 
     def _abandon(self) -> None:
-        """End the exchange, since nobody reads. An answer that is finished is stored."""
+        """End the exchange because nobody reads. An answer that is finished is stored."""
         if self.ending is None:
             finished = self.notes is not None and self.notes.finished
             self._finish(Ending.COMPLETE if finished else Ending.ABANDONED)
         if self._task is not None:
             self._task.cancel()
-            self._task = None  # its last exception holds frames, which hold the flight: a cycle
+            self._task = None  # its exception refers to frames, and they to the flight: a cycle
         self._flights.budget.release(self._size + self._held)
         self._size = self._held = 0
         self._pieces, self._joined = [], None
@@ -240,8 +241,8 @@ class Flight:
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
                 self.born, self.cache_status = self._flights.clock(), response.cache_status
-                if response.born is not None:
-                    self._was_kept(response.born)
+                if response.born is not None or not response.storable:
+                    self._note_origin(response)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -256,15 +257,18 @@ class Flight:
         except HTTPError as error:
             self._fail(error)
         except Exception:
-            log.exception("a flight failed because of a fault in OllProx")
-            self._fail(HTTPError(500, "OllProx failed; its log says more"))
+            log.exception("a flight failed because of a bug in OllProx")
+            self._fail(HTTPError(500, "OllProx failed; its log has the details"))
 
-    def _was_kept(self, born: float) -> None:
-        """Note that the answer was generated before, so that it needs no permit."""
-        self.source, self.born = Source.SHARED_CACHE, born
-        if self.permit is not None:
-            self.permit.give_back()
-            self.permit = None
+    def _note_origin(self, response: Response) -> None:
+        """Note that the answer is meant for one client, or was generated before."""
+        if not response.storable:
+            self._flights.ground_one(self)
+        if response.born is not None:
+            self.source, self.born = Source.SHARED_CACHE, response.born
+            if self.permit is not None:  # nothing is generated
+                self.permit.give_back()
+                self.permit = None
 
     def _fail(self, error: HTTPError) -> None:
         notes = self.notes
@@ -272,14 +276,14 @@ class Flight:
             self._finish(Ending.COMPLETE)  # only the body's end was missing
         elif self.ending is None:
             if notes is not None and notes.error is not None:
-                error = notes.error  # whatever happened after it
+                error = notes.error  # it explains what happened later
             self.error = error
-            if error.kind not in {"", REPORTED}:  # the access lines do not say what upstream did
+            if error.kind not in {"", REPORTED}:  # access lines do not show these
                 log.warning("an answer failed: %s", error.message)
             self._finish(Ending.FAILED)
 
     def _finish(self, ending: Ending) -> None:
-        """Set the ending: store first, announce last."""
+        """Set the ending: store the answer first, announce the end last."""
         if self.ending is not None:
             return
         if self.notes is not None:
@@ -295,11 +299,11 @@ class Flight:
 
     def _store_answer(self, store: Callable[["Flight"], bool]) -> None:
         budget, size = self._flights.budget, self._size + self._held
-        budget.release(size)  # what is stored is what is on the tape
+        budget.release(size)  # the stored answer shares the bytes of the tape
         try:
             self.stored = store(self)
         except Exception:
-            log.exception("an answer could not be stored because of a fault in OllProx")
+            log.exception("an answer could not be stored because of a bug in OllProx")
         if self.stored:
             self._flights.ground_older(self)
         budget.reserve(size, must=True)
@@ -308,20 +312,20 @@ class Flight:
         size = len(piece) + PIECE_OVERHEAD
         if not self._make_room(size):
             await self._wait_for_room(size)
-        # On the tape and noted at once: whoever joins or leaves must find both or neither.
+        # No `await` until it is noted: a reader that joins or leaves must find both or neither.
         self._pieces.append(piece)
         self._size += size
         notes.feed(piece)
         if self.start and notes.foldable and not notes.too_large and not self.is_whole_wanted():
-            notes.drop_fold()  # nobody can join any more, and nothing will be stored
+            notes.drop_fold()  # nobody can join any more, and the answer will not be stored
         self._flights.budget.reserve(notes.held - self._held, must=True)
         self._held = notes.held
         self._wake_readers(everyone=notes.too_large)
 
     async def _wait_for_room(self, size: int) -> None:
-        """Wait until readers have made room for a piece; drop those that hold up the others."""
+        """Wait until there is room for a piece; drop readers that delay the others too long."""
         loop = asyncio.get_running_loop()
-        stuck: set[Reader] = set()  # have taken nothing since the deadline was set
+        stuck: set[Reader] = set()  # they have taken nothing since the deadline was set
         deadline = 0.0
         try:
             while not self._make_room(size):
@@ -343,7 +347,7 @@ class Flight:
             self._room = None
 
     def _blocks(self, reader: "Reader") -> bool:
-        """Return whether a reader has not taken the first piece on the tape."""
+        """Return True if a reader still needs the first piece on the tape."""
         return reader.position <= self.start
 
     def _piece_readers(self) -> Iterator["Reader"]:
@@ -363,10 +367,10 @@ class Flight:
         return True
 
     def _overflows(self, size: int) -> bool:
-        """Return whether a piece is too much for the window beside the fold.
+        """Return True if a piece does not fit into the window.
 
-        The fold counts only if it would be stored too. While a reader waits for it, it has a
-        limit of its own, and must not take the window from the readers of pieces.
+        The fold counts towards the window, except while a reader waits for it: then the fold has
+        its own limit, and must not take room from the readers of pieces.
         """
         folding = self.notes is not None and self.notes.foldable
         beside = folding and not self.is_whole_wanted()
@@ -385,14 +389,14 @@ class Flight:
 
 
 class _Cutter:
-    """Cut a body into pieces that end at the end of a line; all of a read go together."""
+    """Cuts a body into pieces that end with a line; lines of one read stay together."""
 
     def __init__(self, notes: Notes) -> None:
         self._notes = notes
         self._rest = bytearray()
 
     def cut(self, data: bytes) -> bytes:
-        """Return the whole lines that `data` completes; empty if there is none."""
+        """Return the complete lines so far; empty if there are none."""
         rest, delimiter = self._rest, self._notes.delimiter
         if not delimiter or (not rest and data.endswith(delimiter)):
             return data
@@ -407,10 +411,10 @@ class _Cutter:
         return piece
 
     def rest(self) -> bytes:
-        """Return what the body ended with after its last delimiter.
+        """Return the bytes after the last delimiter, at the body's end.
 
         Raises:
-            HTTPError: it is half a line.
+            HTTPError: they are half a line.
 
         """
         rest = bytes(self._rest)
@@ -424,9 +428,9 @@ class Reader:
     """One client's place on a flight's tape.
 
     Attributes:
-        wants: pieces or the fold. Settled when the response's head has come: what cannot be
-            folded is read in pieces.
-        position: index of the next piece that it takes.
+        wants: pieces or the fold. Final once the response's head has arrived: an answer that
+            cannot be folded is read in pieces.
+        position: index of the next piece to take.
         joined: when it joined, on the monotonic clock.
 
     """
@@ -436,11 +440,12 @@ class Reader:
         self.wants = wants
         self.position = 0
         self.joined = time.monotonic()
+        self._awaits_end = False  # see `whole`
         self._error: HTTPError | None = None  # this reader's alone
         self._news: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
-        """Let the reader look again."""
+        """Make the reader check for news."""
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -454,7 +459,7 @@ class Reader:
             self.wants = Wants.PIECES
 
     def drop(self) -> None:
-        """Give up its place on the tape: it is too slow for the others."""
+        """Drop the reader, because it is too slow for the others."""
         self.wants = Wants.NOTHING
         self.wake()
 
@@ -464,13 +469,18 @@ class Reader:
         self.wake()
 
     def patience(self, silent_since: float, timeouts: Timeouts) -> float:
-        """Return until when it waits for upstream, which has been silent for some time."""
+        """Return how long it waits for upstream: a time on the monotonic clock."""
         until = max(silent_since, self.joined) + timeouts.idle
-        return max(until, self.joined + timeouts.whole) if self.wants is Wants.FOLD else until
+        return max(until, self.joined + timeouts.object) if self.wants_whole else until
+
+    @property
+    def wants_whole(self) -> bool:
+        """True while the reader can use nothing but the whole answer."""
+        return self.wants is Wants.FOLD or self._awaits_end
 
     @property
     def has_all(self) -> bool:
-        """True if all of a good answer was read: then its end need not be waited for."""
+        """True if it has read a complete answer, even if the flight has not ended yet."""
         flight, notes = self.flight, self.flight.notes
         if notes is None or flight.status != 200 or self._error is not None:
             return False
@@ -478,14 +488,23 @@ class Reader:
             return self.wants is not Wants.NOTHING
         return self.wants is Wants.PIECES and flight.end <= self.position and notes.finished
 
-    async def head(self) -> None:
-        """Wait for the response's head. Raises HTTPError if none comes."""
+    async def head(self, silence: float = 0.0) -> bool:
+        """Wait for the response's head; return False if `silence` seconds pass first (0: never).
+
+        Raises:
+            HTTPError: none comes.
+
+        """
         while self.flight.born is None:
             self._raise_failure()
-            await self._wait()
+            if not await self._wait(silence):
+                return False
+        return True
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Read to the end; each step gives what has come since, up to a slice.
+    async def pieces(self, silence: float = 0.0) -> AsyncIterator[bytes]:
+        """Yield the tape to its end, up to a slice at a time.
+
+        With `silence`, it also yields b"" after each period of this many seconds without news.
 
         Raises:
             HTTPError: upstream broke off, or was silent for too long.
@@ -504,20 +523,22 @@ class Reader:
             elif flight.ending is not None or self._error is not None:
                 self._raise_failure()
                 return
-            else:
-                await self._wait()
+            elif not await self._wait(silence):
+                yield b""
 
     async def whole(self) -> bytes | None:
-        """Wait for the end and return the whole tape, shared; None if it is too large for that.
+        """Wait for the end and return the complete tape; None if it does not fit the window.
 
         Raises:
             HTTPError: upstream broke off.
 
         """
         flight = self.flight
+        self._awaits_end = True
         while flight.ending is None and not flight.is_full and flight.start == 0:
             self._raise_failure()
             await self._wait()
+        self._awaits_end = False
         if flight.ending is None or flight.start > 0:
             return None
         self._raise_failure()
@@ -540,30 +561,37 @@ class Reader:
 
     def _raise_failure(self) -> None:
         if (error := self._error or self.flight.error) is not None:
-            # A fresh one: one instance raised by many readers would grow its traceback.
+            # A copy: raising one instance for many readers would grow its traceback.
             raise HTTPError(
                 error.status, error.message, error.headers, error.body, error.kind
             ) from error
 
-    async def _wait(self) -> None:
+    async def _wait(self, seconds: float = 0.0) -> bool:
+        """Wait for news; return False if none comes within `seconds` (0: no limit)."""
         self._news = asyncio.get_running_loop().create_future()
-        await self._news
+        if not seconds:
+            await self._news
+            return True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._news
+        return not self._news.cancelled()
 
 
 class Flights:
     """The flights under way, and what they all share.
 
     Args:
-        window: bytes of each tape that are kept.
-        budget: what all tapes share with the cache.
-        exchange: carries out what is asked.
-        timeouts: how long they wait.
-        clock: seconds since 1970; tells when an answer was born.
+        window: the size of each tape, in bytes.
+        budget: the bytes that all tapes share with the cache.
+        exchange: carries out requests to upstream.
+        timeouts: how long flights wait.
+        clock: returns the time in seconds since 1970.
 
     """
 
     ended: Callable[[Flight], None]
-    """Is handed each flight at its end."""
+    """Called with each flight at its end."""
 
     def __init__(
         self,
@@ -585,8 +613,8 @@ class Flights:
         """Return the youngest flight for a key, if it can be joined.
 
         Args:
-            key: what identifies the answer.
-            max_age: seconds that its response's head may be old.
+            key: identifies the answer.
+            max_age: maximum age of the response's head, in seconds.
 
         """
         flights = self._by_key.get(key)
@@ -610,7 +638,7 @@ class Flights:
         return flight
 
     def remove(self, flight: Flight) -> None:
-        """Forget a flight, by identity: younger ones may have its key."""
+        """Remove a flight, by identity: a younger one may have its key."""
         flights = self._by_key.get(flight.key, [])
         if flight in flights:
             flights.remove(flight)
@@ -618,26 +646,26 @@ class Flights:
             self._by_key.pop(flight.key, None)
 
     def ground_older(self, stored: Flight) -> None:
-        """Let no flight store over the answer of one that began later."""
+        """Ground the flights that began earlier, so that they do not replace this answer."""
         for flight in list(self._by_key.get(stored.key, [])):
             if flight is stored:
                 break
-            self._ground(flight)
+            self.ground_one(flight)
 
     def ground(self, changed: Callable[[str], bool]) -> None:
-        """Ground all flights whose model has changed."""
+        """Ground all flights whose model, by its normalized name, has changed."""
         for flight in [flight for flight in self if changed(flight.model)]:
-            self._ground(flight)
+            self.ground_one(flight)
 
-    def _ground(self, flight: Flight) -> None:
-        """Let nobody join a flight any more, and store nothing of it."""
+    def ground_one(self, flight: Flight) -> None:
+        """Ground a flight: nobody can join it any more, and its answer is not stored."""
         self.remove(flight)
         flight.key = None
         flight.store_nothing()
         self._by_key.setdefault(None, []).append(flight)
 
     def sweep(self) -> None:
-        """End the waits for upstream that last too long. To be called about once a second."""
+        """End waits for upstream that take too long. Call it about once a second."""
         now = time.monotonic()
         for flight in [f for f in self if f.born is not None and f.is_whole_wanted()]:
             flight.check_silence(now)

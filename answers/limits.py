@@ -1,44 +1,44 @@
 """Count what each API key uses against its limits: `rate=60/minute`, `tokens=200000/day`.
 
-Windows slide: `rate=60/minute` means at most 60 in any 60 seconds. Pure: the clock is an
-argument. Counts belong to a key's digest, so they survive a reload of the key file.
+Windows slide: `rate=60/minute` means at most 60 in any 60 seconds. Counts belong to a key's
+digest, so they survive a reload of the key file. No I/O; the clock is an argument.
 """
 
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
-from keystore import Key, Limit
+from access.rights import Key, Limit
 from wire.http11 import HTTPError
 
-MAX_EVENTS = 1024  # of one log that are kept apart; beyond, neighbours are counted together
-SWEEP_EVERY = 1024  # new logs between two searches for logs that have run empty
+MAX_EVENTS = 1024  # per log; after that, events close in time are merged
+SWEEP_EVERY = 1024  # new logs between two removals of empty ones
 
 
 @dataclass(slots=True)
 class Event:
-    """Something that counts, when it counted (seconds), and how much."""
+    """An amount, and when it was counted, in seconds."""
 
     at: float
     amount: int
 
 
 class SlidingLog:
-    """What a key counted within the longest window of its limits."""
+    """What a key used within its longest window."""
 
     def __init__(self, key: Key) -> None:
-        self.key = key  # as its last request had it
-        self.horizon = 0.0  # seconds that events are kept
+        self.key = key  # as of its last request
+        self.horizon = 0.0  # seconds; older events are dropped
         self._events: deque[Event] = deque()
 
     def __bool__(self) -> bool:
         return bool(self._events)
 
     def add(self, now: float, amount: int) -> Event:
-        """Count `amount`; return the event, so that it can be given back."""
+        """Count `amount`; return the event, for a refund."""
         events = self._events
         if len(events) >= MAX_EVENTS and now - events[-1].at < self.horizon / MAX_EVENTS:
             last = events[-1]
@@ -48,27 +48,27 @@ class SlidingLog:
         return event
 
     def prune(self, now: float) -> None:
-        """Forget what is older than the horizon."""
+        """Drop events older than the horizon."""
         events = self._events
         while events and now - events[0].at >= self.horizon:
             events.popleft()
 
     def used(self, window: float, now: float) -> int:
-        """Return how much counted in the last `window` seconds."""
+        """Return the amount used in the last `window` seconds."""
         return sum(event.amount for event in self._events if now - event.at < window)
 
     def free_in(self, limit: Limit, now: float) -> float:
-        """Return the seconds until one more is within the limit; 0 if it is now."""
+        """Return the seconds until the limit allows one more; 0 if it does now."""
         excess = self.used(limit.seconds, now) - limit.count + 1
         if excess <= 0:
             return 0.0
         for event in self._events:
             if now - event.at < limit.seconds and (excess := excess - event.amount) <= 0:
                 return event.at + limit.seconds - now
-        return limit.seconds  # a limit of 0: nothing is ever free
+        return limit.seconds  # a limit of 0 never allows any
 
     def empty_in(self, limit: Limit, now: float) -> float:
-        """Return the seconds until nothing of it counts any more."""
+        """Return the seconds until no event counts any more."""
         last = max((event.at for event in self._events if event.amount), default=-math.inf)
         return max(0.0, last + limit.seconds - now)
 
@@ -84,13 +84,13 @@ class Reserved(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Charge:
-    """A generation that was counted; `refund` gives it back if it never began."""
+    """A counted generation, which can be refunded if it never began."""
 
     _event: Event | None
     _reserved: Reserved | None = None
 
     def refund(self) -> None:
-        """Do not count it after all. To be called at most once."""
+        """Take the count back. Call it at most once."""
         if self._event is not None:
             self._event.amount -= 1
         if self._reserved is not None:
@@ -99,9 +99,10 @@ class Charge:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """How a key stands against the limit that it is closest to.
+    """A key's use of the limit that it is closest to reaching.
 
-    `used` of `limit` counts now; in `resets` seconds nothing will, if nothing more is used.
+    `used` is the amount in the current window. If nothing more is used, it is 0 in `resets`
+    seconds.
     """
 
     key: Key
@@ -112,24 +113,31 @@ class Standing:
 
 
 class Limits:
-    """The counts of all keys that have a limit.
+    """The use of all keys that have a limit.
 
     Args:
         clock: seconds on a clock that never goes back.
+        earlier: returns when, on that clock, and how many tokens a key spent before the start,
+            oldest first.
 
     """
 
     on_spend: Callable[[Key, int], None]
     """Called with the tokens of each answer of a key that has a limit."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        earlier: Callable[[Key], Iterable[tuple[float, int]]] = lambda key: (),
+    ) -> None:
         self.on_spend = lambda key, tokens: None
         self._clock = clock
+        self._earlier = earlier
         self._rates: dict[bytes, SlidingLog] = {}  # by the key's digest
         self._tokens: dict[bytes, SlidingLog] = {}
 
     def admit(self, key: Key, reserved: Reserved | None = None) -> Charge:
-        """Count a generation that is about to begin.
+        """Count a generation before it begins.
 
         Args:
             key: of the caller.
@@ -159,17 +167,16 @@ class Limits:
             log.add(now, tokens)
 
     def standing(self, key: Key) -> dict[str, Standing]:
-        """Return how a key stands, by the names of the options that limit it."""
+        """Return a key's standing for each option that limits it."""
         now = self._clock()
         found = {}
         for what, table, limits in self._tables(key):
-            if limits:
-                log = table.get(key.digest) or SlidingLog(key)
+            if (log := self._log(table, key, limits, now)) is not None:
                 found[what] = _closest(what, key, log, limits, now)
         return found
 
     def in_use(self) -> Iterator[Standing]:
-        """Return how the keys stand of which something counts."""
+        """Yield the standings of keys with current use."""
         now = self._clock()
         for what, table in (("rate", self._rates), ("tokens", self._tokens)):
             for log in table.values():
@@ -194,6 +201,8 @@ class Limits:
             if len(table) % SWEEP_EVERY == SWEEP_EVERY - 1:
                 self._sweep(table, now)
             log = table[key.digest] = SlidingLog(key)
+            for at, tokens in self._earlier(key) if table is self._tokens else ():
+                log.add(at, tokens)
         log.key = key
         log.horizon = max(limit.seconds for limit in limits)
         log.prune(now)
@@ -201,7 +210,7 @@ class Limits:
 
     @staticmethod
     def _sweep(table: dict[bytes, SlidingLog], now: float) -> None:
-        """Forget the logs in which nothing counts any more."""
+        """Remove empty logs."""
         for log in table.values():
             log.prune(now)
         for digest in [digest for digest, log in table.items() if not log]:
@@ -217,9 +226,9 @@ def _closest(
 
 
 class LimitReached(HTTPError):
-    """A key has used up a limit.
+    """A key has reached a limit.
 
-    Its headers are those that OpenAI's clients read; `Retry-After` is the true time.
+    Sends the headers that OpenAI's clients read; `Retry-After` is the exact time, rounded up.
     """
 
     def __init__(self, what: str, limit: Limit, wait: float) -> None:

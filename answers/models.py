@@ -1,6 +1,7 @@
-"""Ask Ollama what OllProx itself needs to know: whether it answers, and which models it has."""
+"""Ask Ollama whether it answers and which models it has; drop answers of changed models."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -13,53 +14,91 @@ from answers.questions import managed_models
 from answers.stored import StoredAnswer
 from cache import Cache
 from wire.http11 import Ask, HTTPError, Response
-from wire.upstream import FORWARDED, Upstream, loop_error
+from wire.pool import One, Pool
+from wire.upstream import FORWARDED, loop_error
 
 log = logging.getLogger("ollprox")
 
-PROBE_TIMEOUT = 2.0  # seconds that Ollama may take to tell its version
-PROBE_INTERVAL = 1.0  # seconds that such an answer is believed
+PROBE_TIMEOUT = 2.0  # seconds for the version
+PROBE_INTERVAL = 1.0  # seconds for which the last probe counts
+RECHECK_INTERVAL = 2.0  # seconds between two probes of an Ollama that is down
+LOADED_TIMEOUT = 1.0  # seconds for the list of loaded models, which somebody waits for
 TAGS_TIMEOUT = 10.0  # seconds for the list of models
-MANAGE_TIMEOUT = 5.0  # seconds that a managing request waits for that list at its end
+MANAGE_TIMEOUT = 5.0  # seconds that the end of a managing request waits for that list
 MAX_TAGS = 16 << 20  # bytes of that list
-MAX_QUOTED = 80  # characters of a foreign answer that are shown
-MAX_NAMED = 64 << 10  # bytes of a managing request's body in which its models are looked for
+MAX_QUOTED = 80  # characters shown of the answer of a program that is not Ollama
+MAX_NAMED = 64 << 10  # bytes of the largest managing request that is searched for models
 
 
 class Probe:
-    """Requests of OllProx's own to one Ollama.
+    """Sends OllProx's own requests to Ollama.
 
     Args:
-        upstream: the Ollama.
-        on_change: called with `up` each time that it changes.
+        upstream: the Ollama server, or a pool of several.
 
     """
 
     up: bool | None = None
-    """Whether Ollama answered the last of these requests; None before the first."""
+    """True if Ollama answered the last of these requests; None before the first."""
 
-    def __init__(
-        self, upstream: Upstream, on_change: Callable[[bool], None] = lambda up: None
-    ) -> None:
+    loaded: tuple[str, ...] = ()
+    """The models that were loaded when `look` last asked."""
+
+    def __init__(self, upstream: One) -> None:
         self._upstream = upstream
-        self._on_change = on_change
-        self._probed = -math.inf  # when `ready` last asked
+        self.due = asyncio.Event()
+        """Set when Ollama should be probed at once whether it answers."""
+        self._suspected = False
+        self._probed = -math.inf  # when `ready` last probed
         self._probing = asyncio.Lock()
+        self._looked = -math.inf  # when `look` last asked
+        self._looking = asyncio.Lock()
+
+    @property
+    def address(self) -> str:
+        """Where the Ollama is."""
+        return self._upstream.address
 
     async def version(self) -> str | HTTPError:
-        """Return Ollama's version, or the error that tells why it is not known."""
+        """Return Ollama's version, or the error that explains why it is not known."""
         try:
             return api.version(await self._fetch(api.VERSION, b'"version"', PROBE_TIMEOUT))
         except HTTPError as error:
             return error
 
+    def suspect(self) -> None:
+        """Have Ollama asked at once, since a request did not reach it."""
+        if self.up is not False:
+            self._suspected = True
+            self.due.set()
+
+    async def recheck(self) -> None:
+        """Ask Ollama if it is down or suspected to be; to be called every few seconds."""
+        if self.up is False or self._suspected:
+            self._suspected = False
+            await self.version()
+
     async def ready(self) -> bool:
-        """Return true if Ollama answers. Callers at the same time share one request."""
+        """Return True if Ollama answers. Simultaneous calls share one request."""
         async with self._probing:
             if time.monotonic() - self._probed >= PROBE_INTERVAL:
                 await self.version()
                 self._probed = time.monotonic()
         return self.up is True
+
+    async def look(self) -> None:
+        """Ask which models are loaded; none are if Ollama does not tell, or is down.
+
+        For somebody who looks at them. Callers at the same time share one request.
+        """
+        async with self._looking:
+            if time.monotonic() - self._looked < PROBE_INTERVAL:
+                return
+            found: tuple[str, ...] = ()
+            if self.up is not False:
+                with contextlib.suppress(HTTPError):
+                    found = api.loaded(await self._ask(api.LOADED, b"{", LOADED_TIMEOUT))
+            self.loaded, self._looked = found, time.monotonic()
 
     async def digests(self) -> dict[str, str] | None:
         """Return each model's digest by its name; None if the list cannot be read."""
@@ -70,7 +109,7 @@ class Probe:
             return None
 
     async def _fetch(self, target: bytes, marker: bytes, seconds: float) -> bytes:
-        """Return the body of a small answer, and note whether Ollama is up. Raises HTTPError."""
+        """Return the body of a small answer; update `up`. Raises HTTPError."""
         try:
             body = await self._ask(target, marker, seconds)
         except HTTPError as error:
@@ -80,10 +119,10 @@ class Probe:
         return body
 
     async def _ask(self, target: bytes, marker: bytes, seconds: float) -> bytes:
-        """Return the body of a small JSON answer of upstream, in which the marker stands.
+        """Return the body of upstream's answer, which must contain the marker.
 
         Raises:
-            HTTPError: there is none within this time, or what answers is not Ollama.
+            HTTPError: no answer came in time, or another program than Ollama answered.
 
         """
         try:
@@ -108,8 +147,8 @@ class Probe:
         return body
 
     def _foreign(self, target: bytes, response: Response, body: bytes) -> HTTPError:
-        """Return the error that says what answers in Ollama's place."""
-        found = describe_response(response.status, response.headers, body)
+        """Return the error that says which program answered in place of Ollama."""
+        found = describe_response(response.status, ((b"Server", response.server),), body)
         return HTTPError(
             502,
             f"{self._upstream.address} answered {target.decode()} with {found}. Is that Ollama?"
@@ -120,11 +159,30 @@ class Probe:
         before, self.up = self.up, up
         if up is before:
             return
-        if not up and before is not None:  # at the start, the start says so
+        if not up and before is not None:  # at the start, `startup` reports it
             log.warning("Ollama does not answer any more: %s", reason)
         if up and before is not None:
             log.info("Ollama at %s answers again", self._upstream.address)
-        self._on_change(up)
+
+
+class PoolProbe(Probe):
+    """The same of several Ollamas. Their pool knows which are up, and logs it."""
+
+    def __init__(self, pool: Pool) -> None:
+        super().__init__(pool)
+        self._pool = pool
+
+    async def ready(self) -> bool:
+        """Return true if one of them answers."""
+        return self._pool.answers
+
+    async def digests(self) -> dict[str, str] | None:
+        """Return each model's digest by its name; None unless the pool compares them."""
+        found = await super().digests()
+        return None if self._pool.digests() is None else found
+
+    def _note(self, *, up: bool, reason: str = "") -> None:
+        self.up = up
 
 
 class ModelWatch:
@@ -132,8 +190,8 @@ class ModelWatch:
 
     Args:
         probe: reads the list of models.
-        cache: whose answers are dropped.
-        flights: whose answers will not be stored.
+        cache: the stored answers.
+        flights: the answers under way; those of changed models are grounded.
         on_list: called with the models' names when the list has changed.
 
     """
@@ -146,19 +204,14 @@ class ModelWatch:
         on_list: Callable[[Iterable[str]], None],
     ) -> None:
         self.due = asyncio.Event()
-        """Set when the list should be read again at once."""
+        """Set it to read the list again at once."""
         self.listed_at = 0.0
-        """When the last list that was read was asked for, on the monotonic clock."""
+        """When the newest list was asked for, on the monotonic clock."""
         self._probe = probe
         self._cache = cache
         self._flights = flights
         self._on_list = on_list
         self._digests: dict[str, str] | None = None  # each model's, as last listed
-
-    @property
-    def up(self) -> bool | None:
-        """Whether Ollama answered when it was last asked; None before that."""
-        return self._probe.up
 
     def digest(self, model: str) -> str:
         """Return the digest of a model, by its normalized name; empty if it is not known.
@@ -171,12 +224,12 @@ class ModelWatch:
     async def refresh(self) -> bool:
         """Drop the answers of every model whose digest has changed since the last call.
 
-        Returns false if there was nothing to compare: the list cannot be read, or is the first.
+        Returns False if there was nothing to compare: the list cannot be read, or is the first.
         """
         asked = time.monotonic()
         found = await self._probe.digests()
         if found is None:
-            self._digests = self._digests or {}  # all that is listed next counts as changed
+            self._digests = self._digests or {}  # then every model of the next list is new
             return False
         if asked < self.listed_at:
             return True  # a list that was asked for later came first
@@ -193,9 +246,9 @@ class ModelWatch:
         return True
 
     async def settle(self, names: Collection[str] | None) -> None:
-        """Drop the answers that a managing request has made wrong.
+        """Drop the answers that a managing request has invalidated.
 
-        Takes at most `MANAGE_TIMEOUT`. If the list of models cannot be compared by then, all
+        Takes at most `MANAGE_TIMEOUT`. If the list of models cannot be compared in that time, all
         answers of `names` are dropped, or all answers if `names` is None.
         """
         try:
@@ -207,9 +260,9 @@ class ModelWatch:
             self.interrupt(names)
 
     def interrupt(self, names: Collection[str] | None) -> None:
-        """Drop the answers of `names`, or all if None, and have the list read soon.
+        """Drop the answers of `names`, or all if None, and let the list be read soon.
 
-        For a managing request whose end is not known.
+        For a managing request whose result is unknown.
         """
         self._drop(names)
         self.due.set()
@@ -221,9 +274,9 @@ class ModelWatch:
 
 
 class ModelChange:
-    """A request that changes models, until the answers that it makes wrong are dropped.
+    """Drops the answers that a request to change models invalidates, before its response ends.
 
-    Its body is shown to `note`; `settled` then holds the end of its response back.
+    Pass the request's body to `note`, and its response through `settled`.
     """
 
     def __init__(self, watch: ModelWatch) -> None:
@@ -237,7 +290,7 @@ class ModelChange:
             self._body += piece
 
     async def settled(self, replay: Awaitable[Response]) -> Response:
-        """Let a response end only when the answers that its request made wrong are dropped."""
+        """Return a response that ends only after the invalidated answers are dropped."""
         try:
             response = await replay
         except BaseException:
@@ -263,7 +316,7 @@ class ModelChange:
 
     async def _pieces(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for piece in body:
-            if b'"success"' in piece:  # for some clients this line is the end
+            if b'"success"' in piece:  # some clients do not read on after this line
                 await self._settle()
             yield piece
         await self._settle()
@@ -273,7 +326,7 @@ class ModelChange:
         self._settled = True
 
     def _close(self) -> None:
-        """Drop what may be wrong: without an end Ollama may have done it or not."""
+        """If the response was cut off, drop what the request may have invalidated."""
         if not self._settled:
             self._watch.interrupt(self._names())
 
@@ -283,7 +336,7 @@ class ModelChange:
 
 
 def describe_response(status: int, headers: Iterable[tuple[bytes, bytes]], body: bytes) -> str:
-    """Return a response in a few printable words: its status, its server, and how it begins."""
+    """Return a short printable description of a response: status, server, start of the body."""
     server = next((value for name, value in headers if name.lower() == b"server"), b"")
     words = [f"status {status}"]
     words += [
@@ -293,6 +346,6 @@ def describe_response(status: int, headers: Iterable[tuple[bytes, bytes]], body:
 
 
 def _quoted(text: bytes) -> str:
-    """Quote the beginning of a foreign text in one line of printable ASCII."""
+    """Quote the start of an untrusted text as one line of printable ASCII."""
     start = " ".join(text[: 4 * MAX_QUOTED].decode("utf-8", "replace").split())
     return json.dumps(start if len(start) <= MAX_QUOTED else f"{start[:MAX_QUOTED]}...")

@@ -1,6 +1,6 @@
-"""What OllProx notes about an answer while it is recorded: is it complete, and what is its fold.
+"""Note whether an answer is complete, and fold its lines, while it is recorded.
 
-Pure: nothing here waits or reads a clock. Sources are Ollama's API page (docs/api.md), its
+Pure: no I/O, no clock. The sources are Ollama's API page (docs/api.md), its
 OpenAI compatibility page (docs/openai.md), and recorded exchanges with Ollama 0.13.5 and 0.33.
 """
 
@@ -17,28 +17,30 @@ JSON = b"application/json; charset=utf-8"  # as Ollama sends it
 NDJSON = b"application/x-ndjson"
 SSE = b"text/event-stream"
 
-REPORTED = "reported"  # the kind of an HTTPError that Ollama itself put into a stream
-MAX_PARSED = 64 << 10  # bytes of an object that is parsed; of a longer one the end is searched
+REPORTED = "reported"  # the kind of an HTTPError that Ollama itself reported in a stream
+MAX_PARSED = 64 << 10  # bytes of the largest object that is parsed; longer ones are searched
 MAX_USAGE = 512  # bytes of a `usage` object
-MAX_DEPTH = 8  # levels of an object that are searched for text: Ollama's have six
-TAIL = 4096  # bytes at the end of an object in which its numbers are
+MAX_DEPTH = 8  # levels of an object that are searched for text; Ollama uses six
+TAIL = 4096  # bytes at the end of an object that contain its numbers
+MAX_MATCH = 64  # bytes that `_CONTENT` and `_NO_VECTOR` match at most
 
-_LOADS = ("load", "unload")  # `done_reason` of an answer that says nothing
+_LOADS = ("load", "unload")  # `done_reason` of an answer without content
 
 _READER = json.JSONDecoder()
 _AS_TEXT = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False)
 
-# In these patterns a quote that ends a name stands for itself: within a JSON string it would
-# have a backslash before it.
+# A quote in these patterns cannot match inside a JSON string, where it would follow a backslash.
 _USAGE = re.compile(rb'"usage": ?\{')
 _NUMBER = re.compile(
     rb'"(prompt_tokens|input_tokens|completion_tokens|output_tokens|prompt_eval_count|eval_count'
     rb'|prompt_eval_duration|eval_duration)": ?(\d{1,18})\b'
 )
 _CONTENT = re.compile(
-    rb'"(?:content|text|reasoning|reasoning_content|thinking|delta|partial_json)": ?"(?!")'
-    rb'|"tool_calls": ?\[\{'
+    rb'"(?:content|text|reasoning|reasoning_content|thinking|delta|partial_json)": ?"(?=[^"])'
+    rb'|"tool_calls": ?\[\{|"type": ?"(?:tool_use|function_call)"'
+    rb'|"embeddings?": ?(?:"(?=[^"])|\[(?:\[\d|\[-|\d|-))'
 )
+_NO_VECTOR = (b"[]", b'"embedding":""')  # an empty embedding, as Go writes it
 _REASON = re.compile(rb'"finish_reason": ?"(?!")')
 _NO_MODEL = re.compile(rb'"model": ?""')
 _UNFINISHED = re.compile(rb'"finish_reason": ?null|"done": ?false|"output_tokens": ?0\b')
@@ -46,19 +48,19 @@ _ERROR_EVENT = re.compile(rb'\s*\{\s*(?:"type":\s*"error",\s*)?"error"\s*:')
 
 
 class Notes(ABC):
-    """What is noted about one answer, fed with whole lines or events.
+    """Notes on one answer; feed them complete lines or events.
 
     Attributes:
-        finished: the last line has come, so the answer is complete whatever follows.
+        finished: the last line has arrived, so the answer is complete whatever follows.
         error: the error that Ollama reported in the stream.
-        too_large: the fold was given up, because of its size or because nobody can want it.
+        too_large: the fold was dropped, because of its size or because nobody can ask for it.
         held: bytes held for the fold.
-        lines: the lines, or events, so far.
+        lines: number of lines or events so far.
 
     """
 
     delimiter = b""
-    """Ends a line or an event; empty if an answer has no lines."""
+    """The end of a line or an event; empty if the answer has no lines."""
 
     foldable = False
     """True if its lines can be folded into a single object."""
@@ -72,28 +74,28 @@ class Notes(ABC):
 
     @abstractmethod
     def feed(self, piece: bytes) -> None:
-        """Note whole lines, or what has come of an answer without lines."""
+        """Note complete lines, or any bytes of an answer without lines."""
 
     @abstractmethod
     def close(self) -> bool:
-        """Return whether the answer is complete, now that upstream has ended it in order.
+        """Return True if the answer is complete. Call it at upstream's orderly end.
 
         Raises:
-            HTTPError: it is broken, or ended in an error that Ollama reported.
+            HTTPError: the answer is broken, or ended in an error that Ollama reported.
 
         """
 
     @property
     def usage(self) -> Usage:
-        """What the answer took, as far as is known."""
+        """The usage so far, as far as it is known."""
         return Usage(self.lines)
 
     def keeps(self) -> bool:
-        """Return whether a complete answer is worth storing."""
+        """Return True if a complete answer is worth storing."""
         return False
 
     def is_line(self, rest: bytes) -> bool:
-        """Return whether the bytes at upstream's end, without a delimiter, are passed on."""
+        """Return True if bytes at the end, without a delimiter, are a complete line."""
         return True
 
     def drop_fold(self) -> None:
@@ -101,12 +103,12 @@ class Notes(ABC):
         self.too_large = True
 
     def fold(self) -> bytes:
-        """Return the answer as a single object. Raises HTTPError if it cannot be one."""
+        """Return the answer as a single object. Raises HTTPError if there is no fold."""
         raise HTTPError(502, "Ollama's answer is not a stream of JSON lines")
 
 
 class Relayed(Notes):
-    """Notes on an answer that only its client understands, such as an error or a list."""
+    """Notes on an answer whose content does not matter here, such as an error or a list."""
 
     def feed(self, piece: bytes) -> None:
         """Note nothing."""
@@ -131,7 +133,7 @@ class ProgressLines(Notes):
                 self.error = _reported(value["error"])
 
     def close(self) -> bool:
-        """Accept any orderly end but an error's."""
+        """Accept any orderly end, unless an error was reported."""
         if self.error is not None:
             raise self.error
         return True
@@ -140,21 +142,27 @@ class ProgressLines(Notes):
 class WholeNotes(Notes):
     """Notes on a single JSON object, which ends with its body.
 
-    An object of more than `MAX_PARSED` bytes is not parsed, since that would hold up the event
-    loop: its first bytes and its end tell what has to be known.
+    An object of more than `MAX_PARSED` bytes is not parsed, since that would block the event
+    loop. Its first bytes, its end, and a search for text are enough.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._size = 0
         self._start = b""
-        self._end = b""  # of all that has come, or all of it
+        self._end = b""  # the last MAX_PARSED bytes so far
+        self._said = b""  # the first thing that it says
+        self._lacks_vector = False  # if it has embeddings, one of them is empty
         self._worth_keeping = False
 
     def feed(self, piece: bytes) -> None:
-        """Remember the end of what has come."""
+        """Search what has come, and remember its end."""
         if not self._size:
             self._start = piece[:64].lstrip()
+        text = self._end[-MAX_MATCH:] + piece
+        if not self._said and (match := _CONTENT.search(text)):
+            self._said = match[0]
+        self._lacks_vector = self._lacks_vector or any(empty in text for empty in _NO_VECTOR)
         self._size += len(piece)
         self._end = (self._end + piece)[-MAX_PARSED:]
         self.held = len(self._end)
@@ -162,9 +170,11 @@ class WholeNotes(Notes):
     def close(self) -> bool:
         """Return False if the model was stopped before it had finished."""
         if self._size > MAX_PARSED:
-            complete = not _UNFINISHED.search(self._end, max(0, len(self._end) - MAX_USAGE))
+            complete = not _UNFINISHED.search(self._end, self._verdict_start())
             whole = self._start.startswith(b"{") and self._end.rstrip().endswith(b"}")
-            self._worth_keeping = complete and whole and not self._start.startswith(b'{"error"')
+            error = self._start.startswith(b'{"error"')
+            hollow = not self._said or (self._lacks_vector and self._said.startswith(b'"embed'))
+            self._worth_keeping = complete and whole and not error and not hollow
             return complete
         value = _object(self._end)
         if value is None:
@@ -172,19 +182,28 @@ class WholeNotes(Notes):
         complete = _is_finished(value)
         loads = value.get("done_reason") in _LOADS
         self._worth_keeping = (
-            complete and not value.get("error") and not loads and _says_something(value)
+            complete and not value.get("error") and not loads and _has_content(value)
         )
         return complete
 
+    def _verdict_start(self) -> int:
+        """Return where the end begins that says whether it is finished.
+
+        After its usage an object of `/v1/responses` has metadata, as long as the client chose.
+        """
+        start = max(0, len(self._end) - MAX_USAGE)
+        usage = max((match.start() for match in _USAGE.finditer(self._end)), default=start)
+        return min(start, usage)
+
     @property
     def usage(self) -> Usage:
-        """Return the numbers at its end."""
+        """The numbers at the object's end."""
         tail = self._end[-TAIL:]
         start = max((match.start() for match in _USAGE.finditer(tail)), default=0)
         return _usage(self.lines, _numbers(tail[start:]))
 
     def keeps(self) -> bool:
-        """Return whether it is an object that says something, and not an error."""
+        """Return True if it is an object with content, and not an error."""
         return self._worth_keeping
 
 
@@ -201,8 +220,8 @@ def _is_finished(value: dict[str, Any]) -> bool:
     return all(choice.get("finish_reason") for choice in choices)
 
 
-def _says_something(value: dict[str, Any]) -> bool:
-    """Return whether an object has any text, thinking or tool call, or all of its embeddings."""
+def _has_content(value: dict[str, Any]) -> bool:
+    """Return True if an object has any text, thinking or tool call, or all its embeddings."""
     for name in ("embeddings", "embedding"):
         if name in value:
             return _is_full(value[name])
@@ -213,16 +232,16 @@ def _says_something(value: dict[str, Any]) -> bool:
 
 
 def _has_text(value: object, depth: int) -> bool:
-    """Return whether there is text where an answer has what it says, so many levels deep."""
+    """Return True if there is text in the usual places, at most `depth` levels deep."""
     if depth and isinstance(value, list):
         return any(_has_text(member, depth - 1) for member in value)
     if depth and isinstance(value, dict):
-        return any(_has_text(value[name], depth - 1) for name in _SAID if name in value)
+        return any(_has_text(value[name], depth - 1) for name in _CONTENT_NAMES if name in value)
     return isinstance(value, str) and value != ""
 
 
-# Where the routes' objects have what they say; a tool call, or the use of a tool, has a name.
-_SAID = (
+# The names that lead to an object's content; a tool call has a `name`.
+_CONTENT_NAMES = (
     *("response", "message", "choices", "output"),
     *("content", "text", "thinking", "reasoning", "reasoning_content", "image"),
     *("tool_calls", "function", "name"),
@@ -230,7 +249,7 @@ _SAID = (
 
 
 def _is_full(embedding: object) -> bool:
-    """Return whether an embedding, or a list of them, has numbers throughout."""
+    """Return True if an embedding has numbers, or each one in a list has."""
     vectors = _list(embedding)
     return bool(vectors) and all(vector != [] for vector in vectors)
 
@@ -240,20 +259,20 @@ def _list(value: object) -> list[Any]:
 
 
 def _texts(parts: list[dict[str, Any]], name: str) -> list[str]:
-    """Return the texts of a name that are not empty."""
+    """Return the texts with this name that are not empty."""
     return [text for part in parts if (text := part.get(name)) and isinstance(text, str)]
 
 
 def _members(parts: list[dict[str, Any]], name: str) -> list[Any]:
-    """Return the members of all lists of a name."""
+    """Return the members of all lists with this name."""
     return [member for part in parts if name in part for member in _list(part[name])]
 
 
 class LineNotes(Notes):
     """Notes on a native stream: NDJSON, whose last line has `"done": true`.
 
-    The fold is the last line with every text joined (see `_joined`), as Ollama's own handlers
-    make the single object of `"stream": false`.
+    The fold is the last line with all texts joined. Ollama's own handlers make the single object
+    of `"stream": false` in the same way.
     """
 
     delimiter = b"\n"
@@ -262,12 +281,12 @@ class LineNotes(Notes):
     def __init__(self, chat: bool, max_object: int) -> None:
         super().__init__()
         self._chat = chat
-        self._text = "content" if chat else "response"  # the name of the model's text
+        self._text = "content" if chat else "response"  # the name of the generated text
         self._max_object = max_object
         self._last: dict[str, Any] = {}
         self._valid = True
-        self._said = 0  # lines that say something
-        self._object = b""  # the fold, once it was made
+        self._with_content = 0  # lines
+        self._object = b""  # the fold, once it was written
         self._clear()
 
     def _clear(self) -> None:
@@ -284,26 +303,26 @@ class LineNotes(Notes):
 
     @property
     def usage(self) -> Usage:
-        """Return the last line's numbers; without one, each line with content is a token."""
+        """The last line's numbers; before it arrives, each line with content counts as a token."""
         last = self._last
         if last.get("done") is not True:
-            return Usage(self.lines, tokens=self._said)
+            return Usage(self.lines, tokens=self._with_content)
         nanoseconds = _count(last, "prompt_eval_duration") + _count(last, "eval_duration")
         tokens = _count(last, "prompt_eval_count"), _count(last, "eval_count")
         return Usage(self.lines, *tokens, nanoseconds / 1e9)
 
     def keeps(self) -> bool:
-        """Return whether it says something, and is not the loading of a model."""
-        says = self._said > 0 or bool(self._last.get("image"))
+        """Return True if it has content, and is not the loading of a model."""
+        has_content = self._with_content > 0 or bool(self._last.get("image"))
         loads = self._last.get("done_reason") in _LOADS
-        return self.finished and says and not loads
+        return self.finished and has_content and not loads
 
     def is_line(self, rest: bytes) -> bool:
-        """Return True for an object or a blank line; a client could not read half a line."""
+        """Return True for an object or a blank line."""
         return rest.isspace() or _object(rest) is not None
 
     def feed(self, piece: bytes) -> None:
-        """Note whole lines; blank ones do not count."""
+        """Note complete lines; blank ones do not count."""
         texts = [text for text in piece.split(b"\n") if text and not text.isspace()]
         if not texts:
             return
@@ -315,16 +334,16 @@ class LineNotes(Notes):
         except (ValueError, RecursionError):
             lines = []
         objects = [line for line in lines if isinstance(line, dict)]
-        # Joined by commas, lines that are not JSON can become JSON: count what was read.
+        # Lines that are not JSON can become JSON when joined by commas, so compare the counts.
         self._valid = self._valid and len(objects) == len(lines) == len(texts)
-        if objects and self.error is None:  # after an error nothing counts
+        if objects and self.error is None:  # lines after an error do not count
             self._note(objects)
         self.finished = self._valid and self.error is None and self._last.get("done") is True
         if self.held > self._max_object:
             self.drop_fold()
 
     def _note(self, lines: list[dict[str, Any]]) -> None:
-        """Note lines, all at once: a burst has many."""
+        """Note lines together, since a burst has many."""
         errors = [index for index, line in enumerate(lines) if "error" in line]
         if errors:
             self._last = lines[errors[0]]
@@ -333,12 +352,12 @@ class LineNotes(Notes):
         else:
             self._last = lines[-1]
         parts = [line.get("message") for line in lines] if self._chat else lines
-        said = [part for part in parts if isinstance(part, dict)]
-        texts = _texts(said, self._text)
-        thinking = _texts(said, "thinking")
-        calls = _members(said, "tool_calls") if self._chat else []
+        messages = [part for part in parts if isinstance(part, dict)]
+        texts = _texts(messages, self._text)
+        thinking = _texts(messages, "thinking")
+        calls = _members(messages, "tool_calls") if self._chat else []
         logprobs = _members(lines, "logprobs")
-        self._said += len(texts) + len(thinking) + len(calls)
+        self._with_content += len(texts) + len(thinking) + len(calls)
         if self.too_large:
             return
         self._add(self._texts, "".join(texts))
@@ -355,7 +374,7 @@ class LineNotes(Notes):
             self.held += len(text) if text.isascii() else len(dump(text))
 
     def close(self) -> bool:
-        """Return False if there was no last line: Ollama's repeat guard ends answers so."""
+        """Return False if there was no last line, as when Ollama's repeat guard ends an answer."""
         if self.error is not None:
             raise self.error
         if not self._valid:
@@ -367,7 +386,7 @@ class LineNotes(Notes):
         """Return the object of `"stream": false`.
 
         Raises:
-            HTTPError: 500 with Ollama's own error; 502 if it is too large, or if there is none.
+            HTTPError: 500 with Ollama's own error; 502 if it is too large, or there was no line.
 
         """
         if self.error is not None:
@@ -378,7 +397,7 @@ class LineNotes(Notes):
         self.too_large = self.too_large or len(folded) > self._max_object
         if self.too_large:
             raise too_large_error(self._max_object)
-        self._object = folded  # shared by all who wait for it, and by what is stored
+        self._object = folded  # shared by all readers and the stored answer
         return folded
 
     def _folded(self) -> bytes:
@@ -395,10 +414,10 @@ class LineNotes(Notes):
         folded.pop("logprobs", None)
         return dump(folded)[:-1] + b',"logprobs":[%b]}' % ",".join(self._logprobs).encode()
 
-    def _joined(self, said: dict[str, Any]) -> dict[str, Any]:
-        """Put the joined texts in their places; `thinking` comes after the text."""
+    def _joined(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Return a message with the joined texts; `thinking` comes after the text."""
         joined: dict[str, Any] = {}
-        for name, value in said.items():
+        for name, value in message.items():
             if name != "thinking":
                 joined[name] = value
             if name == self._text:
@@ -411,9 +430,9 @@ class LineNotes(Notes):
 class EventNotes(Notes):
     """Notes on an SSE stream of `/v1`.
 
-    It is complete with `data: [DONE]` after a `finish_reason`, and on `/v1/responses` and
-    `/v1/messages` with their own last events. Ollama's repeat guard ends a stream without
-    these. So does a killed runner, but on `/v1/chat/completions` its last event has no model.
+    It is complete if it ends with `data: [DONE]` after a `finish_reason`, or on `/v1/responses`
+    and `/v1/messages` with their own last events. Ollama's repeat guard ends a stream without
+    these. So does a killed runner; on `/v1/chat/completions`, its last event has no model.
     """
 
     delimiter = b"\n\n"
@@ -421,22 +440,22 @@ class EventNotes(Notes):
     def __init__(self) -> None:
         super().__init__()
         self._reason = False
-        self._said = 0  # events that say something
+        self._with_content = 0  # events
         self._usage: dict[str, int] = {}
         self._last = b""
 
     def keeps(self) -> bool:
-        """Return whether it is complete and says something."""
-        return self.finished and self._reason and self._said > 0
+        """Return True if it is complete and has content."""
+        return self.finished and self._reason and self._with_content > 0
 
     @property
     def usage(self) -> Usage:
-        """Return the numbers of its `usage`; without one, each event with content is a token."""
+        """The numbers of its `usage`; without one, each event with content counts as a token."""
         usage = _usage(self.lines, self._usage)
-        return usage if usage.tokens else usage._replace(tokens=self._said)
+        return usage if usage.tokens else usage._replace(tokens=self._with_content)
 
     def feed(self, piece: bytes) -> None:
-        """Note whole events."""
+        """Note complete events."""
         for event in piece.split(b"\n\n"):
             name, found, data = event.partition(b"data:")
             if found:
@@ -452,9 +471,9 @@ class EventNotes(Notes):
         for match in _USAGE.finditer(data):
             numbers = _numbers(data[match.start() : match.start() + MAX_USAGE])
             self._usage = self._usage | numbers
-        # Events of /v1/responses other than deltas repeat what was said.
+        # Events of /v1/responses other than deltas repeat earlier content.
         repeats = name.startswith(b"event: response.") and b".delta" not in name
-        self._said += not repeats and _CONTENT.search(data) is not None
+        self._with_content += not repeats and _CONTENT.search(data) is not None
 
     def _note_error(self, name: bytes, data: bytes) -> None:
         if self.error is None and (name.startswith(_ERROR_EVENTS) or _ERROR_EVENT.match(data)):
@@ -463,7 +482,7 @@ class EventNotes(Notes):
             self.error = _reported(error.get("message") if isinstance(error, dict) else error)
 
     def close(self) -> bool:
-        """Return False if there was no last event: Ollama's repeat guard ends answers so.
+        """Return False if there was no last event, as when Ollama's repeat guard ends an answer.
 
         Raises:
             HTTPError: the model's runner was killed, or Ollama reported an error.
@@ -482,7 +501,7 @@ _ERROR_EVENTS = (b"event: error", b"event: response.failed")
 
 
 def too_large_error(limit: int) -> HTTPError:
-    """Return what is said to those who want an object larger than `limit` bytes."""
+    """Return the error for a fold larger than `limit` bytes."""
     message = f"the answer is larger than {limit} bytes (MAX_OBJECT_BYTES): ask for a stream"
     return HTTPError(502, f'{message}, with "stream": true')
 
@@ -502,18 +521,18 @@ def _object(text: bytes) -> dict[str, Any] | None:
 
 
 def _count(line: dict[str, Any], name: str) -> int:
-    """Return a number of a last line; 0 for what makes no sense."""
+    """Return a number from the last line; 0 if it is missing or makes no sense."""
     value = line.get(name)
     return value if type(value) is int and 0 <= value < 1 << 60 else 0
 
 
 def _numbers(text: bytes) -> dict[str, int]:
-    """Find the numbers of a usage in the text of an object; the last of a name counts."""
+    """Find an object's usage numbers by their names; the last occurrence of a name counts."""
     return {name.decode(): int(digits) for name, digits in _NUMBER.findall(text)}
 
 
 def _usage(lines: int, numbers: dict[str, int]) -> Usage:
-    """Make a usage of numbers by their names in Ollama's, OpenAI's or Anthropic's API."""
+    """Return the usage, given numbers by their names in Ollama's, OpenAI's or Anthropic's API."""
 
     def first(*names: str) -> int:
         return next((numbers[name] for name in names if name in numbers), 0)
@@ -533,10 +552,10 @@ def content_type(headers: Headers) -> bytes:
 
 
 def notes_for(response: Response, lines: LineNotes | None = None) -> Notes:
-    """Choose the notes on a model's answer by the response's head.
+    """Return the notes for a model's answer, depending on the response's head.
 
     Args:
-        response: upstream's; its body is not read.
+        response: upstream's response; its body is not read.
         lines: notes for NDJSON, on the native routes.
 
     """
@@ -551,7 +570,7 @@ def notes_for(response: Response, lines: LineNotes | None = None) -> Notes:
 
 
 def progress_notes(response: Response) -> Notes:
-    """Choose the notes on a response that is passed on: progress, lists, errors."""
+    """Return the notes for a response that is only relayed: progress, lists, errors."""
     kind = content_type(response.headers)
     if kind.startswith(NDJSON):
         return ProgressLines()

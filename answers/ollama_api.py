@@ -1,21 +1,27 @@
-"""Ollama's API: its routes, the form of its errors, and what OllProx asks for itself.
+"""Ollama's API: its routes, the form of its errors, and the requests of OllProx itself.
 
-Pure: nothing here waits or reads a clock. Sources are Ollama's server/routes.go (0.33), its API
+Pure: no I/O, no clock. The sources are Ollama's server/routes.go (0.33), its API
 pages (docs/api.md, docs/openai.md), and recorded exchanges with Ollama 0.13.5 and 0.33.0.
 `questions.py` reads the bodies of requests.
+
+To add a route, add a row to one of the functions `_..._rows` below.
 """
 
 import difflib
 import enum
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from urllib.parse import quote, unquote, unquote_to_bytes
 
 from answers.notes import SSE, dump
-from answers.questions import Codec, Native, PassThrough
+from answers.questions import Aliases, Codec, Native, PassThrough
 from settings import normalize_model
+from wire.pool import HOST, Api
 
-MAX_HINTED = 64  # bytes of an unknown path for which a similar one is looked for
+MAX_HINTED = 64  # bytes of an unknown path that gets a "did you mean"
 
 
 class Access(enum.Enum):
@@ -23,14 +29,14 @@ class Access(enum.Enum):
 
     OPEN = "anybody"
     KEY = "any valid API key"
-    ANY_MODEL = "API keys that may use every model, as the body is not read"
+    ANY_MODEL = "API keys that may use every model, since the body is not read"
     ADMIN = "keys whose label is in ADMIN_LABELS"
 
 
 class Upload(enum.Enum):
     """How a request's body reaches upstream."""
 
-    NONE = "there is none, or the route's codec reads it and writes it again"
+    NONE = "there is no body, or the route's codec reads and rewrites it"
     LIMITED = "streamed through unread, up to MAX_BODY_BYTES"
     ANY_SIZE = "streamed through unread, of any size"
 
@@ -44,32 +50,33 @@ class Form(enum.Enum):
 
     def body(self, status: int, message: str) -> bytes:
         """Return an error's body."""
-        if self is Form.OLLAMA:  # of a 401 its command line shows `status` and nothing else
+        if self is Form.OLLAMA:  # for a 401, Ollama's command line shows only `status`
             return dump({"error": message, **({"status": message} if status == 401 else {})})
-        kind = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}.get(
-            status, "invalid_request_error" if status < 500 else "api_error"
-        )
+        kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "api_error")
         if self is Form.ANTHROPIC:
             return dump({"type": "error", "error": {"type": kind, "message": message}})
-        error = {"message": message, "type": kind, "param": None, "code": None}
+        code = "rate_limit_exceeded" if status == 429 else None
+        error = {"message": message, "type": kind, "param": None, "code": code}
         return dump({"error": error})
 
     def line(self, content_type: bytes, message: str) -> bytes:
         """Return the line, or event, that ends a truncated stream."""
         body = self.body(502, message)
-        if not content_type.startswith(SSE):
-            return body + b"\n"
-        event = b"event: error\n" if self is Form.ANTHROPIC else b""
-        return event + b"data: %b\n\n" % body
+        return self.event(body) if content_type.startswith(SSE) else body + b"\n"
+
+    def event(self, body: bytes) -> bytes:
+        """Return an error's body, which has no blank line, as an event."""
+        name = b"event: error\n" if self is Form.ANTHROPIC else b""
+        return name + b"".join(b"data: %b\n" % line for line in body.splitlines()) + b"\n"
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """One route: who may use it, and what OllProx does with a request.
 
-    `target` is the path upstream; None if OllProx answers by itself, with the page that `page`
-    names. `suffix` is a pattern of the name that the client puts behind the path. `codec` reads
-    the body; without one the answer is never stored.
+    `target` is the path upstream, None for an OllProx page; `page` is then its name in
+    `watch/pages.py`. `suffix` is a pattern for the name that clients append to the path. `codec`
+    reads the body; without one the answer is never stored.
     """
 
     methods: tuple[bytes, ...]
@@ -80,14 +87,16 @@ class Route:
     suffix: bytes = b""
     upload: Upload = Upload.NONE
     page: str = ""
-    generates: bool = False  # a model works for it, so that it needs a turn
-    manages: bool = False  # it changes models, so that stored answers may become wrong
-    lists: str = ""  # the name of the list of models in the answer
+    generates: bool = False  # a model generates the answer, so the request needs a turn
+    manages: bool = False  # it changes models, so stored answers may become wrong
+    lists: str = ""  # the field of the answer that lists models
+    lists_aliases: bool = False  # that list contains all models, so it gets the aliases too
+    streams_events: bool = False  # the answer is SSE if the request wants a stream
     names_model: bool = False  # the suffix is the name of a model
 
     @property
     def takes_compressed(self) -> bool:
-        """Whether the body may be compressed, as clients of OpenAI's API send it."""
+        """True if the body may be compressed, as some clients of OpenAI's API send it."""
         return self.codec is not None and self.form is not Form.OLLAMA
 
 
@@ -95,7 +104,7 @@ REMOTE = "remote:"
 
 
 def digests(body: bytes) -> dict[str, str] | None:
-    """Read `/api/tags`: each model's digest by its normalized name; None if it is malformed.
+    """Return each model's digest in `/api/tags` by its normalized name; None if malformed.
 
     The digest of a model that runs elsewhere is that of a local stub, and begins with `REMOTE`.
     """
@@ -111,8 +120,17 @@ def digests(body: bytes) -> dict[str, str] | None:
     return found if good and isinstance(models, list) else None
 
 
+def loaded(body: bytes) -> tuple[str, ...]:
+    """Read `/api/ps`: the names of the models that are loaded; none if it is malformed."""
+    try:
+        names = [model["name"] for model in json.loads(body)["models"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return ()
+    return tuple(name[:100] for name in names[:100] if isinstance(name, str))
+
+
 def version(body: bytes) -> str:
-    """Read `/api/version`; "unknown" if there is none in it."""
+    """Return the version in `/api/version`; "unknown" if there is none."""
     try:
         found = json.loads(body)["version"]
     except (ValueError, KeyError, TypeError, RecursionError):
@@ -121,20 +139,37 @@ def version(body: bytes) -> str:
 
 
 class RouteTable:
-    """The routes, by exact path; a few end in a name that the client chooses."""
+    """The routes, by exact path; a few end in a name that the client chooses.
 
-    def __init__(self, rows: dict[bytes, Route]) -> None:
+    If there are several servers, `hosts` are their names. `/host/NAME` may come before `/`, and
+    before those of Ollama's own routes that begin with `/api/`: it selects that server.
+    """
+
+    def __init__(self, rows: dict[bytes, Route], aliases: Aliases | None = None) -> None:
         self.rows = rows
+        self.hosts: frozenset[bytes] = frozenset()
+        self._aliases = aliases or {}
 
     def find(self, path: bytes) -> tuple[Route, bytes] | None:
-        """Return a path's route and the path to ask upstream for."""
+        """Return a path's route and its path upstream; None if there is no such path."""
+        if path.startswith(HOST):
+            name, slash, rest = path.removeprefix(HOST).partition(b"/")
+            if unquote_to_bytes(name) not in self.hosts or (rest and not rest.startswith(b"api/")):
+                return None
+            found = self.find(slash + rest)
+            return None if found is None else (found[0], HOST + name + found[1])
         if (route := self.rows.get(path)) is not None and not route.suffix:
             return route, route.target or path
         for prefix, route in self.rows.items():
             name = path.removeprefix(prefix)
             if route.suffix and name != path and re.fullmatch(route.suffix, name):
-                return route, prefix + name
+                return route, prefix + (self._real_name(name) if route.names_model else name)
         return None
+
+    def _real_name(self, name: bytes) -> bytes:
+        """Return the end of a path that asks for a model, with the model in an alias's place."""
+        model = self._aliases.get(normalize_model(unquote(name.decode())))
+        return name if model is None else quote(model, safe=":").encode()
 
     def form(self, path: bytes) -> Form:
         """Return the form of errors on a path, known or not."""
@@ -143,11 +178,11 @@ class RouteTable:
         return Form.OPENAI if path.startswith(_V1) else Form.OLLAMA
 
     def hint(self, path: bytes) -> str:
-        """Return which path an unknown one was probably meant to be, as a question."""
+        """Return a hint for an unknown path: which path was probably meant."""
         if len(path) > MAX_HINTED:
             return "see the README for the paths it has"
         plain = re.sub(rb"/+", b"/", path).rstrip(b"/").lower()
-        bare = re.sub(rb"\A(?:/(?:api|v1))+(?=/)", b"", plain)  # as a wrong base URL gives them
+        bare = re.sub(rb"\A(?:/(?:api|v1))+(?=/)", b"", plain)  # a wrong base URL repeats these
         names = {name: None for name, route in self.rows.items() if not route.suffix}
         meant = [known for known in (plain, b"/api" + bare, b"/v1" + bare) if known in names]
         if not meant:
@@ -161,8 +196,15 @@ class RouteTable:
 
 
 _V1 = b"/v1/"
-VERSION = b"/api/version"  # what OllProx asks for itself
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+}
+VERSION = b"/api/version"  # requested by OllProx itself
 TAGS = b"/api/tags"
+LOADED = b"/api/ps"
 _POST, _GET = (b"POST",), (b"GET", b"HEAD")
 
 # A model's name as Ollama allows it; a slash or colon in it may be percent-encoded.
@@ -172,22 +214,35 @@ _BLOB = rb"sha256[:-][0-9a-f]{64}"
 _KEY_NAME = rb"[A-Za-z0-9_=-]{1,1024}"  # a public key in URL-safe Base64
 
 
-def route_table(max_object: int) -> RouteTable:
-    """Return the table. `max_object` is the limit of a fold, in bytes."""
+def route_table(max_object: int, aliases: Sequence[tuple[str, str]] = ()) -> RouteTable:
+    """Return the route table.
+
+    Args:
+        max_object: the limit of a fold, in bytes.
+        aliases: names for models, as MODEL_ALIASES has them.
+
+    """
+    known = {normalize_model(alias): model for alias, model in aliases}
     return RouteTable(
-        _native_rows(max_object) | _v1_rows() | _unread_rows() | _managing_rows() | _page_rows()
+        _native_rows(max_object, known)
+        | _v1_rows(known)
+        | _unread_rows()
+        | _managing_rows()
+        | _page_rows(),
+        known,
     )
 
 
-def _native_rows(max_object: int) -> dict[bytes, Route]:
+def _native_rows(max_object: int, aliases: Aliases) -> dict[bytes, Route]:
     """Return the rows of Ollama's own API."""
     generate, chat = b"/api/generate", b"/api/chat"
-    embed = PassThrough("input", samples=False, without=("keep_alive",))
-    old_embed = PassThrough("prompt", samples=False, without=("keep_alive",), repeats_model=False)
+    native = partial(Native, max_object=max_object, aliases=aliases)
+    embeds = partial(PassThrough, samples=False, without=("keep_alive",), aliases=aliases)
+    embed, old_embed = embeds("input"), embeds("prompt", repeats_model=False)
     codecs: dict[bytes, Codec] = {
-        b"/call_model": Native("prompt", streams=False, max_object=max_object),
-        generate: Native("prompt", max_object=max_object),
-        chat: Native("messages", max_object=max_object),
+        b"/call_model": native("prompt", streams=False),
+        generate: native("prompt"),
+        chat: native("messages"),
         b"/api/embed": embed,
         b"/api/embeddings": old_embed,
     }
@@ -198,30 +253,37 @@ def _native_rows(max_object: int) -> dict[bytes, Route]:
             path: Route(_POST, generate if path == b"/call_model" else path, codec, generates=True)
             for path, codec in codecs.items()
         },
-        b"/api/show": Route(_POST, b"/api/show", PassThrough()),
+        b"/api/show": Route(_POST, b"/api/show", PassThrough(aliases=aliases)),
         **{path: Route(_GET, path) for path in (*reads, recommendations)},
-        **{path: Route(_GET, path, lists="models") for path in (TAGS, b"/api/ps")},
+        TAGS: Route(_GET, TAGS, lists="models", lists_aliases=True),
+        LOADED: Route(_GET, LOADED, lists="models"),
     }
 
 
-def _v1_rows() -> dict[bytes, Route]:
-    """Return the rows of the APIs that Ollama has in common with others."""
+def _v1_rows(aliases: Aliases) -> dict[bytes, Route]:
+    """Return the rows of the APIs of OpenAI and Anthropic."""
+    codec = partial(PassThrough, aliases=aliases)
+    openai = partial(Route, _POST, form=Form.OPENAI, generates=True)
     codecs: dict[bytes, Codec] = {
-        b"/v1/chat/completions": PassThrough("messages"),
-        b"/v1/completions": PassThrough("prompt"),
-        b"/v1/embeddings": PassThrough("input", samples=False),
-        b"/v1/responses": PassThrough("input", may_keep_state=True),
+        b"/v1/chat/completions": codec("messages"),
+        b"/v1/completions": codec("prompt"),
+        b"/v1/responses": codec("input", may_keep_state=True),
     }
+    embeddings, models = b"/v1/embeddings", b"/v1/models"
     messages, count = b"/v1/messages", b"/v1/messages/count_tokens"
-    anthropic = PassThrough("messages")
     return {
-        **{
-            path: Route(_POST, path, codec, form=Form.OPENAI, generates=True)
-            for path, codec in codecs.items()
-        },
-        messages: Route(_POST, messages, anthropic, form=Form.ANTHROPIC, generates=True),
-        count: Route(_POST, count, PassThrough(), form=Form.ANTHROPIC),
-        b"/v1/models": Route(_GET, b"/v1/models", form=Form.OPENAI, lists="data"),
+        **{path: openai(path, codec, streams_events=True) for path, codec in codecs.items()},
+        embeddings: openai(embeddings, codec("input", samples=False)),
+        messages: Route(
+            _POST,
+            messages,
+            codec("messages"),
+            form=Form.ANTHROPIC,
+            generates=True,
+            streams_events=True,
+        ),
+        count: Route(_POST, count, codec(), form=Form.ANTHROPIC),
+        models: Route(_GET, models, form=Form.OPENAI, lists="data", lists_aliases=True),
         b"/v1/models/": Route(
             _GET, b"/v1/models/", form=Form.OPENAI, suffix=_MODEL, names_model=True
         ),
@@ -229,7 +291,7 @@ def _v1_rows() -> dict[bytes, Route]:
 
 
 def _unread_rows() -> dict[bytes, Route]:
-    """Return the rows of media, whose bodies are large or multipart."""
+    """Return the rows for images and audio, whose bodies are not read."""
     paths = (b"/v1/images/generations", b"/v1/images/edits", b"/v1/audio/transcriptions")
     return {
         path: Route(
@@ -245,7 +307,7 @@ def _unread_rows() -> dict[bytes, Route]:
 
 
 def _managing_rows() -> dict[bytes, Route]:
-    """Return the rows for admins: they change models, or use the account of the Ollama server."""
+    """Return the rows for admins: they change models or use the Ollama server's account."""
     changing = {
         b"/api/pull": _POST,
         b"/api/create": _POST,
@@ -272,6 +334,10 @@ def _managing_rows() -> dict[bytes, Route]:
     }
 
 
+HOME = Route(_GET, None, access=Access.OPEN, page="home")
+"""`GET /` of a browser; that of all others is Ollama's."""
+
+
 def _page_rows() -> dict[bytes, Route]:
     """Return the rows of OllProx's own pages."""
     return {
@@ -280,6 +346,20 @@ def _page_rows() -> dict[bytes, Route]:
         b"/dashboard": Route(_GET, None, access=Access.OPEN, page="dashboard"),
         b"/metrics": Route(_GET, None, page="metrics"),
         b"/metrics.json": Route(_GET, None, page="view"),
+        b"/usage": Route(_GET, None, page="usage"),
         b"/whoami": Route(_GET, None, page="whoami"),
         b"/cache": Route((b"DELETE",), None, access=Access.ADMIN, page="drop"),
     }
+
+
+POOL_API = Api(
+    normalize=normalize_model,
+    tags=TAGS,
+    loaded=LOADED,
+    models=b"/v1/models",
+    pull=b"/api/pull",
+    delete=b"/api/delete",
+    blobs=b"/api/blobs/",
+    told=frozenset({b"/api/create", b"/api/push"}),
+    openai=_V1,
+)

@@ -1,22 +1,23 @@
-"""Let a generation begin: within its key's limits, and in its turn.
+"""Permits to generate: a key's limits and the fair queue behind one call.
 
-A permit is got at once or refused, before the flight begins, so that a refusal reaches only the
-caller that would have begun it. The flight gives it back at its end.
+A permit is granted or refused at once, before the flight begins, so a refusal reaches only the
+caller that would have begun the flight. The flight returns the permit when it ends.
 """
 
 from typing import NamedTuple
 
+from access.rights import Key
 from answers.limits import Charge, Limits, Reserved
 from answers.turns import Ticket, Turns
-from keystore import Key
 from record import Usage
 from wire.http11 import HTTPError
 
 
 class Permit(NamedTuple):
-    """A generation that may begin, with a ticket as soon as its turn comes.
+    """Leave to generate once.
 
-    `ticket` is None if nothing bounds how many run, `charge` if its key has no limit.
+    `ticket` is None if nothing bounds how many generations run; `charge` is None if the key has no
+    limit.
     """
 
     key: Key
@@ -32,7 +33,7 @@ class Permit(NamedTuple):
             self.charge.refund()
 
     def end(self, usage: Usage) -> None:
-        """Give it back at the answer's end, and count the tokens that were generated."""
+        """Return the permit when the answer ends, and count the generated tokens."""
         had_turn = self.ticket is None or self.ticket.had_turn
         if self.ticket is not None:
             self.ticket.withdraw()
@@ -44,23 +45,23 @@ class Permit(NamedTuple):
 
 
 class Permits(NamedTuple):
-    """Where permits come from."""
+    """Grants permits."""
 
     limits: Limits
     turns: Turns
 
     def admit(self, key: Key, model: str, size: int, reserved: Reserved | None = None) -> Permit:
-        """Let a generation begin.
+        """Return a permit for a generation.
 
         Args:
-            key: of the caller, who is charged.
-            model: its normalized name; empty if the body does not tell.
-            size: bytes of the prompt, which count while it waits.
+            key: of the caller; it is charged.
+            model: normalized name; empty if unknown.
+            size: of the prompt in bytes; held in the budget while it waits.
             reserved: what `SharedLimits.reserve` returned.
 
         Raises:
-            HTTPError: 429 if the key has used up a limit or its label's queue is full, 503 if
-                OllProx is stopping or has no memory; all with Retry-After.
+            HTTPError: 429 if the key has reached a limit or its label's queue is full, 503 if
+                OllProx is stopping or out of memory; all with Retry-After.
 
         """
         charge = self.limits.admit(key, reserved) if key.rate or key.tokens else None

@@ -1,12 +1,12 @@
-"""Read what a request asks of a model: its body, its cache key, and the body for upstream.
+"""Read a request's body: its model, its cache key, and the body for upstream.
 
-Pure: nothing here waits or reads a clock.
+Pure: no I/O, no clock.
 """
 
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -15,14 +15,18 @@ from settings import normalize_model
 from wire.codings import decompress
 from wire.http11 import HTTPError, Response
 
-MAX_VALUES = 1 << 18  # JSON values in a body; parsing so many numbers takes about 10 ms
-CONTAINER = 8  # values that a list or object counts for, since it takes as long and as much memory
-STEP = 64 << 10  # bytes that are looked through at once
+MAX_VALUES = 1 << 18  # JSON values in a body; parsing this many numbers takes about 10 ms
+CONTAINER = 8  # values that a list or object counts as, for its time and memory
+STEP = 64 << 10  # bytes that are searched at once
+MAX_DIGITS = 640  # of a whole number: the time to read one is quadratic; Python takes no less
+SHORT = 16 << 10  # bytes of a body that is read at once, whatever is in it
+MAX_AT_ONCE = 64 << 10  # bytes of the largest body that is read on the event loop
+MAX_VALUES_AT_ONCE = 4096  # JSON values of such a body
 
 EXAMPLE = '{"model": "llama2", "prompt": "Hello"}'
 
-# The top-level names that are read here. Go reads names in any case, so a body that has one of
-# these in another case may mean something else to Ollama than it does here.
+# The top-level names that are read here. Go ignores the case of names, so a body that has one of
+# these in another case may mean something different to Ollama.
 _KNOWN_NAMES = frozenset(
     [
         "model",
@@ -39,19 +43,24 @@ _KNOWN_NAMES = frozenset(
 )
 
 
+Aliases = Mapping[str, str]
+"""The model that answers for an alias, by the alias's normalized name."""
+
+
 @dataclass(slots=True)
 class Question:
-    """What a request asks of a model.
+    """A parsed request body.
 
-    `model` is the name as the client wrote it. `key` is the cache key without its scope, None if
-    the answer must be neither stored nor shared. `stream` is true if the client wants lines as
-    they come, `relayed` if it gets upstream's response unchanged. `deterministic` is true if
-    asking again gives the same answer. `ambiguous` is true if Ollama may read the body otherwise
-    than OllProx, so that `model` need not be the model that answers.
+    `model` is the name as the client wrote it, or the model that its alias stands for. `key` is
+    the cache key without its scope, None if the answer must be neither stored nor shared.
+    `stream` is True if the client wants a stream, `relayed` if it gets upstream's response
+    unchanged. `deterministic` is True if asking again gives the same answer. `ambiguous` is True
+    if Ollama may read the body differently from OllProx, so that another model than `model` may
+    answer.
     """
 
     body: Callable[[], bytes]
-    """Returns the body for upstream. Holds bytes only, since a request may wait for long."""
+    """Returns the body for upstream. It holds only bytes, since a request may wait for long."""
     model: str
     key: bytes | None
     stream: bool
@@ -59,11 +68,11 @@ class Question:
     deterministic: bool
     ambiguous: bool = False
     unloads: bool = False
-    """It only frees the model's memory, so no model works for it."""
+    """It only unloads the model, so it needs no turn."""
     size: int = 0
-    """Bytes of the body that `body` returns, about."""
+    """About how many bytes `body` returns."""
     folds: bool = field(init=False)
-    """The client gets upstream's stream as one object."""
+    """The client gets the fold of upstream's stream."""
 
     def __post_init__(self) -> None:
         self.folds = not (self.stream or self.relayed)
@@ -76,30 +85,31 @@ class Codec(Protocol):
         """Read a request's body; `target` is part of the cache key. Raises HTTPError 400."""
 
     def notes(self, response: Response) -> Notes:
-        """Return the notes for an answer that begins."""
+        """Return the notes for an answer, given the response's head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Native:
-    """Codec of `/api/generate` and `/api/chat`: always asked for as a stream, and folded."""
+    """Codec of `/api/generate` and `/api/chat`, which asks for a stream and folds it."""
 
     input_name: str
     """The field without which Ollama only loads the model: `prompt` or `messages`."""
     streams: bool = True
-    """The client wants a stream if the body has no `stream`."""
+    """The default of the field `stream`."""
     max_object: int = 32 << 20
     """Limit of a fold, in bytes."""
+    aliases: Aliases = field(default_factory=dict)
 
     def question(self, body: bytes, target: bytes) -> Question:
         """Read a request's body. Raises HTTPError 400."""
-        value = read_object(body)
+        value = _read(body, self.aliases)
         ambiguous = _is_ambiguous(value)
         stream = self.streams if value.get("stream") is None else value["stream"] is True
         canonical = _canonical(value, without=("stream", "keep_alive"))
         cacheable = bool(value.get(self.input_name)) and not ambiguous
 
         def write() -> bytes:
-            value = read_object(body)
+            value = _read(body, self.aliases)
             if not ambiguous:
                 value["stream"] = cacheable or stream
             return write_object(value)
@@ -112,7 +122,8 @@ class Native:
             relayed=not cacheable,
             deterministic=is_deterministic(value.get("options")),
             ambiguous=ambiguous,
-            unloads=not value.get(self.input_name) and _is_zero(value.get("keep_alive")),
+            unloads=not (ambiguous or value.get(self.input_name))
+            and _is_zero(value.get("keep_alive")),
             size=len(body),
         )
 
@@ -123,22 +134,23 @@ class Native:
 
 @dataclass(frozen=True, slots=True)
 class PassThrough:
-    """Codec of routes whose answers are passed on, and stored, unchanged."""
+    """Codec of routes whose answers are relayed, and stored, unchanged."""
 
     input_name: str = ""
     """The field without which there is nothing to answer; empty if no answer is stored."""
     samples: bool = True
-    """The answer depends on `temperature` and `seed`; false for embeddings."""
+    """The answer depends on `temperature` and `seed`; False for embeddings."""
     without: tuple[str, ...] = ()
     """Fields that do not change the answer."""
     may_keep_state: bool = False
     """A request may use or leave a conversation on the server, as on `/v1/responses`."""
     repeats_model: bool = True
-    """The answer has the model's name as it was asked for, so each name has its own key."""
+    """The answer repeats the model's name as it was sent, so each name has its own cache key."""
+    aliases: Aliases = field(default_factory=dict)
 
     def question(self, body: bytes, target: bytes) -> Question:
         """Read a request's body. Raises HTTPError 400."""
-        value = read_object(body)
+        value = _read(body, self.aliases)
         ambiguous = _is_ambiguous(value)
         model = _name(value)
         keyed = value if self.repeats_model else {**value, "model": normalize_model(model)}
@@ -146,7 +158,7 @@ class PassThrough:
         uncacheable = ambiguous or (self.may_keep_state and _keeps_state(value))
         cacheable = bool(self.input_name and value.get(self.input_name)) and not uncacheable
         return Question(
-            body=lambda: write_object(read_object(body)),
+            body=lambda: write_object(_read(body, self.aliases)),
             model=model,
             key=cache_key(target, canonical) if cacheable else None,
             stream=value.get("stream") is True,
@@ -161,13 +173,18 @@ class PassThrough:
         return notes_for(response)
 
 
+def is_quick(body: bytes) -> bool:
+    """Return whether a body is read so quickly that it need not be left to a thread."""
+    return len(body) <= MAX_AT_ONCE and _cost(body) <= MAX_VALUES_AT_ONCE
+
+
 def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int) -> Question:
-    """Read a large or compressed body, for a thread. The body for upstream is written at once.
+    """Read a large or compressed body; runs in a thread. Also writes the body for upstream.
 
     Args:
-        codec: that of the route.
+        codec: the route's codec.
         target: the path upstream.
-        body: as it came.
+        body: as it was received.
         coding: its `Content-Encoding`, empty for none.
         limit: of the decompressed body, in bytes.
 
@@ -184,7 +201,7 @@ def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limi
 
 
 class _RepeatedName(Exception):
-    """An object has one name twice."""
+    """An object has the same name twice."""
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -198,17 +215,17 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"constant {name}")
 
 
-# Made once: `json.loads` and `json.dumps` make one for each call that has options.
+# `json.loads` and `json.dumps` would make a new one for each call with options.
 _STRICT = json.JSONDecoder(parse_constant=_refuse_constant, object_pairs_hook=_object)
 _IN_ORDER = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 
 
 def read_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object that a request's body is.
+    """Parse a request's body.
 
     Raises:
         HTTPError: 400 if it is not one JSON object in UTF-8, if Python's `json` cannot read it
-            (nested too deep, numbers too long, NaN), or if an object has one name twice: Go
+            (nested too deep, numbers too long, NaN), or if an object repeats a name: Go
             merges or replaces such values, depending on the field.
 
     """
@@ -222,7 +239,7 @@ def read_object(body: bytes) -> dict[str, Any]:
         where = f"{error.msg}: line {error.lineno} column {error.colno}"
         raise HTTPError(400, f"the body must be a JSON object; it is not JSON: {where}") from None
     except _RepeatedName:
-        raise HTTPError(400, "the body has one name twice in the same object") from None
+        raise HTTPError(400, "the body has the same name twice in one object") from None
     except RecursionError:
         raise _too_deep() from None
     except ValueError as error:
@@ -235,23 +252,31 @@ def read_object(body: bytes) -> dict[str, Any]:
     return value
 
 
+def _read(body: bytes, aliases: Aliases) -> dict[str, Any]:
+    """Return the object that a body is, with the model in its alias's place. Raises HTTPError."""
+    value = read_object(body)
+    if aliases and (model := aliases.get(normalize_model(_name(value)))) is not None:
+        value["model" if value.get("model") else "name"] = model
+    return value
+
+
 def write_object(value: dict[str, Any]) -> bytes:
-    """Write an object in its own order, which Ollama respects, as in a schema."""
+    """Serialize an object without sorting its names: Ollama respects their order in a schema."""
     return _IN_ORDER.encode(value).encode()
 
 
 def check_values(body: bytes, limit: int = MAX_VALUES) -> None:
-    """Refuse a body that would become too many objects in memory.
+    """Refuse a body with too many JSON values.
 
-    The interpreter's lock is held while a body is parsed, whatever the thread. This is linear in
-    the body and takes short steps, so that other threads get their turn.
+    Parsing holds the interpreter's lock, in whichever thread it runs. This check is linear and
+    takes short steps, so that other threads can run.
 
     Raises:
         HTTPError: 413 beyond `limit` values.
 
     """
     steps = (body[start : start + STEP] for start in range(0, len(body), STEP))
-    if sum(map(_cost, steps)) <= limit:  # text in strings included, which is faster
+    if sum(map(_cost, steps)) <= limit:  # fast: this counts the text in strings too
         return
     cost = 0
     for match in _OUTSIDE_STRINGS.finditer(body):
@@ -275,14 +300,14 @@ def cache_key(target: bytes, canonical: bytes) -> bytes:
 
 
 def _canonical(value: dict[str, Any], without: tuple[str, ...]) -> bytes:
-    """Write an object so that the order of names does not matter where Ollama ignores it.
+    """Serialize an object with its names sorted where Ollama ignores their order.
 
-    That is at the top level and in `options`. Everywhere else the order is part of the question:
-    a model fills the properties of a `format` in their order, and templates show tools and
-    arguments in theirs.
+    That is at the top level and in `options`. Elsewhere the order is part of the question: a
+    model fills the properties of a `format` in order, and templates show tools and arguments in
+    order.
 
     Raises:
-        HTTPError: 400 for what can be read but not written.
+        HTTPError: 400 if a value can be parsed but not serialized.
 
     """
     ordered = {name: value[name] for name in sorted(value) if name not in without}
@@ -297,7 +322,7 @@ def _canonical(value: dict[str, Any], without: tuple[str, ...]) -> bytes:
 
 
 def _is_ambiguous(value: dict[str, Any]) -> bool:
-    """Return true if Ollama may read the body otherwise than OllProx."""
+    """Return True if Ollama may read the body differently from OllProx."""
     try:
         if not isinstance(value.get("stream"), bool | None) or _has_case_twins(value):
             return True
@@ -307,7 +332,7 @@ def _is_ambiguous(value: dict[str, Any]) -> bool:
 
 
 def _has_case_twins(value: object) -> bool:
-    """Return true if two names of an object differ only in case: for Go the last one wins."""
+    """Return True if two names in an object differ only in case: in Go, the last one wins."""
     if isinstance(value, list):
         return any(map(_has_case_twins, value))
     if not isinstance(value, dict):
@@ -318,12 +343,12 @@ def _has_case_twins(value: object) -> bool:
 
 
 def _keeps_state(value: dict[str, Any]) -> bool:
-    """Return true if a request to `/v1/responses` uses or leaves a conversation on the server."""
+    """Return True if a request to `/v1/responses` uses or leaves a conversation on the server."""
     return value.get("store") is True or value.get("previous_response_id") is not None
 
 
 def _is_zero(keep_alive: object) -> bool:
-    """Return true for a `keep_alive` that unloads the model: 0 as a number or as a duration."""
+    """Return True for a `keep_alive` that unloads the model: 0 as a number or as a duration."""
     if isinstance(keep_alive, str):
         return re.fullmatch(r"[+-]?0+(?:\.0*)?(?:ns|us|ms|s|m|h)?", keep_alive) is not None
     return type(keep_alive) in {int, float} and keep_alive == 0
@@ -334,9 +359,9 @@ def _too_deep() -> HTTPError:
 
 
 def is_deterministic(options: object) -> bool:
-    """Return true if asking again gives the same answer: `temperature` is 0, or `seed` is set.
+    """Return True if asking again gives the same answer: `temperature` is 0, or `seed` is set.
 
-    Ollama keeps a seed in 32 bits, of which all ones, as in -1, mean a random seed.
+    Ollama stores a seed in 32 bits; -1, in which all bits are set, means a random seed.
     """
     if not isinstance(options, dict):
         return False
@@ -349,7 +374,7 @@ def is_deterministic(options: object) -> bool:
 def managed_models(body: bytes) -> set[str] | None:
     """Return the models that a request to create, copy, delete or pull may change, normalized.
 
-    None if the body does not tell.
+    None if the body names no model.
     """
     names: set[str] = set()
 
@@ -368,6 +393,6 @@ def managed_models(body: bytes) -> set[str] | None:
 
 
 def _name(value: dict[str, Any]) -> str:
-    """Return the model that is asked for; `name` is its older name, which `/api/show` takes."""
+    """Return the requested model; `name` is the older field, which `/api/show` takes."""
     model = value.get("model") or value.get("name")
     return model if isinstance(model, str) else ""

@@ -1,4 +1,4 @@
-"""Decide whose turn it is to use a slot of the GPU. Pure: no I/O, and the time is handed in."""
+"""Decide whose turn is next on the GPU. No I/O; the time is an argument."""
 
 import enum
 import itertools
@@ -7,9 +7,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Protocol
 
-MAX_RETRY_AFTER = 120  # seconds; the openai client does not retry if it is told to wait longer
-FIRST_TURN = 10.0  # seconds that a turn is thought to take, before one has ended
-RECENT = 0.1  # the share of the last turn in the average of recent ones
+MAX_RETRY_AFTER = 120  # seconds; the openai client does not retry after a longer wait
+FIRST_TURN = 10.0  # seconds; the assumed length of a turn until one has ended
+RECENT = 0.1  # weight of the newest turn in the moving average
 
 
 class Key(Protocol):
@@ -17,19 +17,24 @@ class Key(Protocol):
 
     @property
     def label(self) -> str:
-        """Whose key it is: turns are shared between labels."""
+        """Whose key it is, or empty. Labels share the turns fairly; see `sharer`."""
 
     @property
     def digest(self) -> bytes:
-        """Identify the key: `running` is counted for each."""
+        """Identifies the key; `running` is counted for each."""
 
     @property
     def weight(self) -> float:
-        """How many times the share of a label of weight 1 it gets; more than 0."""
+        """The label's share, relative to weight 1; more than 0."""
 
     @property
     def running(self) -> int | None:
-        """How many turns it may have at once; None for any number."""
+        """How many turns it may run at once; None for any number."""
+
+
+def sharer(key: Key) -> str:
+    """Return the name under which a key takes turns: its label; without one it is on its own."""
+    return key.label or key.digest.hex()
 
 
 class Slots(Protocol):
@@ -37,17 +42,17 @@ class Slots(Protocol):
 
     @property
     def total(self) -> int:
-        """How many there are, free or taken, on hosts that are out too; 0 if unlimited."""
+        """How many there are, free or taken, including hosts that are down; 0 if unlimited."""
 
     def take(self, model: str) -> object | None:
-        """Take a slot on which a model can run; None if none is free."""
+        """Take a slot that can run the model; None if none is free."""
 
     def give_back(self, slot: object) -> None:
-        """Free a slot that was taken."""
+        """Free a slot."""
 
 
 class CountedSlots:
-    """The slots of a single Ollama: `total` of them, or any number if it is 0."""
+    """The slots of one Ollama: `total` of them, or any number if that is 0."""
 
     def __init__(self, total: int) -> None:
         self.total = total
@@ -69,18 +74,18 @@ class State(enum.Enum):
     """Where a turn is."""
 
     WAITING = "waits for a slot, or for another turn of its key to end"
-    GRANTED = "has a slot, which its request has not begun to use"
+    GRANTED = "has a slot but does not use it yet"
     RUNNING = "uses its slot"
-    ENDED = "has given its slot back, or has left the queue without one"
+    ENDED = "has freed its slot, or left the queue without one"
 
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """One request's turn. Times are in seconds, on the clock of whoever calls the scheduler."""
+    """One request's turn. Times are in seconds on the caller's clock."""
 
     key: Key
     model: str
-    number: int  # turns count up in the order they come
+    number: int  # counts up in order of arrival
     entered: float
     began: float | None = None  # when it got its slot
     ended: float | None = None
@@ -90,29 +95,29 @@ class Turn:
 
 @dataclass(slots=True)
 class _Label:
-    """What a label has used, and its turns that wait or run."""
+    """What a label has used, and its waiting and running turns."""
 
     since: float
-    used: float = 0.0  # slot-seconds until `since`, each divided by the weight at its time
-    weight: float = 1.0  # the largest of its keys that wait or run
+    used: float = 0.0  # slot-seconds until `since`, divided by the weight at that time
+    weight: float = 1.0  # the largest among its waiting and running keys
     weights: Counter[float] = field(default_factory=Counter)  # of their turns
     running: int = 0
-    waiting: dict[Turn, None] = field(default_factory=dict)  # its line, in order
+    waiting: dict[Turn, None] = field(default_factory=dict)  # in order of arrival
 
     def charge(self, now: float) -> float:
-        """Return the slot-seconds used, divided by the weight; running turns count so far."""
+        """Return the slot-seconds used so far, divided by the weight."""
         return self.used + self.running * (now - self.since) / self.weight
 
     def rank(self, now: float) -> tuple[float, float]:
-        """Return what labels are ordered by, the smallest first."""
+        """Return the sort key of labels; the smallest goes first."""
         return self.charge(now), self.running / self.weight
 
     def settle(self, now: float) -> None:
-        """Count what was used until now, before turns or weights change."""
+        """Add up what was used until now. Call it before turns or weights change."""
         self.used, self.since = self.charge(now), now
 
     def count(self, weight: float, turns: int, now: float) -> None:
-        """Let so many turns of a weight come, or go if negative."""
+        """Add this many turns of a weight, or remove them if negative."""
         self.settle(now)
         self.weights[weight] += turns
         if not self.weights[weight]:
@@ -122,50 +127,51 @@ class _Label:
 
 @dataclass(slots=True)
 class _Use:
-    """What one key has in the queue, and how much it may run at once."""
+    """A key's turns, and how many it may run at once."""
 
-    bound: int | None = None  # as its last request said, since a reload may change it
+    bound: int | None = None  # as of its last request; a reload may change it
     waiting: int = 0
     running: int = 0
 
     def full(self, more: int = 0) -> bool:
-        """Whether the key may start no turn, beside `more` that it would start before."""
+        """Return True if the key may not start another turn after `more` others."""
         return self.bound is not None and self.running + more >= self.bound
 
 
 class Scheduler:
-    """Decide whose turn is next. Pure: `now` is handed in, in seconds, and never goes back.
+    """Decide whose turn is next. `now` is in seconds and never goes back.
 
-    - Each label has a charge: the slot-seconds that it used, divided by its weight. The label
-      with the smallest gets the next slot. A turn counts while it runs with the time it has run
-      so far, or a label with long turns would look cheap until they end.
-    - A label contends while one of its requests waits for nothing but a slot. One that begins
-      to contend starts at the largest of its own charge, the smallest of the other active
-      labels, and `_floor`: so nobody saves up turns by asking for few.
-    - `_floor` is the smallest charge among the labels that contended when a slot was last given.
-      It rises by a second for each second in which no label is active, for all could have run.
-    - An idle label whose charge is no larger than `_floor` is forgotten: it would start there.
-    - A key at its `running` bound and a model without a free slot are skipped, and nothing else.
+    - Each label has a charge: the slot-seconds it has used, divided by its weight. The label with
+      the smallest charge gets the next slot. Running turns count with the time so far; otherwise
+      a label with long turns would look cheap until they end.
+    - A label contends while one of its requests waits only for a slot. When it starts to contend,
+      its charge is raised to the smallest charge of the other active labels, and to `_floor`, so
+      nobody can save up turns by being idle.
+    - `_floor` is the smallest charge among the contending labels when a slot was last granted. It
+      rises by one per second while no label is active, since anybody could have run then.
+    - An idle label whose charge is at most `_floor` is forgotten, since it would start there.
+    - Only a key at its `running` bound and a model without a free slot are skipped.
     """
 
     def __init__(self, slots: Slots) -> None:
         self.turn_seconds = FIRST_TURN  # average of recent turns
         self.slots = slots
         self._numbers = itertools.count(1)
-        self._labels: dict[str, _Label] = {}  # the active ones: they wait or run
-        self._idle: dict[str, _Label] = {}  # those ahead of the floor
+        self._labels: dict[str, _Label] = {}  # active: with waiting or running turns
+        self._idle: dict[str, _Label] = {}  # idle, with a charge above the floor
         self._uses: dict[bytes, _Use] = {}
         self._floor = 0.0
         self._waiting = 0  # turns
-        self._ended = 0  # turns that ran
+        self._ended = 0  # turns that have run
         self._idle_since: float | None = None
 
     def add(self, key: Key, model: str, now: float) -> Turn:
-        """Put a request at the end of its label's line; see `grant`."""
+        """Queue a request behind those of its label. Call `grant` afterwards."""
         if not self._labels and self._idle_since is not None:
             self._floor += now - self._idle_since
-        label = self._labels.get(key.label) or self._idle.pop(key.label, None) or _Label(now)
-        self._labels[key.label] = label
+        name = sharer(key)
+        label = self._labels.get(name) or self._idle.pop(name, None) or _Label(now)
+        self._labels[name] = label
         label.settle(now)
         if self._first_free(label) is None:
             label.used = max(label.used, self._level(label, now))
@@ -179,16 +185,17 @@ class Scheduler:
         return turn
 
     def grant(self, now: float) -> list[Turn]:
-        """Give slots to whoever may run, in the order of turns, and return those that got one."""
+        """Give out free slots in the order of turns; return the turns that got one."""
         granted: list[Turn] = []
-        taken: set[str] = set()  # models that no slot is free for
+        taken: set[str] = set()  # models without a free slot
         while self._waiting and (turn := self._grant_one(now, taken)):
             granted.append(turn)
         return granted
 
     def end(self, turn: Turn, now: float) -> None:
-        """End a turn that runs or waits, and free its slot; then `grant`."""
-        label, use = self._labels[turn.key.label], self._uses[turn.key.digest]
+        """End a running or waiting turn, and free its slot. Call `grant` afterwards."""
+        name = sharer(turn.key)
+        label, use = self._labels[name], self._uses[turn.key.digest]
         label.count(turn.key.weight, -1, now)
         if turn.began is not None:
             self._ended += 1
@@ -205,7 +212,7 @@ class Scheduler:
         if not use.waiting and not use.running:
             del self._uses[turn.key.digest]
         if not label.waiting and not label.running:
-            self._rest(turn.key.label, now)
+            self._rest(name, now)
 
     def order(self, now: float) -> list[Turn]:
         """Return those that wait in the order they would run, if each took an average time.
@@ -225,12 +232,13 @@ class Scheduler:
                 places.append(((held, charge + index * step, share, number), turn))
         return [turn for _, turn in sorted(places, key=lambda place: place[0])]
 
-    def waiting(self, label: str) -> int:
-        """Return how many requests of a label wait."""
-        return len(self._labels[label].waiting) if label in self._labels else 0
+    def waiting(self, key: Key) -> int:
+        """Return the number of waiting requests of a key's label."""
+        name = sharer(key)
+        return len(self._labels[name].waiting) if name in self._labels else 0
 
     def running(self) -> dict[str, int]:
-        """Return how many turns each label has that run, for those with any."""
+        """Return the number of running turns by label, without zeros."""
         return {name: label.running for name, label in self._labels.items() if label.running}
 
     def of_key(self, digest: bytes) -> tuple[int, int]:
@@ -239,13 +247,13 @@ class Scheduler:
         return use.running, use.waiting
 
     def charges(self, now: float) -> dict[str, float]:
-        """Return the charge of each label that is not forgotten: seconds divided by weight."""
+        """Return the charge of each known label: slot-seconds divided by weight."""
         return {name: label.charge(now) for name, label in (self._labels | self._idle).items()}
 
     def estimate(self, key: Key) -> int:
-        """Return in how many seconds a request that came now would get its turn, 1 to 120."""
+        """Return in how many seconds a new request would get its turn, 1 to `MAX_RETRY_AFTER`."""
         lines = [len(label.waiting) for label in self._labels.values() if label.waiting]
-        own = self.waiting(key.label) + 1
+        own = self.waiting(key) + 1
         seconds = 1.0
         if self.slots.total:
             ahead = min(sum(lines) + 1, own * max(1, len(lines)))
@@ -255,7 +263,7 @@ class Scheduler:
         return min(MAX_RETRY_AFTER, max(1, math.ceil(seconds)))
 
     def _grant_one(self, now: float, taken: set[str]) -> Turn | None:
-        """Start the next turn; note the models that no slot is free for."""
+        """Start the next turn, if any; add models without a free slot to `taken`."""
         contending = [
             ((*label.rank(now), turn.number), label)
             for label in self._labels.values()
@@ -284,17 +292,17 @@ class Scheduler:
         self._waiting -= 1
 
     def _first_free(self, label: _Label) -> Turn | None:
-        """Return the first of a label's requests that waits for nothing but a slot."""
+        """Return the first of a label's requests that waits only for a slot."""
         free = (turn for turn in label.waiting if not self._uses[turn.key.digest].full())
         return next(free, None)
 
     def _level(self, label: _Label, now: float) -> float:
-        """Return the charge at which a label starts at the least."""
+        """Return the least charge with which a label starts to contend."""
         others = (other.charge(now) for other in self._labels.values() if other is not label)
         return max(self._floor, min(others, default=self._floor))
 
     def _rest(self, name: str, now: float) -> None:
-        """Let a label be idle, and forget those that would start at the floor all the same."""
+        """Make a label idle; forget idle labels that would start at the floor anyway."""
         self._idle[name] = self._labels.pop(name)
         self._idle_since = now
         self._idle = {name: idle for name, idle in self._idle.items() if idle.used > self._floor}

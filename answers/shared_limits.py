@@ -12,9 +12,9 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from access.rights import Key, Limit
 from answers.limits import LimitReached
 from answers.shared import Codec
-from keystore import Key, Limit
 from wire.valkey import Unavailable, Valkey
 
 log = logging.getLogger("ollprox")

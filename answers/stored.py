@@ -1,4 +1,4 @@
-"""Stored answers: what the cache keeps, and its form as bytes for other processes."""
+"""Stored answers: what the cache stores, and its serialized form for other processes."""
 
 import math
 import struct
@@ -8,35 +8,35 @@ from typing import NamedTuple
 
 from answers.flight import Flight
 from record import Usage
-from wire.http11 import FIELD_LINE, HTTPError, pack
+from wire.http11 import FIELD_LINE, HTTPError, pack, stored_headers
 
 MAGIC = b"OLLPROX\x01"  # the last byte is the version of the form
 
-_SAME = (1 << 64) - 1  # the length of an object that is the body
+_SAME = (1 << 64) - 1  # in place of the object's length: the object is the body
 # The lengths of headers, body, object, model and digest; then `born`, lines, prompt tokens,
 # tokens, GPU seconds.
 _FIELDS = struct.Struct(">5Qd3Qd")
-_CHECKSUM = struct.Struct(">I")  # CRC-32 of all before it: finds accidents, not forgeries
+_CHECKSUM = struct.Struct(">I")  # CRC-32 of everything before it: detects accidents only
 
 
 class StoredAnswer(NamedTuple):
-    """A complete answer in the forms that clients want.
+    """A complete answer, as a stream and as a single object.
 
-    It is flat and holds its headers as bytes, since there are many.
+    It is flat, and its headers are one bytes object, because there may be many answers.
     """
 
     packed: bytes
     """The headers; see `http11.pack`."""
     body: bytes
-    """The stream as it came, or the one object where there is no stream."""
+    """The stream as it was received, or the object if there is no stream."""
     object: bytes
-    """The fold of a stream, empty if it is too large for one; else `body` itself."""
+    """The fold of a stream, empty if it was too large; `body` itself if there is no stream."""
     model: str
     """Its normalized name."""
     digest: str
-    """The digest of the model that gave it; "" if unknown."""
+    """The digest of the model that generated it; "" if unknown."""
     born: float
-    """When upstream's head came, in seconds since 1970."""
+    """When the response's head arrived, in seconds since 1970."""
     lines: int
     prompt_tokens: int
     tokens: int
@@ -44,13 +44,13 @@ class StoredAnswer(NamedTuple):
 
     @property
     def size(self) -> int:
-        """Its bytes; a body that is its object too is counted once."""
+        """Its size in bytes; a body that is also the object is counted once."""
         both = len(self.body) if self.object is self.body else len(self.body) + len(self.object)
         return len(self.packed) + both
 
     @property
     def usage(self) -> Usage:
-        """What it took to generate it."""
+        """The usage of generating it."""
         return Usage(self.lines, self.prompt_tokens, self.tokens, self.gpu_seconds)
 
     def age(self, now: float) -> float:
@@ -58,7 +58,7 @@ class StoredAnswer(NamedTuple):
         return max(0.0, now - self.born)
 
     def dump(self) -> bytes:
-        """Write it as bytes, which `load` reads."""
+        """Serialize it; `load` is the reverse."""
         model = self.model.encode("utf-8", "surrogatepass")  # a client may choose half a surrogate
         digest = self.digest.encode("utf-8", "surrogatepass")
         same = self.object is self.body
@@ -73,10 +73,10 @@ class StoredAnswer(NamedTuple):
 
     @classmethod
     def load(cls, data: bytes) -> "StoredAnswer":
-        """Read what `dump` has written.
+        """Return the answer that `dump` serialized.
 
         Raises:
-            ValueError: it is something else, of another version, cut or damaged.
+            ValueError: the data is not an answer, has another version, or is damaged.
 
         """
         text, start = data[: -_CHECKSUM.size], len(MAGIC) + _FIELDS.size
@@ -110,22 +110,22 @@ class StoredAnswer(NamedTuple):
 
 
 def _are_headers(packed: bytes) -> bool:
-    """Return whether these are headers that can be sent as they are."""
+    """Return True if these are valid headers, which can be sent unchanged."""
     return not packed or all(
         b": " in line and FIELD_LINE.fullmatch(line) for line in packed.split(b"\r\n")
     )
 
 
 def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer | None:
-    """Make what is stored of a flight whose answer is complete.
+    """Return the answer to store for a flight whose answer is complete.
 
     Args:
-        flight: it has all of its tape.
-        body: that tape.
+        flight: a flight whose tape has lost nothing.
+        body: its complete tape.
         digest: the digest of its model; "" if unknown.
 
     Returns:
-        None if the answer is not worth storing, or cannot be folded but for its size.
+        None if the answer is not worth storing, or has no fold for another reason than its size.
 
     """
     notes = flight.notes
@@ -139,5 +139,5 @@ def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer
         folded = b""
     assert flight.born is not None
     model, digest = sys.intern(flight.model), sys.intern(digest)
-    headers = pack(flight.headers)
+    headers = pack(stored_headers(flight.headers))
     return StoredAnswer(headers, body, folded, model, digest, flight.born, *flight.usage)

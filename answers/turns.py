@@ -1,13 +1,13 @@
-"""Let labels share the slots of the GPU fairly: a request waits in line for its turn.
+"""The fair queue: requests wait for a turn on the GPU, shared fairly between labels.
 
-`answers/schedule.py` has the rules of who is next. A request is admitted first, which may refuse
-it, and waits for its turn later, inside its flight:
+`answers/schedule.py` decides whose turn is next. A request is admitted or refused first, and waits
+for its turn later, inside its flight:
 
     ticket = turns.admit(key, model, size)  # raises HTTPError; begin the flight at once
     async with ticket as slot: ...          # waits; the turn ends with the block
 
-Whoever ends the flight calls `ticket.withdraw()`: a task that is cancelled before its first step
-never reaches its `async with`.
+The end of the flight also calls `ticket.withdraw()`, because a task that is cancelled before its
+first step never reaches the `async with`.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ class Budget(Protocol):
 
 
 class Refusal(enum.Enum):
-    """Why the queue refused a request, as metrics say it."""
+    """Why the queue refused a request; the values are used in metrics."""
 
     QUEUE_FULL = "queue full"
     TIMEOUT = "timeout"
@@ -47,7 +47,7 @@ class Refusal(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Waiting:
-    """A request that waits; `position` counts from 1, in the order they would run now."""
+    """A queued request; `position` counts from 1, in the order of turns as of now."""
 
     label: str
     model: str
@@ -65,13 +65,13 @@ class Snapshot:
 
 
 class Turns:
-    """The queue in asyncio. Call it from one event loop; nothing but a ticket's wait awaits.
+    """The queue. Call it from one event loop; only entering a ticket awaits.
 
     Args:
         slots: where turns run.
-        queue_max: requests of a label that may wait.
-        queue_timeout: seconds that a request may wait.
-        budget: where the bytes of waiting prompts are reserved.
+        queue_max: how many requests of a label may wait.
+        queue_timeout: how long a request may wait, in seconds.
+        budget: holds the bytes of waiting prompts.
         clock: seconds on a clock that never goes back.
 
     """
@@ -95,20 +95,20 @@ class Turns:
         self._draining = False
 
     def bounds(self, key: Key) -> bool:
-        """Return true if a request of the key may have to wait."""
+        """Return True if a request of the key may have to wait."""
         return self._slots.total > 0 or key.running is not None
 
     def admit(self, key: Key, model: str, size: int = 0) -> "Ticket":
-        """Let a request in: its turn begins at once, or it waits in line.
+        """Return a ticket: its turn begins at once, or it is queued.
 
         Args:
-            key: the caller's, who is charged.
-            model: its normalized name.
-            size: bytes of the prompt, held while it waits.
+            key: of the caller; it is charged.
+            model: normalized name.
+            size: of the prompt in bytes; held in the budget while it waits.
 
         Raises:
             HTTPError: 429 if too many requests of its label wait, 503 while draining or if
-                there is no memory to wait in; both with Retry-After in seconds.
+                there is no memory for its prompt; all with Retry-After.
 
         """
         if self._draining:
@@ -117,7 +117,7 @@ class Turns:
         ticket = Ticket(self, self._scheduler.add(key, model, now), size)
         self._grant(now)
         if ticket.turn.state is State.WAITING:
-            if self._scheduler.waiting(key.label) > self._queue_max:
+            if self._scheduler.waiting(key) > self._queue_max:
                 refusal = Refusal.QUEUE_FULL
             elif not self._budget.reserve(size):
                 refusal = Refusal.MEMORY
@@ -129,7 +129,7 @@ class Turns:
         return ticket
 
     def leave(self, ticket: "Ticket") -> None:
-        """End a ticket's turn or its wait, once; the next ones get what it frees."""
+        """End a ticket's turn or wait, and start the turns that can use its slot. Idempotent."""
         if ticket.turn.state is State.ENDED:
             return
         now = self.clock()
@@ -139,18 +139,18 @@ class Turns:
             self._grant(now)
 
     def wake(self) -> None:
-        """Begin all turns that can begin. Call it when slots have come, as a host recovers."""
+        """Start all turns that can start. Call it when slots appear, as when a host recovers."""
         self._grant(self.clock())
 
     def drain(self) -> None:
-        """Refuse those that wait and those that come; turns that run go on."""
+        """Refuse queued and new requests; running turns go on."""
         self._draining = True
         for turn in list(self._waiting):
             self._scheduler.end(turn, self.clock())
             self._let_out(turn)
 
     def refuse(self, why: Refusal, key: Key) -> HTTPError:
-        """Count a refusal; return the error that says why, and when to come again."""
+        """Count a refusal; return its error, which says why and when to retry."""
         self._refusals[why] += 1
         seconds = RESTART if why is Refusal.DRAINING else self._scheduler.estimate(key)
         what = {
@@ -165,11 +165,11 @@ class Turns:
         return HTTPError(status, f"{what}; try again in {seconds} s", (retry_after,))
 
     def of_key(self, digest: bytes) -> tuple[int, int]:
-        """Return how many turns of a key run, and how many wait."""
+        """Return how many turns of a key run and how many wait."""
         return self._scheduler.of_key(digest)
 
     def snapshot(self) -> Snapshot:
-        """Return who waits and who runs now."""
+        """Return the queue as of now."""
         now = self.clock()
         waiting = [
             Waiting(turn.key.label, turn.model, now - turn.entered, position)
@@ -178,7 +178,7 @@ class Turns:
         return Snapshot(waiting, self._scheduler.running(), dict(self._refusals))
 
     def __len__(self) -> int:
-        """Return how many requests wait."""
+        """Return the number of queued requests."""
         return len(self._waiting)
 
     def _grant(self, now: float) -> None:
@@ -186,17 +186,17 @@ class Turns:
             self._let_out(turn)
 
     def _let_out(self, turn: Turn) -> None:
-        """Take a turn off those that wait, if it is one, and wake its ticket."""
+        """Remove a turn from the queue, if it is queued, and wake its ticket."""
         if (ticket := self._waiting.pop(turn, None)) is not None:
             self._budget.release(ticket.size)
             ticket.wake()
 
 
 class Ticket:
-    """A request's place in the queue; `async with` waits for its turn, which gives the slot.
+    """A request's place in the queue. `async with` waits for the turn and gives the slot.
 
     Raises on entering:
-        HTTPError: 503 with Retry-After, if no turn comes in time or the queue drains.
+        HTTPError: 503 with Retry-After if no turn comes in time, or while draining.
 
     """
 
@@ -208,27 +208,27 @@ class Ticket:
 
     @property
     def slot(self) -> object:
-        """The slot of its turn, None before."""
+        """The slot of its turn; None before the turn."""
         return self.turn.slot
 
     @property
     def had_turn(self) -> bool:
-        """Whether its turn has begun, be it ended by now or not."""
+        """True once the turn has begun, even if it has ended since."""
         return self.turn.began is not None
 
     def waited(self) -> float:
-        """Return the seconds it was queued, so far if it still is."""
+        """Return the seconds it was queued, or has been queued so far."""
         turn = self.turn
         until = turn.began if turn.began is not None else turn.ended
         return (self._turns.clock() if until is None else until) - turn.entered
 
     def withdraw(self) -> None:
-        """Give the place up at once, unless an `async with` has the turn: that ends it."""
+        """Leave the queue, unless the turn runs in an `async with`, which then ends it."""
         if self.turn.state is not State.RUNNING:
             self._turns.leave(self)
 
     def wake(self) -> None:
-        """Let whoever waits look again."""
+        """Wake the waiting task."""
         if self._news is not None and not self._news.done():
             self._news.set_result(None)
 
@@ -251,7 +251,7 @@ class Ticket:
                     self._news = asyncio.get_running_loop().create_future()
                     await self._news
         except TimeoutError:
-            if turn.state is State.WAITING:  # else its turn came at the same moment
+            if turn.state is State.WAITING:  # otherwise the turn came at the same moment
                 turns.leave(self)
                 raise turns.refuse(Refusal.TIMEOUT, turn.key) from None
         except BaseException:
@@ -262,7 +262,7 @@ class Ticket:
 
 
 class Queued(Protocol):
-    """What an exchange is asked, as far as the queue needs to know."""
+    """What the queue needs of an ask."""
 
     @property
     def ticket(self) -> AbstractAsyncContextManager[object] | None:
@@ -276,7 +276,7 @@ ResponseT = TypeVar("ResponseT")
 def fair_queue(
     exchange: Callable[[AskT], AbstractAsyncContextManager[ResponseT]],
 ) -> Callable[[AskT], AbstractAsyncContextManager[ResponseT]]:
-    """Return an exchange that waits for its ask's turn, which lasts until its response ends."""
+    """Return an exchange that waits for a turn, which lasts until the response ends."""
 
     @asynccontextmanager
     async def in_turn(

@@ -1,7 +1,7 @@
-"""What the benchmarks share: the programs that they start, and how a load is measured.
+"""Shared by the benchmarks: starting programs, and measuring a load.
 
-The servers that are compared run on core 0, the load and the stand-in on core 1, where there
-are two. Whoever imports this may open as many files as the machine allows.
+If there are two cores, the servers to compare run on core 0, the load and the stand-in on
+core 1. Importing this module raises the limit of open files.
 """
 
 import contextlib
@@ -81,9 +81,9 @@ def program(
     output: int | IO[bytes] = subprocess.DEVNULL,
     **environ: object,
 ) -> Iterator[int]:
-    """Run a program that listens on a port, on one core; it is ended with the block."""
+    """Run a program that listens on a port, on one core, until the end of the block."""
     process = subprocess.Popen(
-        [*pinned(core), *command],
+        [*on_core(core), *command],
         env={**os.environ, **{name: str(value) for name, value in environ.items()}},
         stdin=subprocess.DEVNULL,
         stdout=output,
@@ -97,14 +97,15 @@ def program(
         process.wait()
 
 
-def pinned(core: int) -> list[str]:
-    can = shutil.which("taskset") is not None and core in range(os.cpu_count() or 1)
-    return ["taskset", "-c", str(core)] if can else []
+def on_core(core: int) -> list[str]:
+    """Return the start of a command that runs on one core; empty if that is impossible."""
+    possible = shutil.which("taskset") is not None and core in range(os.cpu_count() or 1)
+    return ["taskset", "-c", str(core)] if possible else []
 
 
 def be_the_load() -> None:
-    """Put this process where the load is."""
-    if pinned(1):
+    """Move this process to the load's core."""
+    if on_core(1):
         os.sched_setaffinity(0, {1})
 
 
@@ -126,7 +127,7 @@ def ollprox(
     output: int | IO[bytes] = subprocess.DEVNULL,
     **settings: object,
 ) -> Iterator[tuple[int, int]]:
-    """OllProx before an upstream, on core 0; gives its port and its process id."""
+    """Run OllProx on core 0; yield its port and its process id."""
     port = free_port()
     with tempfile.NamedTemporaryFile("w", suffix=".keys") as keys:
         keys.write(KEY)
@@ -182,7 +183,7 @@ def straight(upstream: int) -> Iterator[int]:
 
 
 def with_nginx(contenders: dict[str, Contender]) -> dict[str, Contender]:
-    """Leave nginx out where it is not installed."""
+    """Return the contenders, without nginx if it is not installed."""
     if shutil.which("nginx") is None:
         contenders.pop("nginx", None)
     return contenders
@@ -213,7 +214,7 @@ def connect(port: int, source: str = "127.0.0.1") -> socket.socket:
 
 
 def ask(connection: socket.socket, message: bytes) -> bytes:
-    """Send a request and return its whole response, which must be a good one."""
+    """Send a request and return its response, which must have status 200."""
     connection.sendall(message)
     data = b""
     while not is_whole(data):
@@ -239,7 +240,7 @@ def wrk(port: int, lua: str, *, seconds: float, clients: int = 32) -> float:
         file.flush()
         url = f"http://127.0.0.1:{port}/call_model"
         done = subprocess.run(
-            [*pinned(1), "wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "-s", file.name, url],
+            [*on_core(1), "wrk", "-t1", f"-c{clients}", f"-d{seconds:.0f}s", "-s", file.name, url],
             stdout=subprocess.PIPE,
             check=True,
             text=True,
@@ -301,7 +302,7 @@ def note(figures: Figures, measure: str, who: str, value: float) -> None:
 
 
 def worked() -> float:
-    """Return the seconds that all cores have worked since they began."""
+    """Return the seconds of work of all cores since the machine started."""
     user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
     return (user + nice + system) / os.sysconf("SC_CLK_TCK")
 
@@ -310,7 +311,7 @@ _begun = time.monotonic(), worked()
 
 
 def save(name: str, figures: Figures) -> None:
-    """Put a program's figures in the file of all results, and how much others have worked."""
+    """Save a program's figures, and the share of the cores that other programs used."""
     spent = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     others = worked() - _begun[1] - sum(used.ru_utime + used.ru_stime for used in spent)
     whole = (time.monotonic() - _begun[0]) * (os.cpu_count() or 1)

@@ -35,9 +35,8 @@ HEAD = (
 DATE = 1795425020  # seconds: the Monday of the lines above
 # Of a version and of a list of models at once: an answer to each GET.
 ABOUT = b'{"version":"0.13.5","models":[{"name":"llama2:latest","digest":"751f8a18b021"}]}'
-VERSION = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
-) % (len(ABOUT), ABOUT)
+_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+VERSION = _OK % (len(ABOUT), ABOUT)
 
 
 def chunk(line: bytes) -> bytes:

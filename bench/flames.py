@@ -51,7 +51,7 @@ def under_load(load: Callable[[], object], work: Callable[[], None]) -> None:
 
 
 def show(what: str, file: Path) -> None:
-    """Print which functions the samples of OllProx's own thread ended in."""
+    """Print the functions in which the samples of OllProx's main thread ended."""
     ends: collections.Counter[str] = collections.Counter()
     for line in file.read_text().splitlines():
         stack, _, count = line.rpartition(" ")

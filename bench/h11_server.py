@@ -1,4 +1,4 @@
-"""The bare yardstick: h11 over asyncio streams, which reads each request and answers 600 bytes.
+"""A bare yardstick: h11 over asyncio streams; each request gets an answer of 600 bytes.
 
 usage: h11_server.py PORT
 """

@@ -1,11 +1,10 @@
-"""OllProx as it is, and what can only be told from inside of it.
+"""OllProx with measurements from the inside.
 
 usage: inside.py FILE
 
-On SIGUSR1 it writes FILE: how many entries the cache holds, the bytes that it has charged for
-them, and what has been the longest since it last told: one step of the event loop, and within
-such steps one collection of garbage. Both are milliseconds of this thread's processor time, so
-that other programs on the machine do not count.
+On SIGUSR1 it writes FILE: the number of entries in the cache, the bytes charged for them, and
+since the last signal the longest step of the event loop and the longest garbage collection.
+Both are in milliseconds of this thread's processor time, so other programs do not count.
 """
 
 import asyncio

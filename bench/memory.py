@@ -1,4 +1,4 @@
-"""What OllProx keeps in memory, and whether much of it makes it slow.
+"""How much memory OllProx uses, and whether a full cache makes it slower.
 
 usage: memory.py [ROUNDS [ENTRIES [CONNECTIONS]]]
 
@@ -47,7 +47,7 @@ from common import (
     lua_each,
     note,
     ollprox,
-    pinned,
+    on_core,
     post,
     resident,
     save,
@@ -72,7 +72,7 @@ def question(number: int) -> bytes:
 def measure_start(figures: Figures) -> None:
     for _ in range(STARTS):
         begun = time.perf_counter()
-        subprocess.run([*pinned(0), sys.executable, "-c", "pass"], check=True)
+        subprocess.run([*on_core(0), sys.executable, "-c", "pass"], check=True)
         note(figures, "ready, s", "python -c pass", time.perf_counter() - begun)
         begun = time.perf_counter()
         with ollprox(1) as (port, pid), connect(port) as connection:

@@ -32,11 +32,10 @@ FAULTS = ("cut", "reset", "error", "stall", "status", "garbage", "silent end", "
 EXPLAINED = {  # what a single object may get, and whether a stream may be cut
     "cut": ({502}, True),
     "reset": ({502}, False),
-    "error": ({500}, False),
-    "stall": ({504}, True),
+    "error": ({500}, True),
+    "stall": ({502, 504}, True),  # for an object it may wait until the stand-in gives up
     "status": ({503}, False),
     "garbage": ({502}, False),
-    "silent end": ({200}, False),  # it comes as Ollama's repeat guard leaves it
 }
 MEMORY = 24 << 20  # bytes that the process may have grown by, for its bounded cache and tables
 HEAD = (
@@ -76,7 +75,7 @@ class Upstream:
             await writer.wait_closed()
 
     async def answer(self, number: int, writer: asyncio.StreamWriter) -> bool:
-        """Answer one question; tell whether the connection goes on."""
+        """Answer one question; return True if the connection stays open."""
         self.attempts[number] += 1
         attempt, fault, count = self.attempts[number], fault_of(number), lines_of(number)
         if fault == "reset":
@@ -192,7 +191,7 @@ class Soak:
     def check(
         self, number: int, stream: bool, wrong_key: bool, status: int, complete: bool, data: bytes
     ) -> str:
-        """Say what is wrong with an answer; nothing if it is right or explained."""
+        """Return what is wrong with an answer; empty if it is right or explained."""
         if wrong_key:
             return "" if status in {401, 429} else f"a wrong key got {status}"
         errors, may_be_cut = EXPLAINED.get(fault_of(number), (set[int](), False))
@@ -202,6 +201,8 @@ class Soak:
         if "error" in lines[-1]:
             explained = may_be_cut if not complete else fault_of(number) == "error"
             return self.check_text(number, lines[:-1], None) if explained else "an error"
+        if fault_of(number) == "silent end" and complete:  # as Ollama's repeat guard leaves it
+            return self.check_text(number, lines, None)
         if not complete or lines[-1].get("done") is not True:
             return "cut, and no error said so"
         if errors:
@@ -228,7 +229,7 @@ def outcome_of(cache_status: bytes) -> str:
 
 
 async def miscounted(soak: Soak, upstream: Upstream) -> list[str]:
-    """Say what OllProx has counted otherwise than its clients and the stand-in have."""
+    """Return the differences between the counts of OllProx and those of clients and stand-in."""
     asked = f"GET /metrics HTTP/1.1\r\nHost: a\r\nAPIKEY: {KEY}\r\nConnection: close\r\n\r\n"
     text, got, left = "", 0, list[float]()
     for _ in range(100):  # until the last ones that left have been seen to

@@ -1,4 +1,4 @@
-"""Streams: lines relayed as fast as they come, the first line, and a thousand streams at once.
+"""Streams: relayed lines per second, the first line, and a thousand streams at once.
 
 usage: streams.py [ROUNDS]
 

@@ -1,6 +1,6 @@
-"""A small HTTP client over a raw socket, which shows what real ones hide.
+"""A small HTTP client over a raw socket, which shows what real clients hide.
 
-It tells a body that came to its end from one that was cut, and gives each chunk as it comes.
+It distinguishes a complete body from a truncated one, and returns each chunk as it arrives.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ KEY = "a-key-for-the-tests"
 
 
 class Answer:
-    """A response's head, and its body as it comes."""
+    """A response's head, and its body so far."""
 
     def __init__(self, status: int, headers: Headers, head: bytes) -> None:
         self.status = status
@@ -73,7 +73,7 @@ class Client:
     async def ask(
         self, method: str, path: str, body: object = None, headers: Headers | None = None
     ) -> Answer:
-        """Send a request and read the whole response."""
+        """Send a request and read the complete response."""
         answer = await self.begin(method, path, body, headers)
         return await self.rest(answer, method)
 
@@ -85,7 +85,7 @@ class Client:
         return Answer(int(first.split(" ")[1]), headers, head)
 
     async def chunks(self, answer: Answer) -> AsyncIterator[bytes]:
-        """Give each chunk as it comes, until the body's end or a cut."""
+        """Yield each chunk as it arrives, until the body's end or a truncation."""
         while True:
             size = await self.reader.readline()
             if not size:
@@ -115,7 +115,7 @@ class Client:
 
 
 def request(method: str, path: str, body: object = None, headers: Headers | None = None) -> bytes:
-    """Write a request; a body that is no bytes is written as JSON. The key goes with it."""
+    """Return a request with the key; a body other than bytes is sent as JSON."""
     data = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     fields = {"Host": "localhost", "APIKEY": KEY} | (headers or {})
     if body is not None and "Transfer-Encoding" not in fields:
@@ -127,13 +127,13 @@ def request(method: str, path: str, body: object = None, headers: Headers | None
 async def ask(
     port: int, method: str, path: str, body: object = None, headers: Headers | None = None
 ) -> Answer:
-    """Ask once, on a connection of its own."""
+    """Send one request on a new connection; return the response."""
     async with Client(port) as client:
         return await client.ask(method, path, body, headers)
 
 
 async def raw(port: int, data: bytes) -> bytes:
-    """Send bytes, and read all that comes until the connection is closed."""
+    """Send bytes; return everything up to the end of the connection."""
     async with Client(port) as client:
         await client.send(data)
         with contextlib.suppress(ConnectionError):
@@ -148,7 +148,7 @@ def question(prompt: str = "Why?", **more: object) -> dict[str, object]:
 
 @contextlib.asynccontextmanager
 async def waiting(port: int, ollama: StandIn, body: dict[str, object]) -> AsyncIterator[Client]:
-    """A client whose request Ollama has got and does not answer; it leaves with the block."""
+    """A client with a request that Ollama holds; it disconnects at the end of the block."""
     ollama.script.hold_head = True
     async with Client(port) as client:
         await client.send(request("POST", "/call_model", body))
@@ -159,7 +159,7 @@ async def waiting(port: int, ollama: StandIn, body: dict[str, object]) -> AsyncI
 async def held_stream(
     client: Client, ollama: StandIn, path: str, body: dict[str, object]
 ) -> Answer:
-    """Ask for a stream whose first line must come while Ollama is held, and read it to its end."""
+    """Read a stream whose first line must arrive while Ollama holds the rest."""
     ollama.script.hold_before = 1
     answer = await client.begin("POST", path, body)
     chunks = client.chunks(answer)

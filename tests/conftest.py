@@ -1,4 +1,4 @@
-"""What the tests share: the stand-in, and OllProx as its users run it."""
+"""Fixtures for all tests: the stand-in for Ollama, and OllProx as users run it."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 
 ROOT = Path(__file__).resolve().parent.parent
-WINGS = ("wire", "answers", "watch")
+WINGS = ("access", "wire", "answers", "watch")
 SOURCES = [*ROOT.glob("*.py"), *(file for wing in WINGS for file in (ROOT / wing).glob("*.py"))]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -22,17 +22,17 @@ from standin import Script, StandIn  # noqa: E402
 
 from settings import Settings  # noqa: E402
 
-# Whatever the machine's speed; and in CI the same examples each time.
+# No deadlines, since machines differ in speed; in CI, the same examples each time.
 hypothesis.settings.register_profile(
     "ollprox", deadline=None, derandomize=bool(os.environ.get("CI"))
 )
 hypothesis.settings.load_profile("ollprox")
 
-# What no input may bring about, at any level of the log.
+# What must never be in the log, whatever the input.
 FAULTS = re.compile(r"Traceback|never retrieved|was destroyed|ResourceWarning|never awaited")
 
 
-DEFAULTS = {item.name.upper(): "" for item in fields(Settings)}  # whatever .env says
+DEFAULTS = {item.name.upper(): "" for item in fields(Settings)}  # so that .env does not count
 
 
 class Program:
@@ -48,7 +48,7 @@ class Program:
         return self.process.pid
 
     def resident(self, field: str = "VmRSS") -> int:
-        """Its resident memory in bytes: now, or with VmHWM at most."""
+        """Return its resident memory in bytes, or with VmHWM its peak."""
         status = Path(f"/proc/{self.pid}/status").read_text()
         return 1024 * int(status.split(f"{field}:")[1].split()[0])
 
@@ -56,10 +56,10 @@ class Program:
         return self.log.read_text()
 
     async def says(self, pattern: str) -> re.Match[str]:
-        """Wait until the program has written something."""
+        """Wait until the program has written text that matches the pattern."""
         while (match := re.search(pattern, self.text())) is None:
             if self.process.returncode is not None:
-                raise AssertionError(f"it ended before it said {pattern!r}:\n{self.text()}")
+                raise AssertionError(f"it ended before it wrote {pattern!r}:\n{self.text()}")
             await asyncio.sleep(0.01)
         return match
 
@@ -74,7 +74,7 @@ Start = Callable[..., Awaitable[Program]]
 
 @pytest_asyncio.fixture
 async def launch(tmp_path: Path, ollama: StandIn, key_file: Path) -> AsyncIterator[Start]:
-    """Start OllProx with settings; it is stopped, and its log searched, at the test's end.
+    """Start OllProx with settings; at the test's end, stop it and search its log for bugs.
 
     By default it forwards to the stand-in and has the key file. `API_KEY_FILE=""` starts it
     without one. If its memory is `measured`, it runs without Python's development mode.

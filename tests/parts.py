@@ -1,10 +1,13 @@
-"""Parts of OllProx for tests that need them without a process."""
+"""Parts of OllProx, for tests without a process."""
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from client import KEY
 
+from access.credentials import salted_digest
+from access.rights import Key
 from answers.flight import Flights
 from answers.limits import Limits
 from answers.models import ModelWatch, Probe
@@ -15,7 +18,7 @@ from answers.stored import StoredAnswer
 from answers.turns import Turns, fair_queue
 from cache import Budget, Cache
 from gate import Gate
-from keystore import Key, KeyStore, salted_digest
+from keystore import KeyStore
 from proxy import Proxy
 from settings import Settings
 from wire.http11 import Exchange, Head, Response
@@ -23,7 +26,7 @@ from wire.upstream import Upstream
 
 
 def make_upstream(port: int = 1) -> Upstream:
-    """An upstream at a port of this machine, where nothing needs to listen."""
+    """Return an upstream at a port of this machine, where nothing needs to listen."""
     return Upstream(
         "127.0.0.1",
         port,
@@ -35,7 +38,7 @@ def make_upstream(port: int = 1) -> Upstream:
 
 
 def make_keys(**labels: str) -> KeyStore:
-    """A key store with one key for each label, given as `label="key"`; by default the KEY."""
+    """Return a key store with one key for each label, as in `mary="key"`; by default only KEY."""
     store = KeyStore.open(None, b"salt")
     keys: dict[bytes, Key] = {}
     for label, key in (labels or {"tester": KEY}).items():
@@ -47,7 +50,7 @@ def make_keys(**labels: str) -> KeyStore:
 
 @dataclass
 class Made:
-    """A proxy, and the parts that a test may want to look at."""
+    """A proxy, and the parts that a test may inspect."""
 
     proxy: Proxy
     cache: Cache[StoredAnswer]
@@ -66,10 +69,10 @@ def make_proxy(
     routes: RouteTable | None = None,
     **overrides: Any,
 ) -> Made:
-    """A proxy; `overrides` are settings. With an `exchange` it asks that, and no upstream."""
+    """Return a proxy; `overrides` are settings. An `exchange` replaces the upstream."""
     settings = replace(Settings(), **overrides)
     upstream, keys = upstream or make_upstream(), keys or make_keys()
-    routes = routes or route_table(settings.max_object_bytes)
+    routes = routes or route_table(settings.max_object_bytes, settings.model_aliases)
     budget = Budget(settings.cache_max_bytes)
     cache: Cache[StoredAnswer] = Cache(budget, settings.cache_ttl)
     slots = CountedSlots(settings.max_generations)
@@ -88,7 +91,7 @@ def make_proxy(
 
 
 def make_head(keys: KeyStore | None = None, key: str = KEY, **overrides: Any) -> Head:
-    """The head of a question to `/api/generate` with a key; `overrides` are its fields."""
+    """Return the head of a request to `/api/generate` with a key; `overrides` are its fields."""
     salt = keys.salt if keys is not None else b"salt"
     values: dict[str, Any] = {
         "method": b"POST",
@@ -107,3 +110,17 @@ def make_head(keys: KeyStore | None = None, key: str = KEY, **overrides: Any) ->
     known = {field.name for field in fields(Head)}
     assert known >= values.keys() | overrides.keys()
     return Head(**values | overrides)
+
+
+class OneBody:
+    """A request whose body has arrived."""
+
+    def __init__(self, head: Head, body: bytes) -> None:
+        self.head = head
+        self._body = body
+
+    async def read(self, limit: int) -> bytes:
+        return self._body
+
+    def pieces(self, limit: int = 0) -> AsyncIterator[bytes]:
+        raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The dashboard with figures that a test chooses, without OllProx; and its picture.
+"""The dashboard without OllProx, with figures chosen by a test; and its screenshot.
 
 `python tests/screenshot.py` makes `docs/dashboard.png`.
 """
@@ -34,6 +34,25 @@ POLICY = (
     " img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none';"
     " frame-ancestors 'none'"
 )
+
+
+def _spans(seconds: int, count: int) -> list[dict[str, int]]:
+    """Hours or days with a rhythm."""
+    dice = random.Random(count)
+    spans = []
+    for ago in range(count - 1, -1, -1):
+        start = int(NOW // seconds * seconds) - seconds * ago
+        busy = 24 * 24 if seconds > 3600 else 24 - abs(start // 3600 % 24 - 14)
+        answers = busy * dice.randint(20, 60) if start // 86400 % 7 < 5 else busy * 6
+        hits = answers * dice.randint(40, 65) // 100
+        joined = answers * dice.randint(3, 9) // 100
+        rest = {"bypass": answers // 40, "refused": answers // 30 if ago == 9 else 0}
+        misses = answers - hits - joined
+        spans.append(
+            {"start": start, "hit": hits, "collapsed": joined, "miss": misses, **rest}
+            | {"tokens": 150 * misses, "errors": 5 if ago == 6 else 0}
+        )
+    return spans
 
 
 def _minutes() -> list[dict[str, int]]:
@@ -82,7 +101,7 @@ def _requests() -> list[dict[str, Any]]:
 
 
 def busy() -> dict[str, Any]:
-    """What OllProx says of itself when there is much to do."""
+    """Return the figures of a busy OllProx."""
     return {
         "version": "0.1.0",
         "now": NOW,
@@ -119,6 +138,9 @@ def busy() -> dict[str, Any]:
             | {"lines": 0, "readers": 1},
         ],
         "minutes": _minutes(),
+        "hours": _spans(3600, 24),
+        "days": _spans(86400, 31),
+        "kept": True,
         "latency": [
             {"outcome": "hit", "requests": 1204, "first_byte": [0.0004, 0.0011]}
             | {"total": [0.0006, 0.0019]},
@@ -159,7 +181,7 @@ def _use(requests: int, saved: int, prompt: int, tokens: int, **name: str) -> di
 
 @dataclass
 class Stage:
-    """What `metrics.json` answers, and what it was asked; `dropped` are the URLs of DELETEs."""
+    """The answers of `metrics.json`, and the requests for it; `dropped` has the URLs of DELETEs."""
 
     metrics: Any = field(default_factory=busy)
     status: int = 200
@@ -169,7 +191,7 @@ class Stage:
     let_go: asyncio.Event | None = None  # what the next answers wait for
 
     async def serve(self, page: Page) -> None:
-        """Answer in OllProx's place."""
+        """Answer requests in place of OllProx."""
         page_headers = {"Content-Security-Policy": POLICY}
         await page.route(
             URL,
@@ -201,7 +223,7 @@ class Stage:
 
 @asynccontextmanager
 async def chromium() -> AsyncIterator[Browser]:
-    """Start the machine's own browser, not one of Playwright's."""
+    """Start the installed browser, not one of Playwright's."""
     async with async_playwright() as playwright:
         browser = await playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
@@ -209,7 +231,7 @@ async def chromium() -> AsyncIterator[Browser]:
 
 
 async def enter(page: Page, key: str) -> None:
-    """Enter the key as somebody without a mouse does."""
+    """Enter the key with the keyboard alone."""
     await page.keyboard.press("Tab")
     await page.keyboard.type(key)
     await page.keyboard.press("Enter")

@@ -1,9 +1,9 @@
-"""A stand-in for Ollama, which answers in the form of the recorded exchanges in `traces/`.
+"""A stand-in for Ollama, which answers like the recorded exchanges in `traces/`.
 
 Usable on its own, as `make demo` does: `python tests/standin.py --port 11434`. With
 `--traces tests/traces` it replays recorded bytes for requests that it knows. In a test its
 `Script` says when lines are held, where a stream breaks, or which raw bytes are sent.
-It shares no code with OllProx, so that neither can hide the other's faults.
+It shares no code with OllProx, so that neither can hide a bug of the other.
 """
 
 import argparse
@@ -25,7 +25,7 @@ Object = dict[str, Any]
 
 @dataclass
 class Seen:
-    """One request as the stand-in saw it."""
+    """One request that the stand-in received."""
 
     method: str
     path: str
@@ -42,12 +42,12 @@ class Seen:
 
 
 class Cut(Exception):
-    """The connection ends here, as the script says or because the client has gone."""
+    """The connection ends here, because of the script or because the client has left."""
 
 
 @dataclass
 class Script:
-    """How the stand-in behaves; a test changes it as it goes."""
+    """How the stand-in behaves; a test may change it at any time."""
 
     created_at: str = ""  # the same for all lines; empty: the time
     pace: float = 0.0  # seconds between lines
@@ -99,12 +99,12 @@ class StandIn:
             await asyncio.wait(self._tasks)
 
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait until something that the stand-in sees has become true."""
+        """Wait until a condition of the stand-in becomes true."""
         async with self.changed:
             await self.changed.wait_for(condition)
 
     def asked(self, *paths: str) -> list[Seen]:
-        """The requests for answers, without the readings of versions and models."""
+        """Return the requests from clients, without those of OllProx itself."""
         quiet = {"/api/version", "/api/tags"}
         return [s for s in self.seen if (s.path in paths if paths else s.path not in quiet)]
 
@@ -161,7 +161,7 @@ class StandIn:
     async def _answer_or_see_leave(
         self, seen: Seen, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
     ) -> None:
-        """Answer, unless the client hangs up first: then the generation stops."""
+        """Answer, unless the client disconnects first: then stop the generation."""
         self.generating += 1
         try:
             await self._answer_until_it_leaves(seen, reader, writer)
@@ -208,7 +208,7 @@ class StandIn:
             await self._api(seen, writer)
 
     async def _held(self, seen: Seen) -> None:
-        """Hold what a model would say, where the script says so."""
+        """Hold the lines where the script says so."""
         if self.script.hold_head and seen.method == "POST" and seen.path not in _MANAGING:
             await self.script.let_go.wait()
 
@@ -269,9 +269,11 @@ class StandIn:
                 _send_json(writer, 200, self._v1_object(asked, seen.path), seen)
 
     def _events(self, asked: Object, path: str) -> list[bytes]:
-        """A stream as the traces show it; those of `responses` and `messages` only roughly."""
-        if path in {"/v1/responses", "/v1/messages"}:
-            return [b'event: x\ndata: {"n":%d}\n\n' % number for number in range(3)]
+        """Return a stream like those in the traces."""
+        if path == "/v1/messages":
+            return [_event(value) for value in self._message_events(asked)]
+        if path == "/v1/responses":
+            return [_event(value) for value in self._response_events(asked)]
         chat = path == "/v1/chat/completions"
         common = {
             "id": "chatcmpl-796" if chat else "cmpl-893",
@@ -303,13 +305,95 @@ class StandIn:
                 data = [{"object": "embedding", "embedding": [0.25, -0.5], "index": 0}]
                 usage = {"prompt_tokens": 1, "total_tokens": 1}
                 return {"object": "list", "data": data, "model": asked["model"], "usage": usage}
+            case "/v1/responses":
+                return self._response(asked, self._output(text))
             case _:
-                return {"id": "r", "type": "message", "content": text}
+                return {**self._message(asked), "content": self._blocks(), **self._stop()}
         choice = {"index": 0, **said, "finish_reason": "stop"}
         return {"id": name, "object": kind, "choices": [choice], **common}
 
+    # Anthropic's messages: what is said comes in blocks of thinking, text and tool use.
+
+    def _message(self, asked: Object) -> Object:
+        return {"id": "msg_1", "type": "message", "role": "assistant", "model": asked["model"]}
+
+    def _stop(self) -> Object:
+        reason = "tool_use" if self.script.tool_calls else "end_turn"
+        return {"stop_reason": reason, "usage": {"input_tokens": 12, "output_tokens": 5}}
+
+    def _blocks(self) -> list[Object]:
+        script = self.script
+        blocks = [{"type": "text", "text": "".join(script.tokens)}]
+        if script.thinking:
+            blocks.insert(0, {"type": "thinking", "thinking": "".join(script.thinking)})
+        for index, call in enumerate(script.tool_calls):
+            said = {"name": call["function"]["name"], "input": call["function"]["arguments"]}
+            blocks.append({"type": "tool_use", "id": f"call_{index}", **said})
+        return blocks
+
+    def _message_events(self, asked: Object) -> list[Object]:
+        usage = {"input_tokens": 12, "output_tokens": 0}
+        start = {**self._message(asked), "content": [], "usage": usage}
+        events: list[Object] = [{"type": "message_start", "message": start}]
+        for index, block in enumerate(self._blocks()):
+            kind, at = block["type"], {"index": index}
+            if kind == "tool_use":
+                parts = [{"type": "input_json_delta", "partial_json": json.dumps(block["input"])}]
+                empty = {**block, "input": {}}
+            else:
+                said = self.script.tokens if kind == "text" else self.script.thinking
+                parts = [{"type": f"{kind}_delta", kind: token} for token in said]
+                empty = {"type": kind, kind: ""}
+            events.append({"type": "content_block_start", **at, "content_block": empty})
+            events += [{"type": "content_block_delta", **at, "delta": part} for part in parts]
+            events.append({"type": "content_block_stop", **at})
+        stop = self._stop()
+        usage = stop.pop("usage")
+        last = {"type": "message_delta", "delta": stop, "usage": usage}
+        return [*events, last, {"type": "message_stop"}]
+
+    # OpenAI's responses.
+
+    def _output(self, text: str) -> Object:
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+        item = {"id": "msg_1", "type": "message", "status": "completed", "role": "assistant"}
+        return {**item, "content": [part]}
+
+    def _response(self, asked: Object, *output: Object) -> Object:
+        usage = {"input_tokens": 12, "output_tokens": 5, "total_tokens": 17} if output else None
+        return {
+            "id": "resp_1",
+            "object": "response",
+            "created_at": 1795895752,
+            "status": "completed" if output else "in_progress",
+            "model": asked["model"],
+            "output": list(output),
+            "tools": [],
+            "store": False,
+            "usage": usage,
+        }
+
+    def _response_events(self, asked: Object) -> list[Object]:
+        text = "".join(self.script.tokens)
+        at = {"item_id": "msg_1", "output_index": 0, "content_index": 0}
+        kind, item = "response.output_text", self._output(text)
+        deltas = [{"type": f"{kind}.delta", "delta": token, **at} for token in self.script.tokens]
+        events: list[Object] = [
+            {"type": "response.created", "response": self._response(asked)},
+            {
+                "type": "response.output_item.added",
+                "output_index": 0,
+                "item": {**item, "content": []},
+            },
+            *deltas,
+            {"type": f"{kind}.done", "text": text, **at},
+            {"type": "response.output_item.done", "output_index": 0, "item": item},
+            {"type": "response.completed", "response": self._response(asked, item)},
+        ]
+        return [{**event, "sequence_number": n} for n, event in enumerate(events)]
+
     async def _chunks(self, pieces: list[bytes], writer: asyncio.StreamWriter) -> None:
-        """Send a stream's pieces, one a chunk, as the script says."""
+        """Send a stream's pieces, one per chunk, as the script says."""
         script = self.script
         for index, piece in enumerate(pieces):
             if index == script.hold_before:
@@ -368,7 +452,7 @@ class StandIn:
             await self._stream(asked, chat, writer)
 
     def lines(self, asked: Object, chat: bool) -> list[Object]:
-        """All lines of an answer, in the order and form of the traces."""
+        """Return the lines of an answer, in the order and form of the traces."""
         logprobs = [
             {"token": t, "logprob": -1.25, "bytes": list(t.encode())} for t in self.script.tokens
         ]
@@ -429,7 +513,7 @@ class StandIn:
             _send_json(writer, 200, self.whole(asked, chat), seen)
 
     def whole(self, asked: Object, chat: bool) -> Object:
-        """The single object, made from the tokens and not from the lines."""
+        """Return the single object, made from the tokens and not from the lines."""
         script = self.script
         text, thinking = "".join(script.tokens), "".join(script.thinking)
         whole = self._line(asked, chat, text, self._ending(asked, chat), thinking)
@@ -462,7 +546,7 @@ RUNNER_DIED = "an error was encountered while running the model: unexpected EOF"
 
 
 async def _until_eof(reader: asyncio.StreamReader, answer: asyncio.Task[None]) -> bool:
-    """Wait for the client's end; what it pipelines meanwhile stays where it is."""
+    """Wait until the client disconnects; pipelined bytes stay in the buffer."""
     while not reader.at_eof():
         if reader.exception() is not None:
             return True
@@ -476,6 +560,10 @@ def _now() -> str:
 
 def _dump(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _event(value: Object) -> bytes:
+    return b"event: %b\ndata: %b\n\n" % (value["type"].encode(), _dump(value))
 
 
 def _chunk(data: bytes) -> bytes:
@@ -504,7 +592,7 @@ Trace = list[tuple[float, bytes]]
 
 
 def trace_key(method: str, path: str, body: bytes) -> tuple[str, str, str]:
-    """What makes two requests the same, whatever their headers and their body's order."""
+    """Return what equal requests have in common, whatever their headers and body order."""
     try:
         canonical = json.dumps(json.loads(body), sort_keys=True)
     except ValueError:
@@ -513,7 +601,7 @@ def trace_key(method: str, path: str, body: bytes) -> tuple[str, str, str]:
 
 
 def load_traces(folder: Path) -> dict[tuple[str, str, str], Trace]:
-    """Read recorded exchanges; only those that ended whole can be replayed on a connection."""
+    """Read the recorded exchanges; only complete ones can be replayed."""
     traces: dict[tuple[str, str, str], Trace] = {}
     for file in sorted(folder.glob("*.request")):
         head, _, body = file.read_bytes().partition(b"\r\n\r\n")

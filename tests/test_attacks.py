@@ -1,9 +1,9 @@
-"""Requests that are not what they seem, as raw bytes; what matters is what upstream sees."""
+"""Malicious requests, as raw bytes; what counts is what upstream receives."""
 
 import asyncio
 import contextlib
 import re
-from pathlib import Path
+import signal
 
 import pytest
 from client import KEY, Client, ask, question, raw, request, waiting
@@ -11,7 +11,7 @@ from conftest import Program, Start
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from standin import StandIn
-from test_http11 import BAD_BODIES, BAD_HEADS
+from test_http11 import BAD_BODIES, BAD_HEADS, HUGE_CHUNKS, HUGE_LENGTHS
 
 BODY = b'{"model":"llama2","prompt":"Why?"}'
 SMUGGLED = request("POST", "/api/generate", question("smuggled"))
@@ -19,13 +19,13 @@ STATUS = re.compile(rb"HTTP/1\.1 (\d{3}) ")
 
 
 def with_key(head: bytes) -> bytes:
-    """Put a valid key into a head, so that nothing but its form can be its fault."""
+    """Put a valid key into a head, so that only its form can be wrong."""
     line_end = head.find(b"\n") + 1
     return head[:line_end] + f"APIKEY: {KEY}\r\n".encode() + head[line_end:]
 
 
 async def statuses(port: int, data: bytes) -> list[int]:
-    """Send bytes; return the status of each response that came before the close."""
+    """Send bytes; return the status of each response until the connection closes."""
     return [int(status) for status in STATUS.findall(await raw(port, data))]
 
 
@@ -71,12 +71,46 @@ POST = b"POST /call_model HTTP/1.1\r\nHost: a\r\n"
         POST + b"Content-Length: 3 4\r\n\r\n",
         POST + b"Content-Length: 34\x0b\r\n\r\n",
         POST + b"Content-Length : 34\r\n\r\n",
-        POST + b"Content-Length: 18446744073709551650\r\n\r\n",
     ],
 )
 async def test_desynchronising_requests(ollprox: Program, ollama: StandIn, attack: bytes) -> None:
     assert await statuses(ollprox.port, with_key(attack) + BODY + SMUGGLED) == [400]
     assert ollama.asked() == []
+
+
+async def test_a_size_beyond_the_limit_is_refused_before_its_bytes_arrive(
+    launch: Start, ollama: StandIn
+) -> None:
+    ollprox = await launch(MAX_BODY_BYTES=100)
+    chunked = request("POST", "/call_model", b"", {"Transfer-Encoding": "chunked"})
+    attacks = [with_key(POST + b"Content-Length: " + n + b"\r\n\r\n") for n in HUGE_LENGTHS]
+    attacks += [chunked + size + b"\r\n" for size in (b"65", *HUGE_CHUNKS)]
+    attacks += [chunked + b"60\r\n" + b" " * 96 + b"\r\n5\r\n"]  # 101 in all
+    attacks += [request("POST", "/call_model", b"", {"Content-Length": "101"})]
+    for attack in attacks:
+        async with asyncio.timeout(5), Client(ollprox.port) as client:
+            await client.send(attack)
+            assert (await client.head()).status == 413, attack[:200]
+    assert ollama.asked() == []
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+async def test_a_body_may_be_as_large_as_the_limit_and_not_a_byte_larger(
+    launch: Start, chunked: bool
+) -> None:
+    ollprox = await launch(MAX_BODY_BYTES=len(BODY) + 2)
+    for spaces, status in ((2, 200), (3, 413)):
+        for parts in (1, 2, 7):
+            body = BODY + b" " * spaces
+            headers = {}
+            if chunked:
+                step = len(body) // parts + 1
+                cut = [body[start : start + step] for start in range(0, len(body), step)]
+                body = b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in cut)
+                body += b"0\r\n\r\n"
+                headers = {"Transfer-Encoding": "chunked"}
+            answer = await ask(ollprox.port, "POST", "/call_model", body, headers)
+            assert answer.status == status, (spaces, parts)
 
 
 async def test_the_body_of_a_refused_request_is_never_taken_for_a_request(
@@ -86,6 +120,7 @@ async def test_the_body_of_a_refused_request_is_never_taken_for_a_request(
     length = {"Content-Length": str(len(inner))}
     chunked = {"Transfer-Encoding": "chunked"}
     framed = b"%x\r\n%b\r\n0\r\n\r\n" % (len(inner), inner)
+    ours = (await ask(ollprox.port, "GET", "/api/ps")).headers["via"]
     for method, path, more, status in (
         ("POST", "/call_model", {"APIKEY": "wrong"}, 401),
         ("POST", "/nope", {}, 404),
@@ -94,7 +129,7 @@ async def test_the_body_of_a_refused_request_is_never_taken_for_a_request(
         ("POST", "/api/pull", {}, 403),
         ("GET", "/health", {}, 200),
         ("OPTIONS", "/call_model", {}, 405),
-        ("POST", "/call_model", {"Via": "1.1 OllProx"}, 508),
+        ("POST", "/call_model", {"Via": ours}, 508),
     ):
         for body, framing in ((inner, length), (framed, chunked)):
             data = request(method, path, b"", {**framing, **more}) + body
@@ -242,22 +277,166 @@ async def test_a_client_that_leaves_behind_much_that_it_sent_ahead_is_noticed(
     await ollama.until(lambda: ollama.asked()[0].gone)
 
 
-async def test_what_was_pipelined_by_a_client_that_left_is_asked_by_nobody(
+async def test_what_was_pipelined_by_a_client_that_left_is_given_up(
     ollprox: Program, ollama: StandIn
 ) -> None:
+    ollama.script.hold_head = True
     for first in (request("GET", "/nope"), request("GET", "/health")):
         async with Client(ollprox.port) as client:
             client.writer.write(first + request("POST", "/call_model", question()))
-            client.writer.write_eof()
-            await client.reader.read()
     assert (await ask(ollprox.port, "GET", "/health")).status == 200
-    assert all(seen.gone for seen in ollama.asked())
+    await ollama.until(lambda: all(seen.gone for seen in ollama.asked()))
 
 
-async def test_empty_lines_are_no_way_to_stay(
-    launch: Start, ollama: StandIn, key_file: Path
+async def test_what_was_pipelined_before_a_half_close_is_answered(
+    ollprox: Program, ollama: StandIn
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.3)
+    once = request("POST", "/call_model", question()) + request("GET", "/health")
+    async with Client(ollprox.port) as client:
+        client.writer.write(once * 2)
+        client.writer.write_eof()
+        for _ in range(4):
+            assert (await client.rest(await client.head())).status == 200
+        assert await client.reader.read() == b""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_client_that_ends_its_sending_side_gets_its_answer(
+    ollprox: Program, ollama: StandIn, stream: bool
+) -> None:
+    """Also if the answer begins so late that the server has begun to wonder."""
+    ollama.script.hold_head = True
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/api/generate", question(stream=stream)))
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"H"  # is the client still there?
+        assert await client.reader.readexactly(1) == b"T"
+        ollama.script.let_go.set()
+        rest = await client.reader.read()
+        assert rest.startswith(b"TP/1.1 200 OK\r\n")
+        assert rest.endswith(b"0\r\n\r\n" if stream else b"}")
+    assert not any(seen.gone for seen in ollama.asked())
+
+
+async def test_nginx_is_asked_to_pass_each_line_on_at_once(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    for path in ("/api/generate", "/v1/completions"):
+        stream = await ask(ollprox.port, "POST", path, question(stream=True))
+        assert stream.headers["x-accel-buffering"] == "no"
+        whole = await ask(ollprox.port, "POST", path, question("whole", stream=False))
+        assert (stream.status, whole.status) == (200, 200)
+        assert "x-accel-buffering" not in whole.headers
+
+
+async def test_a_half_closed_clients_stream_stays_valid_while_it_is_probed(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        chunks = client.chunks(answer)
+        await anext(chunks)
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"0"  # in front of the next chunk's size
+        ollama.script.let_go.set()
+        assert [chunk async for chunk in chunks]
+        assert answer.complete
+        assert answer.lines()[-1]["done"]
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGKILL], [signal.SIGTERM, signal.SIGTERM]])
+async def test_a_zero_that_probes_a_half_closed_client_is_never_the_last_chunk(
+    ollprox: Program, ollama: StandIn, numbers: list[signal.Signals]
+) -> None:
+    """Python's http.client takes "0" and the connection's end for a body's end."""
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await anext(client.chunks(answer))
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"0"
+        for number in numbers:
+            ollprox.process.send_signal(number)
+            await asyncio.sleep(0.1)
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
+
+
+async def test_a_truncated_stream_is_so_for_a_half_closed_client(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("POST", "/api/generate", question())
+        await anext(client.chunks(answer))
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"0"
+        await ollama.stop()
+        with pytest.raises(ConnectionResetError):
+            await client.reader.read()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_client_that_closes_its_socket_frees_the_gpu(
+    ollprox: Program, ollama: StandIn, stream: bool, begun: bool
+) -> None:
+    """With nothing to reset: a plain close sends the same FIN as a half-close."""
+    ollama.script.hold_head = not begun
+    ollama.script.hold_before = 1
+    async with Client(ollprox.port) as client:
+        await client.send(request("POST", "/api/generate", question(stream=stream)))
+        await ollama.until(lambda: bool(ollama.asked()))
+        if begun and stream:
+            await anext(client.chunks(await client.head()))
+    async with asyncio.timeout(3):
+        await ollama.until(lambda: ollama.asked()[0].gone)
+    await ollprox.says("status=499")
+
+
+async def test_a_client_behind_a_userland_proxy_that_closes_frees_the_gpu(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """Docker's makes a half-close of a close, and needs two writes to see the client's reset."""
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while data := await reader.read(1000):
+            writer.write(data)
+            await writer.drain()
+        writer.write_eof()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        their_reader, their_writer = await asyncio.open_connection("127.0.0.1", ollprox.port)
+        with contextlib.suppress(ConnectionError):
+            await asyncio.gather(copy(reader, their_writer), copy(their_reader, writer))
+        their_writer.close()
+        writer.close()
+        closed.set()
+
+    closed = asyncio.Event()
+    userland = await asyncio.start_server(serve, "127.0.0.1", 0)
+    port = userland.sockets[0].getsockname()[1]
+    async with waiting(port, ollama, question()):
+        pass
+    async with asyncio.timeout(8):
+        await ollama.until(lambda: ollama.asked()[0].gone)
+        await closed.wait()
+    userland.close()
+
+
+async def test_a_client_that_closes_after_its_half_close_frees_the_gpu(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    async with waiting(ollprox.port, ollama, question()) as client:
+        client.writer.write_eof()
+        assert await client.reader.readexactly(1) == b"H"
+    async with asyncio.timeout(5):
+        await ollama.until(lambda: ollama.asked()[0].gone)
+
+
+async def test_empty_lines_are_no_way_to_stay(launch: Start) -> None:
+    ollprox = await launch(HEAD_TIMEOUT=0.3)
     for data, status in ((b"\r\n" + GOOD, 200), (b"\r\n\r\n" + GOOD, 400)):
         for step in (1, 2, 1000):
             async with Client(ollprox.port) as client:
@@ -270,9 +449,7 @@ async def test_empty_lines_are_no_way_to_stay(
         assert (await client.reader.read()) == b""  # it did not begin a request in time
 
 
-async def test_a_malformed_chunk_of_an_upload_is_the_clients_fault(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, ADMIN_LABELS="tester")
+async def test_a_malformed_chunk_of_an_upload_is_the_clients_fault(launch: Start) -> None:
+    ollprox = await launch(ADMIN_LABELS="tester")
     head = request("POST", "/api/create", b"", {"Transfer-Encoding": "chunked"})
     assert await statuses(ollprox.port, head + b"5\r\nhello\r\n5 \r\nhello\r\n") == [400]

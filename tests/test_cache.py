@@ -113,9 +113,40 @@ def test_a_budget_without_a_cache_is_a_bound() -> None:
     budget = Budget(100)
     assert budget.reserve(60)
     assert not budget.reserve(41)
+    assert budget.reserve(40)  # to the last byte
     budget.release(30)
-    assert budget.reserve(41)
-    assert budget.reserved_bytes == 71
+    assert budget.reserved_bytes == 70
+    assert budget.reserve(30)
+    assert budget.make_room(0)
+    assert not budget.make_room(1)
+    with pytest.raises(RuntimeError, match="no cache"):
+        budget.evict()
+
+
+def test_room_is_made_beside_what_is_reserved(clock: Clock) -> None:
+    cache = Names(room(4), 60, clock)
+    assert cache.budget.reserve(room(2))
+    for key in (b"a", b"b", b"c"):
+        assert cache.keep(key, "x", 100)
+    assert (len(cache), cache.stored_bytes) == (2, room(2))
+    assert cache.budget.make_room(room(1))
+    assert (len(cache), cache.name(b"c")) == (1, "x")
+
+
+def test_what_happened_is_counted_each_time(clock: Clock) -> None:
+    cache = Names(room(1), 60, clock)
+    assert (cache.evictions, cache.expiries) == (0, 0)
+    for key in (b"a", b"b", b"c"):
+        assert cache.keep(key, "x", 100)
+    assert (cache.evictions, cache.expiries) == (2, 0)
+    cache.remove(b"gone")
+    assert not cache.expire(b"c")
+    for _ in range(2):
+        clock.now += 60
+        assert cache.expire(b"c")
+        assert not cache.expire(b"c")
+        assert cache.keep(b"c", "x", 100)
+    assert (cache.evictions, cache.expiries) == (2, 2)
 
 
 def test_a_ttl_goes_on_while_the_machine_sleeps() -> None:

@@ -1,7 +1,7 @@
-"""Real clients, each against OllProx and straight against the stand-in.
+"""Real clients, each against OllProx and directly against the stand-in.
 
-What a client gives through OllProx must be what it gives without: for a miss, for a hit, and
-for a request that joins another. And so must be what it raises.
+A client must return the same through OllProx as without it: for a miss, for a hit, and for a
+request that joins another. It must also raise the same errors.
 """
 
 import asyncio
@@ -60,7 +60,7 @@ def with_requests(base: str, key: str) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """What a client gave, as plain values that can be compared."""
+    """Return what a client returned, as plain values that can be compared."""
     if isinstance(value, dict):
         return {name: plain(member) for name, member in value.items()}
     if isinstance(value, list):
@@ -223,10 +223,10 @@ async def test_a_client_gets_what_it_gets_without_ollprox(
 
 @pytest.mark.parametrize("use", CLIENTS)
 async def test_clients_that_join_each_other_get_the_same(
-    launch: Start, ollama: StandIn, key_file: Path, use: Use
+    launch: Start, ollama: StandIn, use: Use
 ) -> None:
     straight = await asyncio.to_thread(use, at(ollama.port), "none")
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_TTL=0)
+    ollprox = await launch(CACHE_TTL=0)
     before = len(ollama.asked())
     ollama.script.hold_head = True
     tasks = [asyncio.create_task(asyncio.to_thread(use, at(ollprox.port), KEY)) for _ in range(3)]

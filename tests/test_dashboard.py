@@ -1,4 +1,4 @@
-"""The dashboard in a browser: against OllProx, and with figures that OllProx would not give."""
+"""The dashboard in a browser: against OllProx, and with unusual figures."""
 
 import asyncio
 import re
@@ -21,7 +21,7 @@ expect.set_options(timeout=20_000)  # milliseconds: a busy machine is no fault o
 
 @pytest_asyncio.fixture
 async def page() -> AsyncIterator[Page]:
-    """A browser's page; at the end it must have had nothing to complain of."""
+    """A browser's page; at the end, the browser must have reported no error."""
     complaints: list[str] = []
 
     def hear(message: ConsoleMessage) -> None:
@@ -53,9 +53,9 @@ async def stage(page: Page) -> Stage:
 
 
 async def test_what_ollama_generates_is_seen_while_it_grows(
-    page: Page, launch: Start, ollama: StandIn, key_file: Path
+    page: Page, launch: Start, ollama: StandIn
 ) -> None:
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, ADMIN_LABELS="tester")
+    program = await launch(ADMIN_LABELS="tester")
     failures: list[str] = []
     page.on("requestfailed", lambda request: failures.append(request.url))
     lines = asyncio.Semaphore(0)
@@ -91,9 +91,9 @@ async def test_what_ollama_generates_is_seen_while_it_grows(
 
 
 async def test_an_ollama_that_goes_away_and_comes_back_is_seen(
-    page: Page, launch: Start, ollama: StandIn, key_file: Path
+    page: Page, launch: Start, ollama: StandIn
 ) -> None:
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH="0.1")
+    program = await launch(MODEL_REFRESH="0.1")
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, KEY)
     badge = page.get_by_role("status").filter(has_text="Ollama")
@@ -110,7 +110,7 @@ async def test_an_admin_drops_the_stored_answers_of_a_model(
 ) -> None:
     keys = tmp_path / "two.txt"
     keys.write_text(f"{KEY}  # tester\nanother-key  # other\n")
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=keys, ADMIN_LABELS="tester")
+    program = await launch(API_KEY_FILE=keys, ADMIN_LABELS="tester")
     await ollama.until(lambda: bool(ollama.asked("/api/tags")))
     for prompt in ("a", "b"):
         await ask(program.port, "POST", "/call_model", question(prompt))
@@ -128,13 +128,11 @@ async def test_an_admin_drops_the_stored_answers_of_a_model(
     await expect(page.locator("#drop")).to_be_hidden()
 
 
-async def test_a_wrong_key_is_said_to_be_wrong(
-    page: Page, launch: Start, ollama: StandIn, tmp_path: Path
-) -> None:
+async def test_a_wrong_key_is_said_to_be_wrong(page: Page, launch: Start, tmp_path: Path) -> None:
     key = "schlüssel-鍵"  # more than a header takes as it is
     file = tmp_path / "foreign.txt"
     file.write_text(f"{key}\nanother-one-that-may-not-see-it\n")
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=file)
+    program = await launch(API_KEY_FILE=file)
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, "no-such-key")
     await expect(page.get_by_role("alert")).to_have_text("This key is not valid.")
@@ -146,17 +144,15 @@ async def test_a_wrong_key_is_said_to_be_wrong(
     await expect(page.get_by_text("Only this key's label.")).to_be_visible()
 
 
-async def test_figures_are_old_while_ollprox_is_away(
-    page: Page, launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    program = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+async def test_figures_are_old_while_ollprox_is_away(page: Page, launch: Start) -> None:
+    program = await launch()
     await page.goto(f"http://127.0.0.1:{program.port}/dashboard")
     await enter(page, KEY)
     await expect(page.locator("#hits")).to_have_text("0")
     await program.stop()
     old = page.get_by_role("alert").get_by_text("OllProx does not answer")
     await expect(old).to_be_visible()
-    await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LISTEN_PORT=program.port)
+    await launch(LISTEN_PORT=program.port)
     await expect(old).to_be_hidden()
     await expect(page.locator("#hits")).to_be_visible()
 
@@ -319,6 +315,42 @@ async def test_both_charts_show_the_same_minutes(page: Page, stage: Stage) -> No
     await expect(tokens).to_contain_text("14:13tokens per second 20")
     await page.mouse.move(1, 1)
     await expect(requests.locator("li")).to_have_text(now)
+
+
+async def test_the_charts_show_an_hour_a_day_or_a_month(page: Page, stage: Stage) -> None:
+    none = dict.fromkeys(("hit", "collapsed", "miss", "bypass", "refused", "tokens", "errors"), 0)
+    hour, day = (int(stage.metrics["now"] // size * size) for size in (3600, 86400))
+    stage.metrics |= {
+        "hours": [{**none, "start": hour - 7200, "hit": 3, "tokens": 9}, {**none, "start": hour}],
+        "days": [
+            {**none, "start": day - 40 * 86400, "hit": 1000},  # too long ago
+            {**none, "start": day - 30 * 86400, "collapsed": 2, "refused": 3, "tokens": 1_500_000},
+            {**none, "start": day, "miss": 7, "errors": 4},
+        ],
+    }
+    await enter(page, "any")
+    span, total = page.get_by_label("Show the last"), page.locator("#sum")
+    await expect(page.locator("#h-outcomes")).to_have_text("Requests per minute, the last hour")
+    await expect(total).to_contain_text("97,200 tokens, 3 errors of Ollama")
+    await span.select_option("day")
+    await expect(page.locator("#h-speed")).to_have_text("Tokens per hour, the last day")
+    await expect(total).to_have_text("3 requests, 9 tokens, 0 errors of Ollama")
+    await page.get_by_role("slider", name="Requests per hour").focus()
+    for _ in range(2):
+        await page.keyboard.press("ArrowLeft")
+    await expect(page.locator("#outcomes-at")).to_contain_text("12:00hit 3")
+    await expect(page.locator("#outcomes")).to_have_attribute("aria-valuemax", "23")
+    await span.select_option("month")
+    await expect(total).to_have_text("12 requests, 1,500,000 tokens, 4 errors of Ollama")
+    now = ["21 Sept, so far", "hit 0", "joined 0", "miss 7", "bypass 0", "refused 0"]
+    await expect(page.locator("#outcomes-at li")).to_have_text(now)
+    await page.get_by_role("slider", name="Requests per day").focus()
+    await page.keyboard.press("Home")
+    await expect(page.locator("#speed-at")).to_contain_text("22 Augtokens 1,500,000")
+    stage.metrics["kept"] = False
+    await page.clock.run_for(POLL)
+    await expect(span).to_have_value("days")  # new figures leave the choice as it is
+    await expect(total).to_contain_text("since the start, as USAGE_FILE is not set")
 
 
 async def test_requests_are_found_by_outcome_key_model_and_route(page: Page, stage: Stage) -> None:

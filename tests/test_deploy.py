@@ -1,4 +1,4 @@
-"""The files in `deploy/`: each is checked by its own tool, and what stands in front is tried."""
+"""The files in `deploy/`: their own tools check them, and nginx and Caddy run with them."""
 
 import asyncio
 import os
@@ -81,7 +81,9 @@ async def test_the_scrape_is_valid(tmp_path: Path) -> None:
     key = tmp_path / "key"
     key.write_text(KEY)
     file = tmp_path / "prometheus.yml"
-    file.write_text(adapted("prometheus.yml", {"/etc/prometheus/ollprox.key": str(key)}))
+    changes = {"/etc/prometheus/ollprox.key": str(key)}
+    changes["/etc/prometheus/ollprox-alerts.yml"] = str(DEPLOY / "alerts.yml")
+    file.write_text(adapted("prometheus.yml", changes))
     await run(promtool, "check", "config", str(file))
 
 
@@ -297,16 +299,15 @@ class FrontClient(Client):
 
 @pytest_asyncio.fixture(params=[nginx, caddy])
 async def front(
-    request: pytest.FixtureRequest, launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    request: pytest.FixtureRequest, launch: Start, tmp_path: Path
 ) -> AsyncIterator[Front]:
     configure: Callable[[Path, Path, Path, int], list[str]] = request.param
     tool(configure.__name__)
     tool("openssl")
     cert, key = certificate(tmp_path, "front")
-    settings = {"OLLAMA_PORT": ollama.port, "API_KEY_FILE": key_file, "API_KEY_IN_PATH": "true"}
     folder = tmp_path / "f"
     folder.mkdir()
-    ollprox = await launch(**settings)
+    ollprox = await launch(API_KEY_IN_PATH="true")
     command = configure(folder, cert, key, ollprox.port)
     front = Front(command, folder, ollprox, ssl.create_default_context(cafile=cert))
     try:

@@ -1,4 +1,4 @@
-"""`DELETE /cache`: who may empty it, and what is gone then."""
+"""`DELETE /cache`: who may drop answers, and which ones it drops."""
 
 import asyncio
 from pathlib import Path
@@ -13,11 +13,10 @@ OTHER = "gemma3:270m"  # a model beside llama2
 
 
 @pytest.fixture
-def settings(ollama: StandIn, tmp_path: Path) -> dict[str, object]:
+def settings(tmp_path: Path) -> dict[str, object]:
     path = tmp_path / "two-keys.txt"
     path.write_text(f"{KEY}  # tester\n{BOSS}  # boss\n")
     return {
-        "OLLAMA_PORT": ollama.port,
         "API_KEY_FILE": path,
         "ADMIN_LABELS": "boss",
         "API_KEY_IN_PATH": "true",

@@ -1,11 +1,10 @@
-"""The same clients through OllProx against a real Ollama, for who has one.
+"""The same clients through OllProx against a real Ollama, if you have one.
 
 OLLPROX_E2E_OLLAMA=host:port OLLPROX_E2E_MODEL=name make test-e2e
 """
 
 import asyncio
 import os
-from pathlib import Path
 from typing import Any
 
 import ollama as ollama_client
@@ -29,8 +28,8 @@ pytestmark = [
 
 
 @pytest.fixture
-async def real(launch: Start, key_file: Path) -> Program:
-    return await launch(OLLAMA_HOST=OLLAMA, API_KEY_FILE=key_file)
+async def real(launch: Start) -> Program:
+    return await launch(OLLAMA_HOST=OLLAMA)
 
 
 async def test_call_model_is_a_miss_and_then_a_hit(real: Program) -> None:

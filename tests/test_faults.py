@@ -1,18 +1,23 @@
-"""Upstream fails in every way: the right answer, nothing stored, nothing hung, full recovery."""
+"""Upstream fails in every way; clients get the right error, nothing is stored, nothing hangs."""
 
 import asyncio
 import contextlib
 import json
 import os
-from collections.abc import Awaitable, Callable
+import re
+import socket
+import ssl
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from client import Client, ask, question
+from client import KEY, Client, ask, question, raw
 from conftest import Program, Start
 from standin import Cut, Seen, StandIn
+from test_limits import certificate
 
-from wire.upstream import _CountingReader
+from wire.upstream import End, _Stream
 
 LINES = [
     b'{"model":"m","response":"a","done":false}\n',
@@ -43,6 +48,9 @@ def says(data: bytes, *, reset: bool = False, then: bytes | None = None) -> Resp
             return
         if reset:
             await asyncio.sleep(0.02)  # so that what was said is not lost with the reset
+            linger = struct.pack("ii", 1, 0)  # without it this would be an orderly end
+            plain = writer.get_extra_info("socket")
+            plain.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
             writer.transport.abort()
         raise Cut
 
@@ -207,19 +215,15 @@ async def test_no_retry_once_a_byte_of_the_response_has_come(
     assert len(ollama.asked()) == count + 1
 
 
-async def test_a_name_that_is_not_resolved_is_502(launch: Start, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_HOST="no-such-host.invalid", API_KEY_FILE=key_file)
+async def test_a_name_that_is_not_resolved_is_502(launch: Start) -> None:
+    ollprox = await launch(OLLAMA_HOST="no-such-host.invalid")
     answer = await ask(ollprox.port, "POST", "/call_model", question())
     assert answer.status == 502
     assert "no-such-host.invalid:11434" in answer.json()["error"]
 
 
-async def test_a_stall_in_the_middle_ends_the_stream(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, IDLE_TIMEOUT=0.2, MODEL_REFRESH=0
-    )
+async def test_a_stall_in_the_middle_ends_the_stream(launch: Start, ollama: StandIn) -> None:
+    ollprox = await launch(IDLE_TIMEOUT=0.2, MODEL_REFRESH=0)
     ollama.script.hold_before = 2
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question())
@@ -247,11 +251,9 @@ async def test_faults_leak_no_files(ollprox: Program, ollama: StandIn) -> None:
 
 
 async def test_an_answer_in_one_burst_larger_than_the_window_is_folded_whole(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES=20_000
-    )
+    ollprox = await launch(CACHE_MAX_ENTRY_BYTES=20_000)
     texts = [f"<{number:05d}>" for number in range(3000)]
     lines = [b'{"response":"%b","done":false}\n' % text.encode() for text in texts]
     body = b"".join([*lines, LINES[-1]])
@@ -260,9 +262,7 @@ async def test_an_answer_in_one_burst_larger_than_the_window_is_folded_whole(
     assert answer.json()["response"] == "".join(texts)
 
 
-async def test_an_answer_that_comes_before_the_body_is_taken_is_passed_on(
-    launch: Start, key_file: Path
-) -> None:
+async def test_an_answer_that_comes_before_the_body_is_taken_is_passed_on(launch: Start) -> None:
     refusal = b'{"error":"too large"}'
     reply = b"HTTP/1.1 413 Too Large\r\nContent-Length: %d\r\n\r\n%b" % (len(refusal), refusal)
 
@@ -280,7 +280,7 @@ async def test_an_answer_that_comes_before_the_body_is_taken_is_passed_on(
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    ollprox = await launch(OLLAMA_PORT=port, API_KEY_FILE=key_file, MODEL_REFRESH=0)
+    ollprox = await launch(OLLAMA_PORT=port, MODEL_REFRESH=0)
     held = asyncio.Event()
     for how in ("keeps it open", "half-closes"):  # noqa: B007 - read by `serve`
         async with asyncio.timeout(20):
@@ -344,7 +344,7 @@ async def test_ollamas_own_error_is_kept_even_if_a_reset_follows(
 
 
 async def test_bytes_that_come_right_after_their_time_are_no_fault(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     """An upload is ended in a few steps, in which more of a head that never ends may come."""
 
@@ -357,8 +357,6 @@ async def test_bytes_that_come_right_after_their_time_are_no_fault(
 
     ollama.script.respond = respond
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
-        API_KEY_FILE=key_file,
         ADMIN_LABELS="tester",
         FIRST_BYTE_TIMEOUT=0.1,
     )
@@ -368,9 +366,322 @@ async def test_bytes_that_come_right_after_their_time_are_no_fault(
 
 
 async def test_a_wait_that_was_ended_takes_nothing_more() -> None:
-    reader = _CountingReader()
-    reader.feed_data(b"in time")
-    reader.feed_eof()
-    reader.feed_data(b"late")
-    assert await reader.read() == b"in time"
-    assert reader.fed == len(b"in time" + b"late")
+    stream = _Stream()
+    stream.feed_data(b"in time")
+    stream.finish(End.LATE)
+    stream.feed_data(b"late")
+    stream.set_exception(ConnectionResetError())
+    assert await stream.read() == b"in time"
+    assert stream.fed == len(b"in time" + b"late")
+    assert stream.end is End.LATE
+
+
+# What passes of a response's head.
+
+FOREIGN = {
+    "Set-Cookie": "session=of-the-first-caller",
+    "Access-Control-Allow-Origin": "*",
+    "Access-Control-Allow-Credentials": "true",
+    "Location": "http://10.0.0.1:11434/api/generate",
+    "Content-Location": "http://10.0.0.1:11434/x",
+    "Proxy-Authenticate": "Basic",
+    "Proxy-Authentication-Info": "x",
+    "WWW-Authenticate": "Basic",
+    "Server": "nginx",
+    "X-Powered-By": "x",
+    "Alt-Svc": 'h3=":443"',
+    "Strict-Transport-Security": "max-age=31536000",
+    "Clear-Site-Data": '"*"',
+    "Refresh": "0; url=http://10.0.0.1",
+    "Link": "<x>; rel=preload",
+    "Via": "1.1 inner-gateway",
+    "X-Request-Id": "theirs",
+    "Cache-Status": "Inner; hit",
+    "Age": "7",
+    "Content-Security-Policy": "default-src *",
+    "Service-Worker-Allowed": "/",
+}
+READ = {  # by clients, while they are told what happens now
+    "Retry-After": "7",
+    "retry-after-ms": "7000",
+    "x-should-retry": "false",
+    "x-ratelimit-remaining-requests": "3",
+    "anthropic-ratelimit-tokens-remaining": "4",
+    "openai-processing-ms": "5",
+}
+KEPT = {  # and in a stored answer too
+    "Content-Type": "application/x-ndjson",
+    "Content-Language": "en",
+    "Cache-Control": "no-cache",
+    "Date": "Mon, 23 Nov 2026 09:10:20 GMT",
+}
+
+
+def with_headers(headers: dict[str, str], status: int = 200, body: bytes = b"") -> bytes:
+    body = body or b"".join(LINES)
+    lines = [f"HTTP/1.1 {status} X", *(f"{n}: {v}" for n, v in headers.items())]
+    return "\r\n".join([*lines, f"Content-Length: {len(body)}", "", ""]).encode() + body
+
+
+async def test_only_known_headers_of_upstream_reach_clients(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    headers = {name: value for name, value in FOREIGN.items() if name != "Set-Cookie"}
+    ollama.script.respond = only_questions(says(with_headers(headers | READ | KEPT)), ollama)
+    for wanted, outcome in ((READ | KEPT, "miss; stored"), (KEPT, "hit")):
+        answer = await ask(ollprox.port, "POST", "/api/generate", question())
+        assert outcome.partition(";")[0] in answer.cache_status
+        for name, value in wanted.items():
+            assert answer.headers[name.lower()] == value
+        for name, value in FOREIGN.items():
+            assert answer.headers.get(name.lower()) != value, name
+        ours = {"via", "cache-status", "x-request-id", "age", "connection", "x-accel-buffering"}
+        framing = {"transfer-encoding", "content-length"}
+        assert set(answer.headers) - ours - framing == {name.lower() for name in wanted}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Set-Cookie": "a=b"},
+        {"Cache-Control": "private"},
+        {"Cache-Control": 'max-age=9, Private="x"'},
+        {"Cache-Control": "no-cache, NO-STORE"},
+    ],
+)
+async def test_a_response_meant_for_one_client_is_not_stored(
+    ollprox: Program, ollama: StandIn, headers: dict[str, str]
+) -> None:
+    told = with_headers({"Content-Type": "application/x-ndjson"} | headers)
+    ollama.script.respond = only_questions(says(told), ollama)
+    for _ in range(2):
+        answer = await ask(ollprox.port, "POST", "/api/generate", question())
+        assert (answer.cache_status, answer.complete) == ("OllProx; fwd=miss", True)
+        assert "a=b" not in answer.headers.values()
+    assert len(ollama.asked()) == 2
+
+
+async def test_a_response_meant_for_one_client_is_not_joined(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    more = asyncio.Event()
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"Set-Cookie: a=b\r\n" + TAIL + chunk(LINES[0]))
+        await writer.drain()
+        await more.wait()
+        writer.write(chunk(LINES[2]) + b"0\r\n\r\n")
+
+    ollama.script.respond = only_questions(respond, ollama)
+    async with Client(ollprox.port) as first, Client(ollprox.port) as second:
+        begun = await first.begin("POST", "/api/generate", question())
+        other = await second.begin("POST", "/api/generate", question())
+        assert other.cache_status == "OllProx; fwd=miss"
+        more.set()
+        assert (await first.rest(begun)).complete
+        assert (await second.rest(other)).complete
+
+
+@pytest.mark.parametrize(
+    ("location", "shown"),
+    [
+        ("https://ollama.example/api/generate?token=secret", "to https://ollama.example. "),
+        ("http://[::1]:8080/x", "to http://[::1]:8080. "),
+        ("https://user:secret@ollama.example/", "to another path. "),
+        ("https://" + "a" * 5000 + "/secret", "to another path. "),
+        ("javascript:secret", "to another path. "),
+        ("/login?secret", "to another path. "),
+        ("", "to another path. "),
+    ],
+)
+async def test_a_redirect_is_502_and_says_where_it_leads(
+    ollprox: Program, ollama: StandIn, location: str, shown: str
+) -> None:
+    for status in (301, 302, 303, 307, 308):
+        told = with_headers({"Location": location} if location else {}, status)
+        ollama.script.respond = only_questions(says(told), ollama)
+        answer = await ask(ollprox.port, "POST", "/api/generate", question())
+        assert answer.status == 502
+        assert "location" not in answer.headers
+        error = answer.json()["error"]
+        assert shown in error
+        assert "OLLAMA_HOST" in error
+        assert "secret" not in error
+
+
+@pytest.mark.parametrize("status", [401, 407])
+async def test_credentials_that_upstream_wants_are_not_asked_of_clients(
+    ollprox: Program, ollama: StandIn, status: int
+) -> None:
+    told = with_headers({"WWW-Authenticate": "Basic", "Proxy-Authenticate": "Basic"}, status)
+    ollama.script.respond = only_questions(says(told), ollama)
+    for path in ("/api/generate", "/v1/chat/completions"):
+        body = {"model": "llama2", "prompt": "x", "messages": []}
+        answer = await ask(ollprox.port, "POST", path, body)
+        assert answer.status == 502
+        assert b"requires credentials" in answer.body
+        assert not {"www-authenticate", "proxy-authenticate"} & set(answer.headers)
+
+
+async def test_not_modified_passes(ollprox: Program, ollama: StandIn) -> None:
+    ollama.script.respond = only_the_path("/api/ps", says(b"HTTP/1.1 304 X\r\n\r\n"), ollama)
+    async with Client(ollprox.port) as client:
+        answer = await client.begin("GET", "/api/ps", headers={"If-None-Match": "x"})
+    assert answer.status == 304
+
+
+def only_the_path(path: str, respond: Respond, ollama: StandIn) -> Respond:
+    async def chosen(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        await (respond if seen.path == path else ollama._api)(seen, writer)
+
+    return chosen
+
+
+# Where a response ends.
+
+CUT_BODIES = {  # what looks whole of a body that the connection's end delimits
+    "/api/embed": b'{"embeddings":[[0.5]]}',
+    "/api/embeddings": b'{"embedding":[0.5]}',
+    "/api/show": b'{"modelfile":"x"}',
+    "/api/generate": b"".join(LINES[:2]),
+    "/call_model": b"".join(LINES[:2]),
+    "/v1/responses": b'{"output":[]}',
+    "/v1/embeddings": b'{"data":[{"embedding":[0.5]}]}',
+    "/v1/models": b'{"data":[]}',
+    "/api/ps": b'{"models":[]}',
+    "/api/pull": b'{"status":"pulling"}\n',
+}
+
+
+@pytest.mark.parametrize("path", CUT_BODIES)
+async def test_a_reset_is_not_the_end_of_a_body_without_a_length(
+    launch: Start, ollama: StandIn, path: str
+) -> None:
+    ollprox = await launch(ADMIN_LABELS="tester")
+    body = CUT_BODIES[path]
+    lines = path in {"/api/generate", "/call_model", "/api/pull"}
+    kind = b"application/x-ndjson" if lines else b"application/json"
+    told = b"HTTP/1.1 200 OK\r\nContent-Type: %b\r\n\r\n%b" % (kind, body)
+    ollama.script.respond = only_the_path(
+        "/api/generate" if path == "/call_model" else path, says(told, reset=True), ollama
+    )
+    get = path in {"/v1/models", "/api/ps"}
+    sent = None if get else {**question(), "input": "x"}
+    for _ in range(2):  # the second finds nothing stored
+        async with Client(ollprox.port) as client:
+            answer = await client.begin("GET" if get else "POST", path, sent)
+            with contextlib.suppress(asyncio.IncompleteReadError):
+                await client.rest(answer)
+        assert "hit" not in answer.cache_status
+        if answer.status == 200:
+            assert not answer.complete
+            assert "middle of its answer" in answer.lines()[-1]["error"]
+        else:
+            assert answer.status == 502
+            assert b"in the middle of its answer" in answer.body
+
+
+@pytest.mark.parametrize("orderly", [True, False])
+async def test_tls_that_ends_without_close_notify_is_a_truncation(
+    launch: Start, tmp_path: Path, orderly: bool
+) -> None:
+    """Whoever can cut TCP could otherwise choose where an answer ends."""
+    cert, key = certificate(tmp_path, "upstream")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(cert, key)
+    listening = socket.create_server(("127.0.0.1", 0))
+    listening.setblocking(False)
+    loop = asyncio.get_running_loop()
+
+    def serve(plain: socket.socket) -> None:
+        plain.setblocking(True)
+        with (
+            plain,
+            contextlib.suppress(OSError),
+            context.wrap_socket(plain, server_side=True) as tls,
+        ):
+            head = tls.recv(65536)
+            if b"/api/ps" in head:
+                tls.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n{}")
+            if orderly:
+                tls.unwrap()
+            else:
+                os.close(tls.detach())  # a FIN alone
+
+    async def accept() -> None:
+        while True:
+            plain, _ = await loop.sock_accept(listening)
+            await asyncio.to_thread(serve, plain)
+
+    server = asyncio.create_task(accept())
+    ollprox = await launch(
+        OLLAMA_HOST=f"https://localhost:{listening.getsockname()[1]}",
+        OLLAMA_CA_FILE=cert,
+        MODEL_REFRESH=0,
+    )
+    answer = await ask(ollprox.port, "GET", "/api/ps")
+    if orderly:
+        assert (answer.status, answer.body) == (200, b"{}")
+    else:
+        assert answer.status == 502
+        assert "in the middle of its answer" in answer.json()["error"]
+    server.cancel()
+    listening.close()
+
+
+# Two OllProx.
+
+
+@contextlib.asynccontextmanager
+async def gateway(ports: list[int]) -> AsyncIterator[int]:
+    """Pass requests on to the last of `ports`, with the key of the tests; gives its own port."""
+    tasks = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task
+        tasks.add(task)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = re.search(rb"(?i)content-length: (\d+)", head)
+            body = await reader.readexactly(int(length[1]) if length else 0)
+            added = f"APIKEY: {KEY}\r\nConnection: close\r\n\r\n".encode()
+            writer.write(await raw(ports[-1], head[:-2] + added + body))
+            await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    yield server.sockets[0].getsockname()[1]
+    server.close()
+    if tasks:
+        await asyncio.wait(tasks)
+
+
+async def test_two_ollprox_in_a_row_work(launch: Start, ollama: StandIn) -> None:
+    inner = await launch()
+    async with gateway([inner.port]) as between:
+        outer = await launch(OLLAMA_PORT=between)
+        answer = await ask(outer.port, "POST", "/call_model", question())
+        assert (answer.status, answer.cache_status) == (200, "OllProx; fwd=miss; stored")
+        via = ollama.asked()[0].header("via") or ""
+        names = [member.split()[1] for member in via.split(",")]
+        assert len(set(names)) == 2
+        assert all(name.startswith("OllProx-") for name in names)
+        again = await ask(outer.port, "POST", "/call_model", question(), {"Via": "1.1 somebody"})
+        assert "hit" in again.cache_status  # whom it came through is no part of the question
+        await outer.stop()
+
+
+async def test_a_loop_of_two_ollprox_is_508(launch: Start) -> None:
+    ports: list[int] = []
+    async with gateway(ports) as back:
+        first = await launch(OLLAMA_PORT=back, MODEL_REFRESH=0)
+        async with gateway([first.port]) as forth:
+            ports.append(1)
+            second = await launch(OLLAMA_PORT=forth, MODEL_REFRESH=0)
+            ports.append(second.port)
+            async with asyncio.timeout(10):
+                answer = await ask(first.port, "POST", "/call_model", question())
+            assert answer.status == 508
+            await second.stop()
+            await first.stop()

@@ -38,7 +38,7 @@ def asking(model: str = "m") -> Ask:
 
 
 class Upstream:
-    """An exchange that says what the test tells it to."""
+    """A scripted exchange."""
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[bytes | HTTPError | None] = asyncio.Queue()
@@ -73,7 +73,7 @@ class Upstream:
 
 
 class Field:
-    """Flights over one upstream, and what they stored."""
+    """Flights with one upstream, and the answers they stored."""
 
     def __init__(
         self, window: int = 10_000, budget: int = 100_000, timeouts: Timeouts | None = None
@@ -112,7 +112,7 @@ def joined(flight: Flight, wants: Wants = Wants.PIECES) -> Iterator[Reader]:
 
 
 async def settle() -> None:
-    """Let everything run that can."""
+    """Run all tasks until they wait."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -205,10 +205,13 @@ async def test_the_first_reader_leaves_and_the_others_keep_reading() -> None:
     assert field.stored == [line("a") + DONE]
 
 
+@pytest.mark.parametrize("key", [b"k", None])  # None: a bypass, whose only reader leaves
 @pytest.mark.parametrize("said", [(), (line("a"),)])
-async def test_the_last_reader_leaves_and_the_exchange_is_aborted(said: tuple[bytes, ...]) -> None:
+async def test_the_last_reader_leaves_and_the_exchange_is_aborted(
+    said: tuple[bytes, ...], key: bytes | None
+) -> None:
     field = Field()
-    flight = field.begin()
+    flight = field.begin(key)
     readers = [asyncio.create_task(read(flight)) for _ in range(3)]
     field.upstream.say(*said)
     await settle()
@@ -548,7 +551,7 @@ async def test_what_makes_no_notes_is_no_reader() -> None:
 
 
 async def test_each_reader_has_its_own_time_for_silences() -> None:
-    field = Field(timeouts=Timeouts(idle=10, whole=100))
+    field = Field(timeouts=Timeouts(idle=10, object=100))
     flight = field.begin()
     with joined(flight, Wants.FOLD) as folding, joined(flight) as reader:
         field.upstream.say(line("a"))
@@ -585,7 +588,7 @@ async def test_each_reader_has_its_own_time_for_silences() -> None:
 
 
 async def test_a_recorder_that_waits_for_its_readers_is_not_upstreams_silence() -> None:
-    field = Field(window=cost(line("a")), timeouts=Timeouts(idle=10, whole=10))
+    field = Field(window=cost(line("a")), timeouts=Timeouts(idle=10, object=10))
     flight = field.begin()
     with joined(flight, Wants.FOLD) as folding, joined(flight) as slow:
         field.upstream.say(line("a"), line("b"), DONE, None)
@@ -792,7 +795,7 @@ class ModelReader:
         self._next: asyncio.Task[bytes] | None = None
 
     async def read(self) -> None:
-        """Take what has come since, if anything."""
+        """Read what is new, if anything."""
         if self.ended:
             return
         if self._next is None:

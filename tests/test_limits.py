@@ -1,4 +1,4 @@
-"""Bounds: each is hit, while a normal client from the same address keeps its answers."""
+"""Limits: each is exceeded, while a normal client at the same address still gets answers."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,8 @@ from client import KEY, Client, ask, question, raw, request
 from conftest import Program, Start
 from standin import StandIn
 
-from keystore import MAX_ADDRESSES, MAX_WRONG, WrongKeys
+from access.credentials import MAX_ADDRESSES, MAX_WRONG, WrongKeys
+from wire.server import GUESS_DELAY
 
 
 @contextlib.asynccontextmanager
@@ -43,8 +44,8 @@ async def served(ollprox: Program) -> AsyncIterator[None]:
     assert set(answers) == {200}
 
 
-async def test_a_head_too_large_is_431(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_HEAD_BYTES="2K")
+async def test_a_head_too_large_is_431(launch: Start) -> None:
+    ollprox = await launch(MAX_HEAD_BYTES="2K")
     async with served(ollprox):
         whole = await raw(ollprox.port, request("GET", "/api/tags", headers={"X": "a" * 3000}))
         endless = await raw(ollprox.port, b"GET /" + b"a" * 3000)
@@ -53,10 +54,22 @@ async def test_a_head_too_large_is_431(launch: Start, ollama: StandIn, key_file:
     assert b"2048 bytes" in whole
 
 
-async def test_a_head_may_be_larger_than_what_is_read_ahead(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_HEAD_BYTES="256K")
+async def test_a_head_may_be_as_large_as_the_limit_and_not_a_byte_larger(launch: Start) -> None:
+    ollprox = await launch(MAX_HEAD_BYTES=1000)
+    missing = 1000 - len(request("GET", "/api/tags", headers={"X": "a"}))
+    for more, status in ((0, 200), (1, 431)):
+        data = request("GET", "/api/tags", headers={"X": "a" * (1 + missing + more)})
+        assert len(data) == 1000 + more
+        for step in (1, 700, 2000):
+            async with Client(ollprox.port) as client:
+                for start in range(0, len(data), step):
+                    client.writer.write(data[start : start + step])
+                    await asyncio.sleep(0)
+                assert (await client.head()).status == status, (more, step)
+
+
+async def test_a_head_may_be_larger_than_what_is_read_ahead(launch: Start) -> None:
+    ollprox = await launch(MAX_HEAD_BYTES="256K")
     headers = {f"X-{number}": "a" * 10_000 for number in range(15)}
     async with asyncio.timeout(8), Client(ollprox.port) as client:
         data = request("GET", "/api/tags", headers=headers)
@@ -65,8 +78,8 @@ async def test_a_head_may_be_larger_than_what_is_read_ahead(
         assert (await client.rest(await client.head())).status == 200
 
 
-async def test_a_head_too_slow_is_408(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.2)
+async def test_a_head_too_slow_is_408(launch: Start) -> None:
+    ollprox = await launch(HEAD_TIMEOUT=0.2)
     async with served(ollprox):
         reply = await raw(ollprox.port, b"POST /call_model HTTP/1.1\r\nHost: a\r\n")
         silent = await raw(ollprox.port, b"")
@@ -74,10 +87,8 @@ async def test_a_head_too_slow_is_408(launch: Start, ollama: StandIn, key_file: 
     assert silent == b""
 
 
-async def test_dripping_a_head_does_not_prolong_it(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, HEAD_TIMEOUT=0.5)
+async def test_dripping_a_head_does_not_prolong_it(launch: Start) -> None:
+    ollprox = await launch(HEAD_TIMEOUT=0.5)
     async with Client(ollprox.port) as client:
         with contextlib.suppress(ConnectionError):
             while not client.reader.at_eof():
@@ -86,8 +97,8 @@ async def test_dripping_a_head_does_not_prolong_it(
     await ollprox.says("status=408")
 
 
-async def test_a_body_too_slow_is_408(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, BODY_TIMEOUT=0.2)
+async def test_a_body_too_slow_is_408(launch: Start, ollama: StandIn) -> None:
+    ollprox = await launch(BODY_TIMEOUT=0.2)
     for headers in ({"Content-Length": "100"}, {"Transfer-Encoding": "chunked"}):
         async with served(ollprox):
             reply = await raw(ollprox.port, request("POST", "/call_model", b"", headers) + b"1")
@@ -95,20 +106,16 @@ async def test_a_body_too_slow_is_408(launch: Start, ollama: StandIn, key_file: 
     assert len(ollama.asked()) == 1
 
 
-async def test_an_idle_connection_is_closed(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEEPALIVE_TIMEOUT=0.2)
+async def test_an_idle_connection_is_closed(launch: Start) -> None:
+    ollprox = await launch(KEEPALIVE_TIMEOUT=0.2)
     async with Client(ollprox.port) as client:
         assert (await client.ask("POST", "/call_model", question())).status == 200
         assert await client.reader.read() == b""
 
 
-async def test_a_reader_that_reads_nothing_is_dropped(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_a_reader_that_reads_nothing_is_dropped(launch: Start, ollama: StandIn) -> None:
     ollama.script.tokens = ["x" * 100_000] * 150  # more than the kernel buffers
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
-        API_KEY_FILE=key_file,
         WRITE_TIMEOUT=0.5,
         CACHE_MAX_ENTRY_BYTES="64M",
     )
@@ -119,13 +126,11 @@ async def test_a_reader_that_reads_nothing_is_dropped(
         await ollprox.says("status=499 cache=hit")
 
 
-async def test_connections_beyond_the_limit_are_told_so(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_CONNECTIONS=3)
+async def test_connections_beyond_the_limit_are_told_so(launch: Start) -> None:
+    ollprox = await launch(MAX_CONNECTIONS=3)
     async with served(ollprox), Client(ollprox.port) as one, Client(ollprox.port) as two:
-        await one.ask("GET", "/health")
-        await two.ask("GET", "/health")
+        await one.ask("GET", "/api/tags")
+        await two.ask("GET", "/api/tags")
         answer = await ask(ollprox.port, "GET", "/health")
         assert (answer.status, answer.headers["retry-after"]) == (503, "1")
         assert answer.headers["connection"] == "close"
@@ -134,10 +139,34 @@ async def test_connections_beyond_the_limit_are_told_so(
             await asyncio.sleep(0.01)
 
 
-async def test_running_out_of_files_is_one_line_and_no_end(
-    launch: Start, ollama: StandIn, key_file: Path
+async def test_a_valid_key_gets_in_while_strangers_hold_all_places(
+    launch: Start, ollama: StandIn
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    """The oldest stranger makes room: not a caller, and not one whose answer is under way."""
+    ollprox = await launch(MAX_CONNECTIONS=5, HEAD_TIMEOUT=60)
+    wrong = {"APIKEY": "wrong"}
+    ollama.script.hold_before = 1
+    async with contextlib.AsyncExitStack() as stack:
+        caller, busy, silent, probe, guesser = [
+            await stack.enter_async_context(Client(ollprox.port)) for _ in range(5)
+        ]
+        assert (await caller.ask("GET", "/api/tags")).status == 200
+        assert (await caller.ask("GET", "/health")).status == 200  # still a caller
+        answer = await busy.begin("POST", "/api/generate", question())
+        assert (await probe.ask("GET", "/health")).status == 200
+        assert (await guesser.ask("GET", "/api/tags", headers=wrong)).status == 401
+        for evicted in (silent, probe, guesser):
+            another = await stack.enter_async_context(Client(ollprox.port))
+            assert (await another.ask("GET", "/api/tags")).status == 200
+            assert await evicted.reader.read() == b""
+        assert (await ask(ollprox.port, "GET", "/api/tags")).status == 503
+        ollama.script.let_go.set()
+        assert (await busy.rest(answer)).complete
+        assert (await caller.ask("GET", "/api/tags")).status == 200
+
+
+async def test_running_out_of_files_is_one_line_and_no_end(launch: Start) -> None:
+    ollprox = await launch()
     async with served(ollprox):
         used = len(os.listdir(f"/proc/{ollprox.pid}/fd"))
         _, hard = resource.prlimit(ollprox.pid, resource.RLIMIT_NOFILE)
@@ -162,10 +191,17 @@ async def test_wrong_keys_are_slowed_down_and_valid_ones_never(
     async with served(ollprox):
         answers = [
             await ask(ollprox.port, "GET", "/api/tags", headers={"APIKEY": f"wrong {number}"})
-            for number in range(MAX_WRONG + 5)
+            for number in range(MAX_WRONG)
         ]
-        assert [a.status for a in answers] == [401] * MAX_WRONG + [429] * 5
-        assert 0 < int(answers[-1].headers["retry-after"]) <= 60
+        assert {a.status for a in answers} == {401}
+        guess = request("GET", "/api/tags", headers={"APIKEY": "wrong"})
+        for _ in range(2):
+            begun = time.monotonic()
+            reply = await raw(ollprox.port, guess * 100)
+            assert time.monotonic() - begun > GUESS_DELAY * 0.9
+            assert reply.count(b"HTTP/1.1 ") == reply.count(b"HTTP/1.1 429 ") == 1
+            assert b"Connection: close" in reply
+            assert 0 < int(reply.split(b"Retry-After: ")[1].split(b"\r\n")[0]) <= 60
         missing = await ask(ollprox.port, "GET", "/api/tags", headers={"APIKEY": ""})
         assert missing.status == 401
         assert (await ask(ollprox.port, "GET", "/api/tags")).status == 200
@@ -187,16 +223,12 @@ def test_the_window_of_wrong_keys_ends_and_the_table_is_bounded() -> None:
     assert wrong.count("a")[0] == 1
 
 
-async def test_places_are_free_again_though_refused_clients_linger(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_CONNECTIONS=2, HEAD_TIMEOUT=20
-    )
+async def test_places_are_free_again_though_refused_clients_linger(launch: Start) -> None:
+    ollprox = await launch(MAX_CONNECTIONS=2, HEAD_TIMEOUT=20)
     async with contextlib.AsyncExitStack() as refused:
         async with Client(ollprox.port) as one, Client(ollprox.port) as two:
-            await one.ask("GET", "/health")
-            await two.ask("GET", "/health")
+            await one.ask("GET", "/api/tags")
+            await two.ask("GET", "/api/tags")
             for _ in range(4):
                 client = await refused.enter_async_context(Client(ollprox.port))
                 assert (await client.head()).status == 503
@@ -206,10 +238,10 @@ async def test_places_are_free_again_though_refused_clients_linger(
 
 
 async def test_a_client_that_reads_slowly_but_reads_is_not_dropped(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollama.script.tokens = ["x" * 100_000] * 60
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, WRITE_TIMEOUT=0.4)
+    ollprox = await launch(WRITE_TIMEOUT=0.4)
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 100_000)
         client.connect(("127.0.0.1", ollprox.port))
@@ -235,13 +267,10 @@ def certificate(folder: Path, name: str) -> tuple[Path, Path]:
     return cert, key
 
 
-async def launch_tls(
-    launch: Start, ollama: StandIn, key_file: Path, **settings: object
-) -> tuple[Program, Path, Path]:
-    """Start OllProx with a certificate of its own; return where that and its key are."""
-    cert, key = certificate(key_file.parent, "first")
-    paths = {"API_KEY_FILE": key_file, "TLS_CERT_FILE": cert, "TLS_KEY_FILE": key}
-    return await launch(OLLAMA_PORT=ollama.port, **paths, **settings), cert, key
+async def launch_tls(launch: Start, folder: Path, **settings: object) -> tuple[Program, Path, Path]:
+    """Start OllProx with its own certificate; return the paths of the certificate and its key."""
+    cert, key = certificate(folder, "first")
+    return await launch(TLS_CERT_FILE=cert, TLS_KEY_FILE=key, **settings), cert, key
 
 
 async def https(port: int, trusted: Path, data: bytes) -> tuple[bytes, str]:
@@ -260,12 +289,11 @@ async def https(port: int, trusted: Path, data: bytes) -> tuple[bytes, str]:
 
 
 async def test_tls_serves_https_and_takes_a_renewed_certificate(
-    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    launch: Start, tmp_path: Path
 ) -> None:
     ollprox, cert, key = await launch_tls(
         launch,
-        ollama,
-        key_file,
+        tmp_path,
         KEY_REFRESH=0.1,
     )
     assert "listens on https://" in ollprox.text()
@@ -277,7 +305,6 @@ async def test_tls_serves_https_and_takes_a_renewed_certificate(
     )
     assert reply.startswith(b"HTTP/1.1 200 OK")
     assert subject == "first"
-    assert await raw(ollprox.port, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n") == b""  # no TLS
     second_cert, second_key = certificate(tmp_path, "second")
     second_key.rename(key)
     second_cert.rename(cert)
@@ -298,13 +325,47 @@ async def test_tls_serves_https_and_takes_a_renewed_certificate(
     assert (reply[:15], subject) == (b"HTTP/1.1 200 OK", "third")
 
 
-async def test_connections_without_a_handshake_have_places_of_their_own(
-    launch: Start, ollama: StandIn, key_file: Path
+async def test_plain_http_at_the_tls_port_is_told_that_https_is_spoken_here(
+    launch: Start, tmp_path: Path
 ) -> None:
+    ollprox, cert, _ = await launch_tls(launch, tmp_path, HEAD_TIMEOUT=1)
+    for method in ("GET", "PATCH", "POST"):
+        async with Client(ollprox.port) as client:
+            await client.send(request(method, "/api/tags"))
+            client.writer.write_eof()
+            reply = await client.reader.read()
+        assert reply.startswith(b"HTTP/1.1 400 Bad Request\r\n")
+        assert b"https://" in reply
+    for other in (b"\x16\x03\x01\x00\x05hello", b"\x80\x00\x00", b"\x00" * 100):
+        with contextlib.suppress(ConnectionError):
+            assert b"HTTP" not in await raw(ollprox.port, other)
+    close = {"Connection": "close"}
+    reply, _ = await https(ollprox.port, cert, request("GET", "/health", headers=close))
+    assert reply.startswith(b"HTTP/1.1 200")
+
+
+async def test_tls_handshakes_that_never_end_do_not_lock_out_a_key(
+    launch: Start, tmp_path: Path
+) -> None:
+    ollprox, cert, _ = await launch_tls(launch, tmp_path, MAX_CONNECTIONS=20, HEAD_TIMEOUT=60)
+    silent = [await asyncio.open_connection("127.0.0.1", ollprox.port) for _ in range(40)]
+    begun = [await asyncio.open_connection("127.0.0.1", ollprox.port) for _ in range(40)]
+    for _, writer in begun:
+        writer.write(b"\x16\x03\x01")
+    async with asyncio.timeout(10):
+        for _ in range(30):
+            reply, _ = await https(
+                ollprox.port, cert, request("GET", "/api/tags", headers={"Connection": "close"})
+            )
+            assert reply.startswith(b"HTTP/1.1 200")
+    for _, writer in silent + begun:
+        writer.transport.abort()
+
+
+async def test_connections_without_a_handshake_are_cut_off(launch: Start, tmp_path: Path) -> None:
     ollprox, cert, _ = await launch_tls(
         launch,
-        ollama,
-        key_file,
+        tmp_path,
         MAX_CONNECTIONS=20,
         HEAD_TIMEOUT=1,
     )
@@ -323,10 +384,8 @@ async def test_connections_without_a_handshake_have_places_of_their_own(
         writer.close()
 
 
-async def test_sigterm_with_idle_tls_clients_stops_at_once(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox, cert, _ = await launch_tls(launch, ollama, key_file)
+async def test_sigterm_with_idle_tls_clients_stops_at_once(launch: Start, tmp_path: Path) -> None:
+    ollprox, cert, _ = await launch_tls(launch, tmp_path)
     context = ssl.create_default_context(cafile=cert)
 
     def connect(headers: dict[str, str] | None) -> ssl.SSLSocket:
@@ -351,9 +410,9 @@ async def test_sigterm_with_idle_tls_clients_stops_at_once(
 
 
 async def test_a_streams_client_over_tls_is_noticed_to_leave(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn, tmp_path: Path
 ) -> None:
-    ollprox, cert, _ = await launch_tls(launch, ollama, key_file)
+    ollprox, cert, _ = await launch_tls(launch, tmp_path)
     ollama.script.hold_head = True
     context = ssl.create_default_context(cafile=cert)
     _, writer = await asyncio.open_connection(
@@ -368,7 +427,7 @@ async def test_a_streams_client_over_tls_is_noticed_to_leave(
 
 
 async def test_upstreams_certificate_is_verified(
-    launch: Start, ollama: StandIn, key_file: Path, tmp_path: Path
+    launch: Start, ollama: StandIn, tmp_path: Path
 ) -> None:
     cert, key = certificate(tmp_path, "upstream")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -376,9 +435,7 @@ async def test_upstreams_certificate_is_verified(
     secure = StandIn()
     port = await secure.start(tls=context)
     for trusted, status in (("", 502), (cert, 200)):
-        ollprox = await launch(
-            OLLAMA_HOST=f"https://localhost:{port}", API_KEY_FILE=key_file, OLLAMA_CA_FILE=trusted
-        )
+        ollprox = await launch(OLLAMA_HOST=f"https://localhost:{port}", OLLAMA_CA_FILE=trusted)
         answer = await ask(ollprox.port, "POST", "/call_model", question())
         assert answer.status == status
         if status == 502:
@@ -398,15 +455,15 @@ async def test_upstreams_certificate_is_verified(
 async def test_certificates_that_cannot_be_used_fail_the_start(
     launch: Start, settings: dict[str, str], name: str
 ) -> None:
-    for arguments in ((), ("--check",)):
+    for start, arguments in (("ollprox: ", ()), ("FAIL  settings  ", ("--check",))):
         ollprox = await launch(*arguments, fails=True, **settings)
         assert await ollprox.process.wait() == 2
         (line,) = ollprox.text().splitlines()
-        assert line.startswith(f"ollprox: {name}")
+        assert line.startswith(start + name)
 
 
 async def test_time_to_leave(ollprox: Program) -> None:
-    """An idle proxy keeps nobody: half-closed clients are gone clients."""
+    """A client that ends its sending side between two requests is not waited for."""
     async with Client(ollprox.port) as client:
         begun = time.monotonic()
         client.writer.write_eof()

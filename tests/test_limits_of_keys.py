@@ -1,4 +1,4 @@
-"""Limits of keys: sliding windows, refunds, reloads. Pure; the clock is the test's."""
+"""Limits of keys: sliding windows, refunds, reloads. Pure; the test sets the clock."""
 
 import math
 from dataclasses import dataclass
@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from answers.limits import MAX_EVENTS, SWEEP_EVERY, LimitReached, Limits
-from keystore import Key, Limit
+from access.rights import Key, Limit
+from answers.limits import MAX_EVENTS, SWEEP_EVERY, LimitReached, Limits, SlidingLog, Standing
 
 MINUTE, HOUR = 60, 3600
 
@@ -176,3 +176,84 @@ def test_no_window_ever_has_more_than_its_limit(gaps: list[float], most: int) ->
         if refused is not None:
             assert len(recent) == most
             assert retry_after(refused) == max(1, math.ceil(recent[0] + MINUTE - clock.now))
+
+
+def full_log() -> SlidingLog:
+    """A log of as many events as are kept apart, one a second; neighbours are a second apart."""
+    log = SlidingLog(key())
+    assert (log.key, log.horizon) == (key(), 0.0)
+    log.horizon = MAX_EVENTS
+    for second in range(MAX_EVENTS):
+        log.add(second, 1)
+    return log
+
+
+@pytest.mark.parametrize(("later", "apart"), [(0.0, False), (0.999, False), (1.0, True)])
+def test_a_full_log_counts_neighbours_together(later: float, apart: bool) -> None:
+    log, last = full_log(), MAX_EVENTS - 1
+    event = log.add(last + later, 5)
+    assert len(log._events) == MAX_EVENTS + apart
+    assert log._events[-1] is event
+    assert (event.at, event.amount) == (last + later, 5 if apart else 6)
+    assert log.used(MAX_EVENTS * 2, last + later) == MAX_EVENTS + 5
+
+
+def test_an_event_counts_until_its_window_is_over() -> None:
+    log, limit = SlidingLog(key()), Limit(2, MINUTE)
+    for at, amount in ((0, 1), (10, 1), (20, 1)):
+        log.add(at, amount)
+    assert log.used(MINUTE, 59.9) == 3
+    assert log.used(MINUTE, 60) == 2
+    assert log.free_in(limit, 30) == 40  # when the second is over, not the first
+    assert log.free_in(limit, 60) == 10
+    assert log.free_in(limit, 70) == 0
+    assert log.empty_in(limit, 30) == 50
+    log.horizon = MINUTE
+    log.prune(60)
+    assert [event.at for event in log._events] == [10, 20]
+
+
+def test_a_large_event_frees_all_that_it_took() -> None:
+    log, limit = SlidingLog(key()), Limit(10, MINUTE)
+    log.add(0, 1)
+    log.add(10, 11)
+    assert log.free_in(limit, 20) == 50
+    assert log.free_in(limit, 60) == 10
+
+
+def test_what_is_in_use_is_told_of_each_key_and_limit() -> None:
+    clock = Clock()
+    limits = Limits(clock)
+    mary = key(b"m", rate=(Limit(9, MINUTE), Limit(4, HOUR)), tokens=(Limit(50, HOUR),))
+    bob, idle = key(b"b", tokens=(Limit(7, MINUTE),)), key(b"i", rate=(Limit(1, MINUTE),))
+    limits.admit(mary)
+    clock.now += 30
+    limits.spend(mary, 20)
+    limits.spend(bob, 3)
+    limits.spend(bob, 0)
+    limits.admit(idle).refund()
+    clock.now += 10
+    found = list(limits.in_use())
+    assert found == [
+        Standing(mary, "rate", Limit(4, HOUR), 1, HOUR - 40),
+        Standing(mary, "tokens", Limit(50, HOUR), 20, HOUR - 10),
+        Standing(bob, "tokens", Limit(7, MINUTE), 3, MINUTE - 10),
+    ]
+    assert limits.standing(mary) == {"rate": found[0], "tokens": found[1]}
+    assert limits.standing(bob) == {"tokens": found[2]}
+    unused = key(b"u", rate=(Limit(2, MINUTE),))
+    assert limits.standing(unused) == {"rate": Standing(unused, "rate", Limit(2, MINUTE), 0, 0)}
+
+
+@pytest.mark.parametrize(("what", "thing"), [("rate", b"requests"), ("tokens", b"tokens")])
+def test_a_refusal_says_which_limit_and_until_when(what: str, thing: bytes) -> None:
+    error = LimitReached(what, Limit(5, MINUTE), 12.2)
+    assert (error.status, error.kind) == (429, what)
+    assert f"{what}=5/minute" in error.message
+    assert error.headers == (
+        (b"Retry-After", b"13"),
+        (b"x-ratelimit-limit-" + thing, b"5"),
+        (b"x-ratelimit-remaining-" + thing, b"0"),
+        (b"x-ratelimit-reset-" + thing, b"13s"),
+    )
+    assert retry_after(LimitReached(what, Limit(5, MINUTE), 0.01)) == 1

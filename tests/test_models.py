@@ -1,4 +1,4 @@
-"""What OllProx knows of Ollama and its models, and requests that change them."""
+"""Whether Ollama is up, its list of models, and requests that change models."""
 
 import asyncio
 import re
@@ -23,11 +23,10 @@ FROM_CACHE = {"Cache-Control": "only-if-cached"}
 
 
 @pytest.fixture
-def settings(ollama: StandIn, tmp_path: Path) -> dict[str, object]:
+def settings(tmp_path: Path) -> dict[str, object]:
     path = tmp_path / "keys.txt"
     path.write_text(f"{KEY}  # tester\n{BOSS['APIKEY']}  # boss\n")
     return {
-        "OLLAMA_PORT": ollama.port,
         "API_KEY_FILE": path,
         "ADMIN_LABELS": "boss",
         "LOG_LEVEL": "INFO",
@@ -258,24 +257,38 @@ async def test_ollama_that_goes_and_comes_back_is_a_warning_and_a_line(
     assert len(re.findall("does not answer|answers again", ollprox.text())) == 2
 
 
-async def test_a_change_is_told_once_and_nothing_is_known_at_first(ollama: StandIn) -> None:
+async def test_a_request_that_does_not_reach_ollama_shows_that_it_is_down(
+    launch: Start, ollama: StandIn, settings: dict[str, object]
+) -> None:
+    """At once, not at the next poll; and its return is seen without any request."""
+    ollprox = await launch(**settings, MODEL_REFRESH=0)
+    await ollprox.says("answers at")
+    await ollama.stop()
+    assert (await ask(ollprox.port, "POST", "/call_model", question())).status == 502
+    await ollprox.says("WARNING.*Ollama does not answer any more: .*cannot be reached")
+    metrics = await ask(ollprox.port, "GET", "/metrics")
+    assert re.search(rb"\nollprox_upstream_up\{host=\S+\} 0\n", metrics.body)
+    await ollama.start(port=ollama.port)
+    await ollprox.says("INFO.*Ollama at .* answers again")
+    metrics = await ask(ollprox.port, "GET", "/metrics")
+    assert re.search(rb"\nollprox_upstream_up\{host=\S+\} 1\n", metrics.body)
+    assert len(re.findall("does not answer|answers again", ollprox.text())) == 2
+
+
+async def test_whether_ollama_is_up_is_unknown_at_first(ollama: StandIn) -> None:
     upstream = Upstream(
         "127.0.0.1", ollama.port, "x", connect_timeout=5, first_byte_timeout=5, idle_timeout=5
     )
-    changes: list[bool] = []
-    probe = Probe(upstream, changes.append)
+    probe = Probe(upstream)
     cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 60)
     watch = ModelWatch(
         probe, cache, Flights(1 << 20, cache.budget, upstream.exchange), lambda names: None
     )
     assert probe.up is None
-    for _ in range(2):
-        await watch.refresh()
-    assert probe.up
-    assert changes == [True]
+    await watch.refresh()
+    assert probe.up is True
     await ollama.stop()
-    for _ in range(2):
-        await watch.refresh()
-    assert [watch.up, *changes] == [False, True, False]
+    await watch.refresh()
+    assert probe.up is False
     assert not await probe.ready()
     await upstream.close()

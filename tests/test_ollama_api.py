@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from standin import Script, StandIn
 
 from answers.notes import MAX_PARSED, Notes, progress_notes
-from answers.ollama_api import Form, RouteTable, digests, route_table, version
+from answers.ollama_api import Form, RouteTable, digests, loaded, route_table, version
 from answers.questions import (
     MAX_VALUES,
     PassThrough,
@@ -468,6 +468,33 @@ def test_a_large_object_is_judged_by_its_ends() -> None:
         assert notes.keeps() is kept
         if kept:
             assert notes.usage.prompt_tokens == 7
+
+
+@pytest.mark.parametrize(
+    ("said", "kept"),
+    [
+        (b'"output":[{"content":[{"type":"output_text","text":""}]}]', False),
+        (b'"output":[{"content":[{"type":"output_text","text":"a"}]}]', True),
+        (b'"output":[{"type":"function_call","name":"f","arguments":"{}"}]', True),
+        (b'"choices":[{"message":{"content":""}}]', False),
+        (b'"choices":[{"message":{"content":"","tool_calls":[{"id":"c"}]}}]', True),
+        (b'"embeddings":[[0.5],[]]', False),
+        (b'"embeddings":[[],[0.5]]', False),
+        (b'"embeddings":[[-0.5],[0.5]]', True),
+        (b'"data":[{"embedding":[0.5]},{"embedding":[]}]', False),
+        (b'"data":[{"embedding":"AAAA"},{"embedding":""}]', False),
+        (b'"data":[{"embedding":"AAAA"}]', True),
+    ],
+)
+def test_a_large_object_that_says_nothing_is_not_kept(said: bytes, kept: bool) -> None:
+    """What makes it large is an echo of the question, such as the instructions."""
+    body = b'{%b,"instructions":"%b"}' % (said, b"x" * MAX_PARSED)
+    for size in (37, 10_000):  # so that names and values come apart too
+        notes = noted(b"/v1/responses", b"", "application/json")
+        for start in range(0, len(body), size):
+            notes.feed(body[start : start + size])
+        notes.close()
+        assert notes.keeps() is kept
 
 
 def test_an_error_among_lines_of_progress_is_seen() -> None:
@@ -962,3 +989,21 @@ def test_no_value_escapes_the_count(value: object) -> None:
     values = count(value)
     assert values == 1 or refused(values - 2)
     assert not refused(9 * values)
+
+
+@pytest.mark.parametrize(
+    ("body", "names"),
+    [
+        (b'{"models":[{"name":"llama2:latest","size":1},{"name":"qwen3:4b"}]}', 2),
+        (b'{"models":[]}', 0),
+        (b'{"models":null}', 0),
+        (b'{"models":[{}]}', 0),
+        (b'{"models":[7]}', 0),
+        (b'{"models":[{"name":7}]}', 0),
+        (b"[]", 0),
+        (b"", 0),
+        (b'{"models":[%b{"name":"x"}]}' % (b'{"name":"x"},' * 500), 100),
+    ],
+)
+def test_loaded_models_are_read_from_whatever_comes(body: bytes, names: int) -> None:
+    assert len(loaded(body)) == names

@@ -16,7 +16,7 @@ from standin import StandIn
 
 
 async def test_the_start_says_what_matters(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
     await ollprox.says(r"Ollama 0\.13\.5 answers at 127\.0\.0\.1")
     text = ollprox.text()
     assert f"forwards to   http://127.0.0.1:{ollama.port}" in text
@@ -66,10 +66,10 @@ async def test_check_refuses_what_the_start_would(launch: Start) -> None:
     assert "LISTEN_HOST" in ollprox.text()
 
 
-async def test_check_says_what_would_be_done(launch: Start, key_file: Path) -> None:
-    ollprox = await launch("--check", API_KEY_FILE=key_file, LISTEN_PORT=8765)
+async def test_check_says_what_would_be_done(launch: Start) -> None:
+    ollprox = await launch("--check", LISTEN_PORT=8765)
     assert await ollprox.process.wait() == 0
-    assert "would listen on http://127.0.0.1:8765" in ollprox.text()
+    assert "ok    settings  listens on http://127.0.0.1:8765" in ollprox.text()
     assert KEY not in ollprox.text()
 
 
@@ -80,8 +80,8 @@ async def test_version_and_help(launch: Start, argument: str, text: str) -> None
     assert text in ollprox.text()
 
 
-async def test_ping_asks_the_running_one(launch: Start, ollama: StandIn) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port)
+async def test_ping_asks_the_running_one(launch: Start) -> None:
+    ollprox = await launch()
     ping = await launch("--ping", LISTEN_PORT=ollprox.port)
     assert await ping.process.wait() == 0
     await ollprox.stop()
@@ -118,9 +118,9 @@ async def test_a_request_under_way_finishes(ollprox: Program, ollama: StandIn) -
     assert await ollprox.process.wait() == 0
 
 
-async def test_draining_is_bounded(launch: Start, ollama: StandIn, key_file: Path) -> None:
+async def test_draining_is_bounded(launch: Start, ollama: StandIn) -> None:
     ollama.script.hold_before = 1
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, DRAIN_TIMEOUT=0.2)
+    ollprox = await launch(DRAIN_TIMEOUT=0.2)
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question())
         ollprox.process.terminate()
@@ -167,10 +167,8 @@ async def test_one_access_line_says_all_and_no_more(ollprox: Program, ollama: St
 
 
 @pytest.mark.parametrize(("level", "lines"), [("DEBUG", 2), ("INFO", 1), ("WARNING", 0)])
-async def test_probes_are_logged_at_debug_alone(
-    launch: Start, ollama: StandIn, key_file: Path, level: str, lines: int
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LOG_LEVEL=level)
+async def test_probes_are_logged_at_debug_alone(launch: Start, level: str, lines: int) -> None:
+    ollprox = await launch(LOG_LEVEL=level)
     await ask(ollprox.port, "GET", "/health")
     await ask(ollprox.port, "POST", "/call_model", question())
     await ollprox.stop()

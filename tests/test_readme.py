@@ -1,4 +1,4 @@
-"""README and `docs/` are true: each command and snippet is run, each table compared."""
+"""README and `docs/` are correct: every command and snippet runs, every table is compared."""
 
 import ast
 import asyncio
@@ -17,20 +17,22 @@ import pytest
 import pytest_asyncio
 from client import KEY, ask, question
 from conftest import ROOT, SOURCES, Program, Start
-from standin import StandIn
+from standin import Script, StandIn
 
 from answers.ollama_api import route_table
 from settings import Settings
+from watch.usage import Batch, Counts, UsageFile
 
 README = (ROOT / "README.md").read_text()
 NODE = Path(__file__).parent / "node"
 TROUBLES = (ROOT / "docs/troubleshooting.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
-# All but deploying.md, whose commands are for root: what they lead to is tried in test_deploy.py.
+# All but deploying.md, whose commands are for root: what they lead to is tried in test_deploy.py;
+# and install.md, whose commands need a network: test_install.py does without.
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if path.name != "deploying.md"
+    if path.name not in {"deploying.md", "install.md"}
 }
 MAX_WORDS = 1100  # of the README beside tables and code: five minutes
 
@@ -76,7 +78,7 @@ def names(cell: str) -> list[str]:
 
 @dataclass
 class Reader:
-    """Someone who has pasted all commands before this one into a copy of the checkout."""
+    """A reader who has pasted all earlier commands into a copy of the checkout."""
 
     folder: Path
     ollama: StandIn
@@ -106,10 +108,10 @@ class Reader:
         return out
 
     async def start(self, command: str, until: str, **more: object) -> tuple[str, str]:
-        """Start what does not end by itself, and stop it once it has said something.
+        """Start a command that does not end by itself; stop it once its output matches.
 
         Returns:
-            What it said that matched, and all that it said.
+            The match, and the complete output.
 
         """
         process = await asyncio.create_subprocess_exec(
@@ -142,7 +144,7 @@ def need(*programs: str) -> None:
 
 
 async def in_shell(reader: Reader, command: str, expected: str) -> None:
-    """Paste it, and look at what it prints and what `--check` says then."""
+    """Paste a command; check its output and that of `--check` afterwards."""
     out = await reader.paste(command)
     _, check = await reader.run("python ollprox.py --check", LISTEN_HOST="127.0.0.1")
     assert re.search(expected, out + check), out + check
@@ -154,10 +156,19 @@ async def by_curl(reader: Reader, command: str, expected: str) -> None:
     keys = reader.folder / "keys/garden.txt"
     keys.write_text(key_line())
     settings = {"OLLAMA_PORT": reader.ollama.port, "ADMIN_LABELS": "Mary"}
+    settings["USAGE_FILE"] = reader.folder / "garden.db"
     port = (await reader.launch(**settings, API_KEY_FILE=keys)).port
     key = key_line().split()[0]
     await ask(port, "POST", "/call_model", question(), {"APIKEY": key})  # so that one is kept
     assert re.search(expected, await reader.paste(at(command, port)))
+
+
+async def with_usage(reader: Reader, command: str, expected: str) -> None:
+    """Paste it where a request has been counted."""
+    batch = Batch()
+    batch.row("2026-11-28", "Mary", "llama2").add(Counts(requests=3))
+    UsageFile(reader.folder / "usage.db", 400).write(batch, 1_795_867_200.0)
+    assert re.search(expected, await reader.paste(command))
 
 
 async def by_make_run(reader: Reader, command: str, expected: str) -> None:
@@ -182,7 +193,7 @@ async def by_make_demo(reader: Reader, command: str, expected: str) -> None:
 
 
 async def by_compose(reader: Reader, command: str, expected: str) -> None:
-    """Run it where Docker is; elsewhere hold its names against `docker-compose.yml`."""
+    """Run it if Docker is installed; otherwise compare its names with `docker-compose.yml`."""
     services = compose_services()
     profile = re.search(r"--profile (\w+)", command)
     assert profile is None or profile[1] in services.values()
@@ -223,26 +234,40 @@ async def by_git_clone(reader: Reader, command: str, expected: str) -> None:
     assert re.search(expected, await reader.paste(f"{command} && ls"))
 
 
+async def by_start(reader: Reader, command: str, expected: str) -> None:
+    """Start it, and stop it once it says what is expected."""
+    settings = {"OLLAMA_PORT": reader.ollama.port, "LISTEN_PORT": 0, "LISTEN_HOST": "127.0.0.1"}
+    await reader.start(command, expected, **settings)
+
+
+async def in_test_install(reader: Reader, command: str, expected: str) -> None:
+    """Leave it to another test, which does the same without a network."""
+    assert f"def {expected}(" in (ROOT / "tests/test_install.py").read_text()
+
+
 Way = Callable[[Reader, str, str], Awaitable[None]]
 
 # How each command is tried, and what must come of it. Those `in_shell` are also what a later
 # command of the same page finds done.
 WAYS: dict[str, tuple[Way, str]] = {
     r"git clone REPOSITORY_URL ollprox && cd ollprox": (by_git_clone, r"(?m)^ollprox\.py$"),
-    r"cp \.env\.example \.env": (in_shell, r"API keys +none \(API_KEY_FILE is not set\)"),
-    r"echo 'secretgardenkey  # Mary' >> keys/keys\.txt": (in_shell, "would listen on"),
-    r"echo 'API_KEY_FILE=keys/keys\.txt' >> \.env": (in_shell, r"API keys +1 from \S+/keys\.txt"),
+    r"cp \.env\.example \.env": (in_shell, r"warn  keys +none \(API_KEY_FILE is not set\)"),
+    r"echo 'secretgardenkey  # Mary' >> keys/keys\.txt": (in_shell, r"keys +1 from \S+/keys\.txt"),
+    r"python ollprox\.py keys add --label Mary": (in_shell, r"added to(.|\n)*keys +2 from"),
+    r"make ollprox\.pyz": (in_shell, "ok    settings"),
+    r"python ollprox\.pyz": (by_start, r"OllProx \S+ listens on"),
+    r"pipx install \.|ollprox": (in_test_install, "test_the_wheel_installs_runs_and_goes_away"),
     r"python keystore\.py new --label Mary": (in_shell, r"key file: \S{32,}  # Mary"),
-    r"python keystore\.py add --label Bob .*": (in_shell, r"added to(.|\n)*API keys +2 from"),
+    r"python keystore\.py add --label Bob .*": (in_shell, r"added to(.|\n)*keys +2 from"),
     r"python keystore\.py list": (in_shell, r"\nBob +rate=60/minute running=2\n"),
-    r"python keystore\.py revoke Bob": (in_shell, r"1 line removed(.|\n)*API keys +1 from"),
+    r"python keystore\.py revoke Bob": (in_shell, r"1 line removed(.|\n)*keys +1 from"),
     # The salt is there, and the keys are plain yet.
     r'echo "API_KEY_SALT=.*" >> \.env': (
         in_shell,
-        r"hash the file with `python keystore\.py hash`",
+        r"hash the file with `python ollprox\.py keys hash`",
     ),
-    r"python keystore\.py hash < .* && mv .*": (in_shell, r"API keys +1 from"),
-    r"python ollprox\.py --check": (in_shell, "would listen on .*\nforwards to"),
+    r"python keystore\.py hash < .* && mv .*": (in_shell, r"keys +1 from"),
+    r"python ollprox\.py --check": (in_shell, r"ok    settings  listens on \S+, forwards to"),
     r"make run": (by_make_run, "No API key is set, so this one was made"),
     r"make demo": (by_make_demo, r"fwd=miss; stored.*Paris.*OllProx; hit.*Paris"),
     r"docker compose up": (by_compose, "Ollama .* answers at"),
@@ -255,12 +280,16 @@ WAYS: dict[str, tuple[Way, str]] = {
     r"curl -N -i \S+/api/generate .*": (by_curl, r'fwd=miss(.|\n)*"response":"Paris"(.|\n)*\n\{'),
     r"curl -X DELETE \S+/cache\S* .*": (by_curl, r'\{"dropped":1\}'),
     r"curl \S+/metrics .*": (by_curl, r"\nollprox_keys 1\n"),
+    r"curl \S+/whoami .*": (by_curl, r'\{"label":"Mary","rights":\{"admin":true\}'),
     r"curl \S+/metrics\.json .*": (by_curl, r'"rows_by_label":true'),
+    r"curl \"\S+/usage\S* .*": (by_curl, r'\{"rows": \[\{"key": "Mary", "model": '),
+    r"echo 'USAGE_FILE=usage\.db' >> \.env": (in_shell, "ok    settings"),
+    r"python ollprox\.py --usage.*": (with_usage, r"key .* requests (.|\n)*Mary .* 3 "),
 }
 
 
 def way(command: str) -> tuple[Way, str]:
-    """How a command is tried; there must be a way for each."""
+    """Return how to test a command; there must be a way for each."""
     found = [tried for form, tried in WAYS.items() if re.fullmatch(form, command, re.DOTALL)]
     assert len(found) == 1, f"how is this tested? {command!r}"
     return found[0]
@@ -309,7 +338,7 @@ def test_a_command_that_no_test_knows_is_noticed() -> None:
     ]
     with pytest.raises(AssertionError, match="how is this tested"):
         way("make coffee")
-    known = {"", "sh", "text", "python", "js", "yaml", "mermaid"}  # what is done with each is here
+    known = {"", "sh", "text", "python", "js", "yaml", "ini", "mermaid"}  # each is handled here
     for page, text in PAGES.items():
         assert set(re.findall(r"^```(\w*)\n(?:.*\n)*?```$", text, re.MULTILINE)) <= known, page
     assert set(re.findall(r"^```(\w+)", README, re.MULTILINE)) <= {"sh", "python", "js"}
@@ -342,11 +371,11 @@ def key_line() -> str:
 
 
 @pytest_asyncio.fixture
-async def garden(launch: Start, ollama: StandIn, tmp_path: Path) -> Program:
+async def garden(launch: Start, tmp_path: Path) -> Program:
     """OllProx with the README's key."""
     keys = tmp_path / "garden.txt"
     keys.write_text(key_line())
-    return await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=keys)
+    return await launch(API_KEY_FILE=keys)
 
 
 def at(text: str, port: int) -> str:
@@ -417,33 +446,36 @@ def test_every_path_is_in_the_readme() -> None:
         assert name in README, path
 
 
-async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, key_file: Path) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, tmp_path: Path) -> None:
+    other = StandIn(Script(models={"llama2:latest": "b" * 64}))  # so that there is a conflict
+    hosts = f"127.0.0.1:{ollama.port},127.0.0.1:{await other.start()}"
+    ollprox = await launch(OLLAMA_HOST=hosts, USAGE_FILE=tmp_path / "usage.db")
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()
+    await other.stop()
     kinds = dict(re.findall(r"^# TYPE (\S+) (\S+)$", text, re.MULTILINE))
     table = {names(row[0])[0]: row for row in rows(METRICS, "## Metrics")}
     assert {name: row[1] for name, row in table.items()} == kinds
     for name, row in table.items():
+        if name == "ollprox_upstream_digest_conflict":
+            continue  # it needs several Ollama servers
         samples = re.findall(rf"^{name}(?:_bucket)?(?:{{(.*)}})? ", text, re.MULTILINE)
         assert samples, name
         labels = {label for sample in samples for label in re.findall(r'(\w+)="', sample)}
         assert labels == set(names(row[2])), name
 
 
-async def test_every_field_of_the_log_is_in_the_table(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_every_field_of_the_log_is_in_the_table(launch: Start) -> None:
     documented = [names(row[0])[0] for row in rows(METRICS, "## The log")]
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
     await ask(ollprox.port, "POST", "/call_model", question())
     line = (await ollprox.says(r"\n\S+ access (.*)\n"))[1]
     assert re.findall(r"(\w+)=", line) == documented
     example = re.search(r"^\d\S+Z access (.*)$", METRICS, re.MULTILINE)
     assert example
     assert re.findall(r"(\w+)=", example[1]) == documented
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, LOG_FORMAT="json")
+    ollprox = await launch(LOG_FORMAT="json")
     await ask(ollprox.port, "POST", "/call_model", question())
     line = (await ollprox.says(r'\n(\{.*"message": "access".*\})\n'))[1]
     assert list(json.loads(line)) == ["time", "level", "message", *documented]
@@ -484,7 +516,7 @@ def errors(path: Path) -> Iterator[list[str]]:
             yield from ([text] for text in fixed(node.value))
         elif isinstance(node, ast.Yield) and path.name == "keystore.py":
             yield fixed(node.value)
-        elif isinstance(node, ast.FunctionDef) and node.name in {"_mend", "close"}:
+        elif isinstance(node, ast.FunctionDef) and node.name in {"_fix", "close"}:
             yield from (fixed(r.value) for r in ast.walk(node) if isinstance(r, ast.Return))
 
 

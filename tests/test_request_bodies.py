@@ -1,4 +1,4 @@
-"""Bodies of requests: compressed, missing, of very many values, or streamed through."""
+"""Bodies of requests: compressed, missing, with very many values, or streamed through."""
 
 import asyncio
 import gzip
@@ -12,7 +12,7 @@ from conftest import Program, Start
 from standin import StandIn
 
 import wire.codings
-from answers.questions import MAX_VALUES
+from answers.questions import MAX_AT_ONCE, MAX_DIGITS, MAX_VALUES, is_quick
 from wire.codings import coding_of, decompress
 from wire.http11 import HTTPError
 
@@ -117,10 +117,8 @@ def test_a_body_is_decompressed_within_a_limit(body: bytes, status: int) -> None
     assert caught.value.status == status
 
 
-async def test_a_small_body_that_becomes_large_costs_no_memory(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MAX_BODY_BYTES="1M")
+async def test_a_small_body_that_becomes_large_costs_no_memory(launch: Start) -> None:
+    ollprox = await launch(MAX_BODY_BYTES="1M")
     bomb = gzip.compress(bytes(256 << 20), 9)
     before = ollprox.resident("VmHWM")
     answer = await ask(ollprox.port, "POST", "/v1/chat/completions", bomb, GZIP)
@@ -150,18 +148,35 @@ async def test_a_long_prompt_full_of_commas_is_answered(ollprox: Program, ollama
 
 
 async def test_many_large_bodies_leave_the_threads_that_keys_need(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     """The default pool resolves names and reads the key file; these bodies have their own."""
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, KEY_REFRESH=0.05, measured=True
-    )
+    ollprox = await launch(KEY_REFRESH=0.05, measured=True)
     bodies = [question("x" * (4 << 20), n=n) for n in range(40)]
     asked = [asyncio.create_task(ask(ollprox.port, "POST", "/call_model", b)) for b in bodies]
     await ollama.until(lambda: len(ollama.asked()) > 0)
     threads = len(list(Path(f"/proc/{ollprox.pid}/task").iterdir()))
     assert {answer.status for answer in await asyncio.gather(*asked)} == {200}
     assert threads <= 6
+
+
+async def test_a_number_of_very_many_digits_is_400(ollprox: Program, ollama: StandIn) -> None:
+    """To read and write 8,000 numbers of 4,000 digits takes seconds."""
+    body = b'{"model":"llama2","prompt":"x","y":%b}'
+    for digits, status in ((MAX_DIGITS, 200), (MAX_DIGITS + 1, 400)):
+        number = b"-" + b"7" * digits
+        answer = await ask(ollprox.port, "POST", "/call_model", body % number)
+        assert answer.status == status
+    assert "too long" in answer.json()["error"]
+    assert ollama.asked()[0].body.endswith(b'7,"stream":true}')
+
+
+def test_a_body_of_many_values_is_read_by_a_thread() -> None:
+    """However few bytes they are: 20,000 lists hold up the event loop for some milliseconds."""
+    values = MAX_AT_ONCE // len("[],")
+    assert not is_quick(b"[%b]" % b",".join([b"[]"] * values))
+    assert not is_quick(b" " * (MAX_AT_ONCE + 1))
+    assert is_quick(b"[%b]" % b",".join([b'"text text text text"'] * 2000))
 
 
 # Missing bodies.
@@ -220,27 +235,26 @@ async def test_media_pass_byte_for_byte_before_they_are_whole(
     assert "bypass" in answer.cache_status
 
 
-@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize(
+    "chunks", [b"", b"10001\r\n", b"10000\r\n" + b"x" * (64 << 10) + b"\r\n1\r\n"]
+)
 @pytest.mark.parametrize("path", ["/v1/audio/transcriptions", "/api/create"])
-async def test_a_stream_beyond_the_limit_is_413(
-    launch: Start, ollama: StandIn, tmp_path: Path, path: str, chunked: bool
+async def test_a_stream_beyond_the_limit_is_413_when_its_size_is_read(
+    launch: Start, ollama: StandIn, tmp_path: Path, path: str, chunks: bytes
 ) -> None:
     keys = tmp_path / "boss.txt"
     keys.write_text(f"{KEY}  # boss\n")
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=keys, ADMIN_LABELS="boss", MAX_BODY_BYTES="64K"
-    )
+    ollprox = await launch(API_KEY_FILE=keys, ADMIN_LABELS="boss", MAX_BODY_BYTES="64K")
 
     async def swallow(reader: asyncio.StreamReader, size: int | None) -> None:
         while await reader.read(1 << 16):
             pass
 
     ollama.script.swallow = swallow
-    body = b"x" * (64 << 10)
     async with Client(ollprox.port) as client:
-        if chunked:
+        if chunks:
             head = request("POST", path, b"", {"Transfer-Encoding": "chunked"})
-            await client.send(head + b"10001\r\n" + body + b"x\r\n")
+            await client.send(head + chunks)
         else:
             await client.send(request("POST", path, b"", {"Content-Length": "65537"}))
         answer = await client.rest(await client.head())

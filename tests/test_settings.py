@@ -64,7 +64,6 @@ def test_times_may_have_one_unit(text: str, seconds: float) -> None:
         ("LOG_LEVEL", "loud"),
         ("CACHE_PER_KEY", "maybe"),
         ("OLLAMA_HOST", "http://127.0.0.1:11434/api"),
-        ("OLLAMA_HOST", "http://u:p@127.0.0.1"),
         ("OLLAMA_HOST", "ftp://127.0.0.1"),
         ("OLLAMA_HOST", "127.0.0.1:99999"),
         ("OLLAMA_HOST", "a host"),

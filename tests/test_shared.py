@@ -1,4 +1,4 @@
-"""One answer, many readers: joining, leaving, falling behind, breaking, asking afresh."""
+"""One answer, many readers: joining, leaving, falling behind, truncation, fresh answers."""
 
 import asyncio
 import contextlib
@@ -52,7 +52,7 @@ async def test_a_late_reader_gets_the_first_lines_while_the_answer_is_held(
 async def test_any_mix_of_requests_at_once_makes_one_upstream_request(
     launch: Start, ollama: StandIn, two_keys: Path
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=two_keys)
+    ollprox = await launch(API_KEY_FILE=two_keys)
     ollama.script.hold_head = True
     kinds = [
         ("/call_model", None, KEY),
@@ -76,7 +76,7 @@ async def test_any_mix_of_requests_at_once_makes_one_upstream_request(
 
 
 async def settled(ollprox: Program, connections: int) -> None:
-    """Wait until OllProx has so many connections, and has read what they sent."""
+    """Wait until OllProx has this many connections and has read everything they sent."""
 
     def queued() -> list[str]:
         rows = [row.split() for row in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -161,12 +161,10 @@ async def test_leaving_after_the_last_line_keeps_the_answer(
 
 
 async def test_a_stalled_reader_is_dropped_and_the_others_go_on(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollama.script.tokens = ["x" * 20_000] * 300  # 6 MB
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
-        API_KEY_FILE=key_file,
         CACHE_MAX_ENTRY_BYTES="256K",
         WRITE_TIMEOUT=0.5,
     )
@@ -186,12 +184,10 @@ async def test_a_stalled_reader_is_dropped_and_the_others_go_on(
 
 
 async def test_much_for_a_stalled_client_costs_little_memory(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollama.script.tokens = ["x" * 100_000] * 2000  # 200 MB
-    ollprox = await launch(
-        measured=True, OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, WRITE_TIMEOUT=2
-    )
+    ollprox = await launch(measured=True, WRITE_TIMEOUT=2)
     await ask(ollprox.port, "POST", "/call_model", {"model": "llama2"})
     before = ollprox.resident()
     async with Client(ollprox.port) as stalled:
@@ -413,17 +409,13 @@ async def test_an_answer_that_says_nothing_is_passed_on_and_not_stored(
 # Silence.
 
 
-async def test_a_single_object_may_be_long_in_coming(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_a_single_object_may_be_long_in_coming(launch: Start, ollama: StandIn) -> None:
     """Before a tool call Ollama is silent; whoever wants one object would not see a line anyway.
 
     A reader of lines that joins has its own time: it is neither cut for the silence before it,
     nor lets it the others go on for ever.
     """
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, IDLE_TIMEOUT=1, MODEL_REFRESH=0
-    )
+    ollprox = await launch(IDLE_TIMEOUT=1, MODEL_REFRESH=0)
     ollama.script.hold_before = 2
     single = asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question()))
     await ollama.until(lambda: bool(ollama.asked()))
@@ -446,12 +438,32 @@ async def test_a_single_object_may_be_long_in_coming(
     assert len(ollama.asked()) == 1
 
 
+async def test_an_object_without_lines_may_be_long_in_coming_too(
+    launch: Start, ollama: StandIn
+) -> None:
+    """Its client sees nothing of it before its end, whatever has come."""
+    ollprox = await launch(IDLE_TIMEOUT=0.2, MODEL_REFRESH=0)
+    body = b'{"embeddings":[[0.5]]}'
+
+    async def respond(seen: Seen, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n")
+        writer.write(b"Content-Length: %d\r\n\r\n%b" % (len(body), body[:9]))
+        await ollama.script.let_go.wait()
+        writer.write(body[9:])
+
+    ollama.script.respond = respond
+    asking = asyncio.create_task(ask(ollprox.port, "POST", "/api/embed", question(input="a")))
+    await ollama.until(lambda: bool(ollama.asked()))
+    await asyncio.sleep(2.5)
+    ollama.script.let_go.set()
+    answer = await asking
+    assert (answer.status, answer.body) == (200, body)
+
+
 async def test_first_byte_timeout_holds_until_the_object_is_whole(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollprox = await launch(
-        OLLAMA_PORT=ollama.port,
-        API_KEY_FILE=key_file,
         IDLE_TIMEOUT=0.1,
         FIRST_BYTE_TIMEOUT=2,
         MODEL_REFRESH=0,
@@ -536,10 +548,8 @@ async def test_flights_that_may_be_joined_and_those_that_may_not(
     assert hit.body == bodies[3]  # that of the flight which began last
 
 
-async def test_with_a_ttl_of_zero_flights_are_still_shared(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_TTL=0)
+async def test_with_a_ttl_of_zero_flights_are_still_shared(launch: Start, ollama: StandIn) -> None:
+    ollprox = await launch(CACHE_TTL=0)
     ollama.script.hold_head = True
     tasks = [
         asyncio.create_task(ask(ollprox.port, "POST", "/call_model", question())) for _ in range(3)
@@ -553,10 +563,8 @@ async def test_with_a_ttl_of_zero_flights_are_still_shared(
 # Models that change.
 
 
-async def test_an_answer_does_not_outlive_its_model(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH=0.05)
+async def test_an_answer_does_not_outlive_its_model(launch: Start, ollama: StandIn) -> None:
+    ollprox = await launch(MODEL_REFRESH=0.05)
     other = {"model": "gemma3:270m", "prompt": "Why?"}
     await ollama.until(lambda: any(seen.path == "/api/tags" for seen in ollama.seen))
     for body in (question(), other):
@@ -579,9 +587,9 @@ async def test_an_answer_does_not_outlive_its_model(
 
 
 async def test_a_list_that_is_not_well_formed_changes_nothing(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH=0.05)
+    ollprox = await launch(MODEL_REFRESH=0.05)
     await ollama.until(lambda: any(seen.path == "/api/tags" for seen in ollama.seen))
     await ask(ollprox.port, "POST", "/call_model", question())
     for status, body in ((200, b'{"models":null}'), (500, b'{"models":[]}'), (200, b"")):
@@ -600,10 +608,10 @@ async def test_a_list_that_is_not_well_formed_changes_nothing(
 
 
 async def test_a_model_that_appears_may_be_another_than_was_asked(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     """Made again between two readings of the list, or before the first that could be read."""
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, MODEL_REFRESH=0.05)
+    ollprox = await launch(MODEL_REFRESH=0.05)
 
     async def after_a_reading() -> None:
         count = len(ollama.seen)
@@ -621,12 +629,8 @@ async def test_a_model_that_appears_may_be_another_than_was_asked(
 # What may be shared.
 
 
-async def test_only_deterministic_requests_are_kept_where_that_is_set(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_ONLY_DETERMINISTIC="true"
-    )
+async def test_only_deterministic_requests_are_kept_where_that_is_set(launch: Start) -> None:
+    ollprox = await launch(CACHE_ONLY_DETERMINISTIC="true")
     for options, outcome in (({}, "bypass"), ({"temperature": 0}, "hit"), ({"seed": 7}, "hit")):
         for _ in range(2):
             last = await ask(ollprox.port, "POST", "/call_model", question(options=options))
@@ -636,7 +640,7 @@ async def test_only_deterministic_requests_are_kept_where_that_is_set(
 async def test_answers_are_kept_apart_by_key_where_that_is_set(
     launch: Start, ollama: StandIn, two_keys: Path
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=two_keys, CACHE_PER_KEY="yes")
+    ollprox = await launch(API_KEY_FILE=two_keys, CACHE_PER_KEY="yes")
     for key in (KEY, OTHER_KEY):
         for outcome in ("miss", "hit"):
             headers = {"APIKEY": key}
@@ -665,16 +669,14 @@ async def test_a_large_hit_is_written_in_slices_and_waits_for_its_reader(
 # All at once.
 
 
-async def test_a_hundred_clients_join_leave_and_stall(
-    launch: Start, ollama: StandIn, key_file: Path
-) -> None:
+async def test_a_hundred_clients_join_leave_and_stall(launch: Start, ollama: StandIn) -> None:
     """Of one answer: they join at different lines, half leave at random, one reads nothing."""
     lines = 40
     chance = random.Random(7)
     ollama.script.tokens = [f"token {number} " for number in range(lines)]
     step = asyncio.Semaphore(0)
     ollama.script.gate = step.acquire
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch()
 
     async def client(number: int) -> bytes | None:
         leaves_after = chance.randrange(1, lines) if number % 2 else None
@@ -710,10 +712,10 @@ async def test_a_hundred_clients_join_leave_and_stall(
 
 
 async def test_many_that_wait_for_one_object_share_its_bytes(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollama.script.tokens = ["x" * 10_000] * 200  # 2 MB
-    ollprox = await launch(measured=True, OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file)
+    ollprox = await launch(measured=True)
     await ask(ollprox.port, "POST", "/call_model", {"model": "llama2"})
     before = ollprox.resident()
     for path in ("/call_model", "/v1/completions"):
@@ -759,12 +761,10 @@ async def test_a_stream_with_a_line_that_is_not_json_is_broken_and_not_stored(
 
 
 async def test_an_answer_that_is_too_large_with_its_fold_is_given_and_not_kept(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollama.script.tokens = ["x" * 100] * 100
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES=25_000
-    )
+    ollprox = await launch(CACHE_MAX_ENTRY_BYTES=25_000)
     stream = await ask(ollprox.port, "POST", "/api/generate", question())
     assert len(stream.body) < 25_000
     answer = await ask(ollprox.port, "POST", "/call_model", question())
@@ -775,12 +775,10 @@ async def test_an_answer_that_is_too_large_with_its_fold_is_given_and_not_kept(
 
 
 async def test_who_wants_an_object_does_not_outrun_who_reads_lines(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
     ollama.script.tokens = ["x" * 20_000] * 300  # 6 MB, of which the window takes a little
-    ollprox = await launch(
-        OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_MAX_ENTRY_BYTES="100K"
-    )
+    ollprox = await launch(CACHE_MAX_ENTRY_BYTES="100K")
     ollama.script.hold_before = 1
     async with Client(ollprox.port) as client:
         stream = await client.begin("POST", "/api/generate", question())
@@ -797,9 +795,9 @@ async def test_who_wants_an_object_does_not_outrun_who_reads_lines(
 
 
 async def test_age_and_ttl_count_from_the_head_of_the_answer(
-    launch: Start, ollama: StandIn, key_file: Path
+    launch: Start, ollama: StandIn
 ) -> None:
-    ollprox = await launch(OLLAMA_PORT=ollama.port, API_KEY_FILE=key_file, CACHE_TTL=3600)
+    ollprox = await launch(CACHE_TTL=3600)
     ollama.script.hold_before = 1
     async with Client(ollprox.port) as client:
         answer = await client.begin("POST", "/api/generate", question())

@@ -1,6 +1,6 @@
-"""Clients that read slowly get all of what they were sent, whatever else ends meanwhile.
+"""Slow readers get everything that was sent to them, whatever else ends in the meantime.
 
-The server runs in this process, over sockets whose buffers are small.
+The server runs in this process, with small socket buffers.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from test_limits import certificate
 
 from record import Record
 from wire.http11 import Head, HTTPError, Request, Response, Truncated, parse_request_head
-from wire.server import Limits, Server, _Client, _Handshake
+from wire.server import Limits, Server, _Client
 
 BODY = b"x" * 200_000  # more than all buffers of the kernel
 GET = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
@@ -25,7 +25,7 @@ LIMITS = Limits(linger_timeout=0.001)  # so that TLS is given no time at a close
 
 
 class Setting:
-    """A server, and one client that reads when it is told to."""
+    """A server, and one client that reads on demand."""
 
     def __init__(self, cert: tuple[Path, Path] | None, limits: Limits = LIMITS) -> None:
         self.answered = asyncio.Event()
@@ -45,19 +45,25 @@ class Setting:
 
     async def ask(self, request: bytes) -> None:
         """Send a request, and wait until its response is under way."""
-        ours, self.client = socket.socketpair()
-        for end, option in ((ours, socket.SO_SNDBUF), (self.client, socket.SO_RCVBUF)):
-            end.setsockopt(socket.SOL_SOCKET, option, 4096)
-        accept: Callable[[], asyncio.Protocol] = partial(_Client, self.server)
-        if self.cert is not None:
-            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-            context.load_cert_chain(*self.cert)
-            accept = partial(_Handshake, self.server, context)
-        await asyncio.get_running_loop().connect_accepted_socket(accept, ours)
+        await self.connect(4096)
         await asyncio.to_thread(self._send, request)
         await self.answered.wait()
         await asyncio.sleep(0)  # it is written
         await asyncio.sleep(0)
+
+    async def connect(self, buffers: int) -> socket.socket:
+        """Connect a client with buffers of so many bytes."""
+        ours, self.client = socket.socketpair()
+        for end in (ours, self.client):
+            for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+                end.setsockopt(socket.SOL_SOCKET, option, buffers)
+        accept: Callable[[], asyncio.Protocol] = partial(_Client, self.server)
+        if self.cert is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*self.cert)
+            accept = partial(_Client, self.server, context)
+        await asyncio.get_running_loop().connect_accepted_socket(accept, ours)
+        return self.client
 
     def _send(self, request: bytes) -> None:
         if self.cert is not None:
@@ -122,6 +128,98 @@ async def test_who_reads_while_the_server_stops_gets_all(
     came, _ = await asyncio.gather(setting.read(), drain)
     assert came.endswith(BODY)
     await setting.end()
+
+
+@pytest.mark.parametrize("size", [0, 60_000, 100_000])  # the last is more than is read ahead
+@pytest.mark.parametrize("step", [1, 1000])
+async def test_a_request_that_comes_with_the_handshakes_end_is_answered(
+    tmp_path: Path, size: int, step: int
+) -> None:
+    """The client's last flight and its request arrive together; its first flight is cut up."""
+    setting = Setting(certificate(tmp_path, "first"))
+    bodies = []
+
+    async def answer(request: Request, record: Record) -> Response:
+        bodies.append(await request.read(size))
+        return Response(200, (), b"")
+
+    setting.server.handler = answer
+    loop = asyncio.get_running_loop()
+    client = await setting.connect(1 << 20)
+    client.setblocking(False)
+    assert setting.cert
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    context = ssl.create_default_context(cafile=setting.cert[0])
+    tls = context.wrap_bio(incoming, outgoing, server_hostname="localhost")
+    with pytest.raises(ssl.SSLWantReadError):
+        tls.do_handshake()
+    hello = outgoing.read()
+    for start in range(0, len(hello), step):
+        await loop.sock_sendall(client, hello[start : start + step])
+        await asyncio.sleep(0)
+    while tls.version() is None or not outgoing.pending:
+        incoming.write(await loop.sock_recv(client, 65536))
+        with contextlib.suppress(ssl.SSLWantReadError):
+            tls.do_handshake()
+    body = b"x" * size
+    tls.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (size, body))
+    client.send(outgoing.read())
+    reply = b""
+    async with asyncio.timeout(5):
+        while not reply:
+            incoming.write(await loop.sock_recv(client, 65536))
+            with contextlib.suppress(ssl.SSLWantReadError):
+                reply += tls.read(65536)
+    assert reply.startswith(b"HTTP/1.1 200 OK")
+    assert bodies == [body]
+    await setting.end()
+
+
+async def test_the_kernel_probes_silent_clients() -> None:
+    """Accepted sockets inherit it from the listening one."""
+    setting = Setting(None)
+    server = setting.server
+    port = await server.listen("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET)
+    assert await reader.readexactly(1)
+    (client,) = server.clients
+    sock = client.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+    for option, seconds in ((socket.TCP_KEEPIDLE, 15), (socket.TCP_KEEPINTVL, 5)):
+        assert sock.getsockopt(socket.IPPROTO_TCP, option) == seconds
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT) == 3
+    assert not sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT)
+    writer.transport.abort()
+    await server.drain(1)
+    await asyncio.sleep(0.001)
+
+
+async def test_a_stream_to_a_client_that_vanished_ends() -> None:
+    """What is never acknowledged would be sent again for a quarter of an hour."""
+    setting = Setting(None)
+    server = setting.server
+    more = asyncio.Event()
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield b"line\n"
+        await more.wait()
+
+    async def answer(request: Request, record: Record) -> Response:
+        return Response(200, (), lines())
+
+    server.handler = answer
+    port = await server.listen("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(GET)
+    await reader.readuntil(b"line\n")
+    (client,) = server.clients
+    sock = client.transport.get_extra_info("socket")
+    assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 60_000
+    more.set()
+    writer.transport.abort()
+    await server.drain(1)
+    await asyncio.sleep(0.001)
 
 
 async def test_a_cut_is_seen_at_once(cert: tuple[Path, Path] | None) -> None:

@@ -1,4 +1,4 @@
-"""The start: what it says of settings and of Ollama; `--check`, `--ping`, SIGHUP; the collector."""
+"""The start: messages about settings and Ollama; `--check`, `--ping`, SIGHUP; the collector."""
 
 import asyncio
 import gc
@@ -60,7 +60,8 @@ FOREIGN = [
     ),
     (response(b"200 OK", b"<html>welcome"), 'status 200, .*body "<html>welcome"'),
     (response(b"200 OK", b'{"hello": 1}'), "Is that Ollama"),
-    (response(b"401 Unauthorized", b"x" * 100_000), r"status 401, .*x{80}\.\.\."),
+    (response(b"401 Unauthorized", b"x"), "requires credentials .status 401"),
+    (response(b"403 Forbidden", b"x" * 100_000), r"status 403, .*x{80}\.\.\."),
     (response(b"200 OK", b""), "status 200"),
     (response(b"200 OK", b"", server=b"a\x1b[31m"), "HTTP response"),
     (b"SSH-2.0-OpenSSH_9.2\r\n", "HTTP response"),
@@ -97,13 +98,13 @@ async def test_ollprox_is_not_ready_while_another_program_answers(launch: Start)
 async def test_check_shows_the_version_of_ollama(launch: Start) -> None:
     check = await launch("--check")
     assert await check.process.wait() == 0
-    assert re.search(r"^Ollama \S+ answers at 127\.0\.0\.1:\d+$", check.text(), re.MULTILINE)
+    assert re.search(r"(?m)^ok    Ollama    \S+ answers at 127\.0\.0\.1:\d+$", check.text())
 
 
 async def test_check_passes_while_ollama_is_down(launch: Start) -> None:
     check = await launch("--check", OLLAMA_PORT=free_port())
     assert await check.process.wait() == 0
-    assert "Ollama does not answer yet" in check.text()
+    assert "warn  Ollama    does not answer yet" in check.text()
 
 
 async def test_the_start_says_that_ollama_host_leads_back(launch: Start) -> None:

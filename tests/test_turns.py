@@ -1,4 +1,4 @@
-"""The fair queue: who is next, what is refused, and that nothing is left behind."""
+"""The fair queue: who is next, what is refused, and no leaks."""
 
 import asyncio
 import heapq
@@ -99,7 +99,7 @@ class Event:
 
 
 class Machine:
-    """Runs turns on a clock of its own; each takes the seconds that its request says."""
+    """Runs turns on a simulated clock; each takes as many seconds as its request says."""
 
     def __init__(self, slots: int = 1) -> None:
         self.scheduler = Scheduler(CountedSlots(slots))
@@ -210,6 +210,17 @@ def test_a_label_weighs_what_its_heaviest_key_weighs() -> None:
     machine.send(B, count=400)
     machine.run(200)
     assert machine.used["a"] / machine.used["b"] == pytest.approx(3, rel=0.05)
+
+
+def test_keys_without_a_label_take_turns_each_on_its_own() -> None:
+    machine = Machine()
+    one, two = Key("", b"1"), Key("", b"2")
+    machine.send(one, count=4)
+    machine.run(0.5)
+    machine.send(two, count=3)
+    assert (machine.scheduler.waiting(one), machine.scheduler.waiting(two)) == (3, 3)
+    machine.run()
+    assert [turn.key for turn in machine.log] == [one, two, one, two, one, two, one]
 
 
 def test_a_flood_makes_a_second_caller_wait_for_one_turn_at_most() -> None:
@@ -534,7 +545,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(key=st.sampled_from(KEYS), model=st.sampled_from("xyz"), size=st.integers(0, 20))
     def come(self, key: Key, model: str, size: int) -> None:
-        waiting = self.scheduler.waiting(key.label)
+        waiting = self.scheduler.waiting(key)
         used = self.memory.used
         try:
             self.tickets.append(self.turns.admit(key, model, size))
@@ -588,7 +599,7 @@ class Histories(RuleBasedStateMachine):
         for key in KEYS:
             running, _ = scheduler.of_key(key.digest)
             assert key.running is None or running <= key.running
-            assert scheduler.waiting(key.label) <= self.queue_max
+            assert scheduler.waiting(key) <= self.queue_max
         assert all(count <= self.hosts.slots for count in self.hosts.taken.values())
         snapshot = self.turns.snapshot()
         assert [waiting.position for waiting in snapshot.waiting] == [

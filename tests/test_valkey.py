@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from access.rights import Key, Limit
 from answers.flight import Flights, Source
 from answers.limits import LimitReached
 from answers.notes import progress_notes
@@ -19,7 +20,6 @@ from answers.shared import EPOCH_KEY, MAX_WAITING, Codec, SharedCache
 from answers.shared_limits import BUCKETS, SharedLimits
 from answers.stored import StoredAnswer
 from cache import Budget, Cache
-from keystore import Key, Limit
 from wire.http11 import Ask, HTTPError, Lookup, Response
 from wire.valkey import MAX_COMMANDS, MAX_ERRORS, RETRY_AFTER, State, Unavailable, Valkey
 

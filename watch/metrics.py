@@ -1,12 +1,11 @@
 """Count what OllProx does; report it as text for Prometheus and as JSON for the dashboard.
 
 Every number comes from the record of a request at its end, from a flight at its end, or
-from a part that is asked when somebody looks. Only known models and labels get series of
-their own, and their number is bounded, so clients cannot add series.
+from a part of the program when somebody looks. Only known models and labels get their own
+series, and their number is bounded, so clients cannot add series.
 """
 
 import os
-import resource
 import time
 from bisect import bisect_left
 from collections import defaultdict, deque
@@ -23,23 +22,24 @@ from record import Outcome, Record, Usage
 from settings import normalize_model
 from watch.telemetry import MAX_SHOWN
 
-MAX_NAMES = 1000  # models, and labels, that are counted one by one
+MAX_NAMES = 1000  # models, and labels, that are counted separately
 MAX_LISTED = 100  # answers being generated, and requests waiting, that the page lists
-MAX_RECENT = 2000  # requests whose figures are remembered one by one
-MAX_SHOWN_REQUESTS = 200  # of these, the newest that one key may see
+MAX_RECENT = 2000  # requests that are remembered
+MAX_SHOWN_REQUESTS = 200  # of these, the newest ones that a key may see
 OTHER = "other"  # all models, or labels, beyond MAX_NAMES
-HOUR = 3600.0  # seconds that the page looks back
+HOUR = 3600.0  # seconds that the page looks back by minutes
+DAYS = 31  # that it looks back at most
 BUCKETS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0)  # seconds
 ANSWERED: tuple[Outcome, ...] = tuple(outcome for outcome in Outcome if outcome is not Outcome.PAGE)
 
-# What the parts tell, each when it is asked.
+# What the parts of the program report when somebody looks.
 
 
 class Viewer(NamedTuple):
     """Whose key looks at the figures."""
 
     label: str
-    sees_all: bool  # the rows of every label, not only of its own
+    sees_all: bool  # the rows of every label, not only of this one
     admin: bool  # may drop stored answers
 
 
@@ -52,6 +52,7 @@ class UpstreamState(NamedTuple):
     waiting: int  # generations
     errors: int  # since the start
     models: Sequence[str] = ()  # loaded
+    conflicts: Sequence[str] = ()  # models it is not used for, because of their digest
 
 
 class Limit(NamedTuple):
@@ -94,6 +95,18 @@ class QueueState(Protocol):
     @property
     def refusals(self) -> Mapping[Any, int]:
         """How many requests it refused, by an enum member whose value is the reason."""
+
+
+class UsageState(Protocol):
+    """How the usage file is doing."""
+
+    @property
+    def failures(self) -> int:
+        """How many writes have failed."""
+
+    @property
+    def pending(self) -> int:
+        """How many rows are in memory and not in the file."""
 
 
 class NoQueue(NamedTuple):
@@ -166,18 +179,17 @@ def _escaped(value: str) -> str:
 
 
 def process_rows(started: float) -> Iterator[Row]:
-    """Yield what all Prometheus clients tell about their process, by the usual names."""
-    times = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = times.ru_utime + times.ru_stime
+    """Yield the usual metrics of a process, by the names that all Prometheus clients use."""
+    cpu = time.process_time()
     yield Row("counter", "process_cpu_seconds_total", "CPU time used, in seconds.", cpu)
     meaning = "Start time, in seconds since 1970."
     yield Row("gauge", "process_start_time_seconds", meaning, started)
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         files = len(os.listdir("/proc/self/fd"))
-    except OSError:
+        memory = pages * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, AttributeError):
         return  # not Linux
-    memory = pages * os.sysconf("SC_PAGE_SIZE")
     yield Row("gauge", "process_resident_memory_bytes", "Memory in use.", memory)
     yield Row("gauge", "process_open_fds", "Open files and sockets.", files)
 
@@ -187,10 +199,10 @@ def process_rows(started: float) -> Iterator[Row]:
 
 @dataclass(slots=True)
 class Use:
-    """What one label or one model has had: requests for answers, and tokens."""
+    """The requests and tokens of one label or one model."""
 
     requests: int = 0
-    saved: int = 0  # requests that needed no GPU: hits, and joined ones that got the whole answer
+    saved: int = 0  # requests without GPU time: hits, and joined ones that got a complete answer
     prompt_tokens: int = 0
     tokens: int = 0  # generated
 
@@ -214,12 +226,54 @@ class Total:
 
 @dataclass(slots=True)
 class Minute:
-    """One minute of requests for answers."""
+    """One minute of requests for answers, or an hour or a day in UTC."""
 
     start: int  # seconds since 1970
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(ANSWERED, 0))
     tokens: int = 0  # generated in it; below 0 if earlier minutes counted too many
     errors: int = 0  # answers that Ollama failed to give
+
+    def add(self, other: "Minute") -> None:
+        """Add what another counts."""
+        for outcome, count in other.outcomes.items():
+            self.outcomes[outcome] += count
+        self.tokens += other.tokens
+        self.errors += other.errors
+
+    def row(self) -> dict[str, int]:
+        """Return it for JSON."""
+        outcomes = {str(outcome): count for outcome, count in self.outcomes.items()}
+        tokens = max(0, self.tokens)
+        return {"start": self.start, **outcomes, "tokens": tokens, "errors": self.errors}
+
+
+class Spans:
+    """The latest hours, or days, of requests for answers.
+
+    Args:
+        seconds: how long each lasts.
+        count: how many are kept.
+
+    """
+
+    def __init__(self, seconds: int, count: int) -> None:
+        self._seconds, self._count = seconds, count
+        self._spans: deque[Minute] = deque(maxlen=count)
+
+    def add(self, minute: Minute) -> None:
+        """Add a minute at its end, to the hour or the day that it is in."""
+        start = minute.start // self._seconds * self._seconds
+        if not self._spans or self._spans[-1].start < start:
+            self._spans.append(Minute(start))
+        self._spans[-1].add(minute)
+
+    def rows(self, current: Minute, now: float) -> list[dict[str, int]]:
+        """Return those of the time that is looked back at, with the current minute in the last."""
+        copy = Spans(self._seconds, self._count)
+        for span in (*self._spans, current):
+            copy.add(span)
+        since = now - self._seconds * self._count
+        return [span.row() for span in copy._spans if span.start > since]
 
 
 class Recent(NamedTuple):
@@ -244,12 +298,13 @@ class Metrics:
 
     Args:
         version: OllProx's own.
-        cache, flights, keys: the parts that are asked for their figures.
+        cache, flights, keys: the parts that report figures.
         connections: how many clients are connected.
         upstream_requests: how many requests were sent to Ollama.
         upstreams: the Ollama servers.
         queue: the fair queue; `Turns.snapshot`.
         limits: how much of their limits the labels have used.
+        usage: how the usage file is doing; None if there is none.
         shared: what the shared cache has done; None if there is none.
 
     """
@@ -263,6 +318,7 @@ class Metrics:
     upstreams: Callable[[], Sequence[UpstreamState]] = lambda: ()
     queue: Callable[[], QueueState] = NoQueue
     limits: Callable[[], Sequence[Limit]] = lambda: ()
+    usage: "UsageState | None" = None
     started: float = field(default_factory=time.time)
     shared: Callable[[], SharedCounts] | None = None
 
@@ -276,22 +332,24 @@ class Metrics:
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
         self._recent: deque[Recent] = deque(maxlen=MAX_RECENT)
-        # Requests without a valid key, apart, so that they cannot push out all others.
+        # Separate, so that requests without a valid key cannot displace all others.
         self._without_key: deque[Recent] = deque(maxlen=MAX_SHOWN_REQUESTS)
         self._minutes = deque([Minute(0)], maxlen=60)
-        self._minute_ends = 0.0  # the last of them, on the monotonic clock
+        self._minute_ends = 0.0  # end of the current minute, on the monotonic clock
+        self._hours, self._days = Spans(3600, 24), Spans(86_400, DAYS)
+        self.minute_ended: Callable[[Minute], None] = lambda minute: None
         self._ended_tokens = 0  # of answers that have ended; see `_count_tokens`
-        self._counted_tokens = 0  # that some minute has
-        self._lags = deque([0.0], maxlen=120)  # seconds, one each half a second
+        self._counted_tokens = 0  # already added to a minute
+        self._lags = deque([0.0], maxlen=120)  # seconds; measured every half second
         self._errors: dict[str, int] = defaultdict(int)  # of upstream, by kind
         self._cancelled = 0
-        self._saved = 0  # answers: hits, and joined ones that were received whole
+        self._saved = 0  # hits, and joined requests that received a complete answer
         self._wrong_keys = 0
         self._generated = Total()
         self._from_cache = Total()
         self._shared = Total()
-        self._models: frozenset[str] = frozenset()  # that upstream lists
-        self._names: dict[str, str] = {}  # their names, by what requests call them
+        self._models: frozenset[str] = frozenset()  # in upstream's list
+        self._names: dict[str, str] = {}  # their names, by the names used in requests
 
     # What happens.
 
@@ -341,7 +399,7 @@ class Metrics:
             use.saved += saved
         if outcome is Outcome.REFUSED:
             return
-        model = self._names.get(record.model) or self._known(record.model)
+        model = self._names.get(record.model) or self.known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
@@ -371,7 +429,7 @@ class Metrics:
     def _add_tokens(self, flight: Flight, usage: Usage) -> None:
         uses = []
         if flight.model:
-            uses.append(self._use(self._by_model, self._known(flight.model)))
+            uses.append(self._use(self._by_model, self.known(flight.model)))
         if flight.permit is not None:
             uses.append(self._use(self._by_label, flight.permit.key.label))
         for use in uses:
@@ -384,9 +442,9 @@ class Metrics:
         self._count_tokens()
 
     def _count_tokens(self) -> None:
-        """Give the tokens since the last call to the current minute.
+        """Add the tokens since the last call to the current minute.
 
-        Until Ollama reports their number, each line is one.
+        Until Ollama reports their number, each line counts as one token.
         """
         running = sum(
             (usage := flight.notes.usage).tokens or usage.lines
@@ -398,21 +456,23 @@ class Metrics:
         self._counted_tokens = now
 
     def set_models(self, models: Iterable[str]) -> None:
-        """Take the names of the models that upstream has."""
+        """Set the names of the models that upstream has."""
         self._models, self._names = frozenset(models), {}
 
     @property
     def running(self) -> int:
-        """How many answers are being generated, or wait for their turn."""
+        """Number of answers that are being generated or wait for a turn."""
         return sum(flight.permit is not None for flight in self.flights)
 
     @property
     def upstream_errors(self) -> int:
-        """How many answers upstream has failed to give."""
+        """Number of answers that upstream failed to give."""
         return sum(self._errors.values())
 
-    def _known(self, model: str) -> str:
-        """Return a model's name if upstream has it, else `other`."""
+    def known(self, model: str) -> str:
+        """Return the name that a model is counted by: `other` if upstream does not list it."""
+        if (known := self._names.get(model)) is not None:
+            return known
         name = normalize_model(model)
         if name not in self._models:
             return OTHER
@@ -427,10 +487,28 @@ class Metrics:
     def _minute(self, now: float) -> Minute:
         """Return the current minute."""
         if now >= self._minute_ends:
+            self._end_minute()
             into = time.time() % 60
             self._minutes.append(Minute(round(time.time() - into)))
             self._minute_ends = now + 60 - into
         return self._minutes[-1]
+
+    def _end_minute(self) -> None:
+        """Add the last minute to its hour and its day."""
+        if (minute := self._minutes[-1]).start:
+            self.minute_ended(minute)
+            self.restore(minute)
+
+    def restore(self, span: Minute) -> None:
+        """Add a minute, or an hour from before the start, to its hour and its day."""
+        self._hours.add(span)
+        self._days.add(span)
+
+    def close(self) -> None:
+        """End the current minute, so that nothing of it is missing in the usage file."""
+        self._count_tokens()
+        self._minute_ends = 0.0
+        self._minute(time.monotonic())
 
     # The page's view.
 
@@ -464,11 +542,10 @@ class Metrics:
             "upstreams": [state._asdict() for state in self.upstreams()],
             "running": self._running(viewer),
             **self._waiting(viewer),
-            "minutes": [
-                {"start": m.start, **m.outcomes, "tokens": max(0, m.tokens), "errors": m.errors}
-                for m in self._minutes
-                if m.start > now - HOUR
-            ],
+            "minutes": [m.row() for m in self._minutes if m.start > now - HOUR],
+            "hours": self._hours.rows(self._minutes[-1], now),
+            "days": self._days.rows(self._minutes[-1], now),
+            "kept": self.usage is not None,
             "latency": self._latency(),
             "models": [{"model": name, **asdict(use)} for name, use in self._by_model.items()],
             "labels": [
@@ -482,12 +559,12 @@ class Metrics:
         }
 
     def _running(self, viewer: Viewer) -> list[dict[str, object]]:
-        """List what is being generated, without the labels that the viewer may not see."""
+        """List the running generations, without the labels that the viewer may not see."""
         running = [flight for flight in self.flights if flight.permit is not None]
         return [
             {
                 "id": flight.number,
-                "model": self._known(flight.model),
+                "model": self.known(flight.model),
                 "label": _label_for(viewer, flight),
                 "seconds": time.monotonic() - flight.began,
                 "lines": flight.notes.usage.lines if flight.notes is not None else 0,
@@ -497,7 +574,7 @@ class Metrics:
         ]
 
     def _waiting(self, viewer: Viewer) -> dict[str, object]:
-        """List the requests in the queue that the viewer may see; their number tells of all."""
+        """List the queued requests that the viewer may see; the depth counts all."""
         waiting = self.queue().waiting
         seen = [row for row in waiting if _may_see(viewer, row.label)][:MAX_LISTED]
         return {
@@ -505,7 +582,7 @@ class Metrics:
             "waiting": [
                 {
                     "position": row.position,
-                    "model": self._known(row.model),
+                    "model": self.known(row.model),
                     "label": row.label,
                     "seconds": row.seconds,
                 }
@@ -514,7 +591,7 @@ class Metrics:
         }
 
     def _latency(self) -> list[dict[str, object]]:
-        """Return percentiles by outcome, of the last hour's answers that are remembered."""
+        """Return percentiles by outcome, of the remembered answers of the last hour."""
         since = time.monotonic() - HOUR
         by_outcome: dict[Outcome, list[Recent]] = defaultdict(list)
         for request in self._recent:
@@ -576,6 +653,7 @@ class Metrics:
                 *_use_rows("model", self._by_model.items()),
                 *self._label_rows(viewer),
                 *self._part_rows(),
+                *self._usage_file_rows(),
                 *self._shared_rows(),
                 *process_rows(self.started),
             )
@@ -611,8 +689,20 @@ class Metrics:
         yield Row("gauge", "ollprox_readers", "Clients waiting for these exchanges.", readers)
 
     def _upstream_rows(self) -> Iterator[Row]:
-        up = [({"host": state.host}, int(state.up)) for state in self.upstreams()]
+        states = self.upstreams()
+        up = [({"host": state.host}, int(state.up)) for state in states]
         yield Row("gauge", "ollprox_upstream_up", "1 if this Ollama answers, else 0.", up)
+        for what in ("running", "waiting"):
+            values = [({"host": state.host}, getattr(state, what)) for state in states]
+            meaning = f"Generations that are {what}, by Ollama."
+            yield Row("gauge", f"ollprox_upstream_{what}", meaning, values)
+        conflicts = [
+            ({"host": state.host, "model": model}, 1)
+            for state in states
+            for model in state.conflicts
+        ]
+        meaning = "1 for a model that this Ollama is not used for, since most have another digest."
+        yield Row("gauge", "ollprox_upstream_digest_conflict", meaning, conflicts)
         meaning = "Requests sent to Ollama, including OllProx's own."
         yield Row("counter", "ollprox_upstream_requests_total", meaning, self.upstream_requests())
         errors = [
@@ -697,15 +787,23 @@ class Metrics:
         meaning = "Commands that failed."
         yield Row("counter", "ollprox_shared_cache_errors_total", meaning, counts.errors)
 
+    def _usage_file_rows(self) -> Iterator[Row]:
+        if (usage := self.usage) is None:
+            return
+        meaning = "Writes to USAGE_FILE that failed."
+        yield Row("counter", "ollprox_usage_write_failures_total", meaning, usage.failures)
+        meaning = "Rows of usage in memory that are not in the file."
+        yield Row("gauge", "ollprox_usage_pending_rows", meaning, usage.pending)
+
 
 def _label_for(viewer: Viewer, flight: Flight) -> str | None:
-    """Return whose answer a flight makes, if the viewer may know it."""
+    """Return the label that a flight is charged to, if the viewer may see it."""
     label = flight.permit.key.label if flight.permit is not None else ""
     return label if _may_see(viewer, label) else None
 
 
 def _may_see(viewer: Viewer, label: str | None) -> bool:
-    """Tell whether a viewer may see the rows of a label; keys without one have no own rows."""
+    """Return True if a viewer may see the rows of a label. Keys without a label have none."""
     return viewer.sees_all or (label == viewer.label and label != "")
 
 
@@ -717,7 +815,7 @@ def _percentiles(seconds: list[float]) -> tuple[float, float]:
 
 
 def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
-    """Yield what each model, or each label, has had."""
+    """Yield the use of each model, or of each label."""
     uses = list(uses)
     for name, meaning in (
         ("requests", "Requests for answers"),
@@ -729,7 +827,7 @@ def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
         yield Row("counter", f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", values)
 
 
-_REASONS = ("queue full", "timeout", "draining", "memory")  # to refuse a request a turn
+_REASONS = ("queue full", "timeout", "draining", "memory")  # why the queue refuses a request
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",
@@ -742,7 +840,7 @@ _KINDS = {
 
 
 def _error_of(flight: Flight) -> str:
-    """Return the kind of upstream's error; empty if there is none, or it was not upstream's."""
+    """Return the kind of upstream's error; empty if there is none."""
     if flight.error is not None:
         return flight.error.kind
     if flight.ending is Ending.INCOMPLETE:

@@ -1,12 +1,15 @@
 """OllProx's own pages: health, readiness, metrics, the dashboard, and dropping the cache."""
 
+import asyncio
 import base64
 import hashlib
 import json
+import pkgutil
 import re
 from collections.abc import Awaitable, Callable
 from urllib.parse import parse_qsl
 
+from access.rights import Key
 from answers.flight import Flights
 from answers.models import Probe
 from answers.notes import JSON
@@ -14,9 +17,9 @@ from answers.permits import Permits
 from answers.shared import SharedCache
 from answers.stored import StoredAnswer
 from cache import Cache
-from keystore import Key
-from settings import ROOT, normalize_model
+from settings import normalize_model
 from watch.metrics import Metrics, Viewer
+from watch.usage import NOT_KEPT, REPORT_TIMEOUT, Usage, UsageError, parse_query, prefers_csv, shown
 from wire.http11 import Head, Headers, HTTPError, Response
 
 _TEXT = b"text/plain; version=0.0.4; charset=utf-8"  # Prometheus's exposition format
@@ -24,14 +27,15 @@ _FRESH: Headers = ((b"Cache-Control", b"no-store"),)
 
 
 class Pages:
-    """The pages, each by its name in the route table.
+    """OllProx's own pages, by the names in the route table.
 
     Args:
-        probe: knows whether upstream answers.
-        cache: whose answers `DELETE /cache` drops.
-        flights: whose answers are then not stored.
-        metrics: the counts.
+        probe: checks whether upstream answers.
+        cache: the stored answers, which `DELETE /cache` drops.
+        flights: the answers under way, which `DELETE /cache` grounds.
+        metrics: the figures.
         permits: the limits of keys, and the queue.
+        usage: the usage by day; None if it is not kept.
         shared: the shared cache, which `DELETE /cache` drops too; None if there is none.
 
     """
@@ -43,6 +47,7 @@ class Pages:
         flights: Flights,
         metrics: Metrics,
         permits: Permits,
+        usage: Usage | None = None,
         shared: SharedCache | None = None,
     ) -> None:
         self._probe = probe
@@ -51,24 +56,27 @@ class Pages:
         self._metrics = metrics
         self._permits = permits
         self._shared = shared
-        self._dashboard = (ROOT / "watch" / "dashboard.html").read_bytes()
+        self._dashboard = pkgutil.get_data("watch", "dashboard.html") or b""  # also in a zip
+        self._usage = usage
         self._policy = _policy(self._dashboard)
         self._by_name: dict[str, Callable[[Head, Key | None], Awaitable[Response]]] = {
             "health": self._health,
             "ready": self._ready,
+            "home": self._home,
             "dashboard": self._page,
             "metrics": self._text,
             "view": self._view,
+            "usage": self._report,
             "whoami": self._whoami,
             "drop": self._drop,
         }
 
     async def answer(self, name: str, head: Head, key: Key | None) -> Response:
-        """Return a page for a key, None on an open route. Raises HTTPError."""
+        """Return a page; `key` is None on a route that needs none. Raises HTTPError."""
         return await self._by_name[name](head, key)
 
     def _viewer(self, key: Key | None) -> Viewer:
-        """Return what a key may see and do. A key that is alone may see everything."""
+        """Return what a key may see and do. If it is the only key, it may see everything."""
         assert key is not None, "a page with figures needs a key"
         sees_all = key.admin or key.metrics or len(self._metrics.keys) == 1
         return Viewer(key.label, sees_all, key.admin)
@@ -80,6 +88,10 @@ class Pages:
         if not await self._probe.ready():
             raise HTTPError(503, "Ollama does not answer")
         return _json({"status": "ready"})
+
+    async def _home(self, head: Head, key: Key | None) -> Response:
+        """Lead a browser to the dashboard."""
+        return Response(302, ((b"Location", b"/dashboard"), (b"Vary", b"Accept")), b"")
 
     async def _page(self, head: Head, key: Key | None) -> Response:
         headers = (
@@ -96,10 +108,11 @@ class Pages:
         return Response(200, ((b"Content-Type", _TEXT), *_FRESH), text.encode())
 
     async def _view(self, head: Head, key: Key | None) -> Response:
+        await self._probe.look()
         return _json(self._metrics.view(self._viewer(key)), _FRESH)
 
     async def _whoami(self, head: Head, key: Key | None) -> Response:
-        """Tell a key's holder its label, its rights, and how it stands against its limits."""
+        """Return a key's label, its rights, and its use of its limits."""
         assert key is not None
         limits, turns = self._permits
         waiting = turns.of_key(key.digest)[1]
@@ -114,10 +127,31 @@ class Pages:
         view = {"label": key.label, "rights": _rights(key), "used": used, "resets": resets}
         return _json(view, _FRESH)
 
-    async def _drop(self, head: Head, key: Key | None) -> Response:
-        """Drop all stored answers, or those of `?model=NAME`; answers under way are not stored.
+    async def _report(self, head: Head, key: Key | None) -> Response:
+        """Report usage: of all keys to admins, and to others of their own label."""
+        assert key is not None
+        if self._usage is None:
+            raise HTTPError(404, NOT_KEPT)
+        form = "csv" if prefers_csv((head.get(b"accept") or b"").decode("latin-1")) else "json"
+        try:
+            query = parse_query(head.query.decode("latin-1"), form)
+            if not (key.admin or key.metrics):
+                query = query._replace(own=shown(key))
+            async with asyncio.timeout(REPORT_TIMEOUT):
+                text = await asyncio.wrap_future(self._usage.ask(query))
+        except ValueError as error:
+            raise HTTPError(400, str(error)) from None
+        except UsageError as error:
+            raise HTTPError(503, f"USAGE_FILE cannot be read: {error}") from None
+        except TimeoutError:
+            raise HTTPError(503, f"no report within {REPORT_TIMEOUT:g} s; try again") from None
+        kind = JSON if query.form == "json" else b"text/csv; charset=utf-8"
+        return Response(200, ((b"Content-Type", kind), *_FRESH), text.encode())
 
-        All answers of the shared cache are dropped, and all that other processes have in memory.
+    async def _drop(self, head: Head, key: Key | None) -> Response:
+        """Drop all stored answers, or those of `?model=NAME`; ground the answers under way.
+
+        The shared cache is dropped as a whole, and so is what other processes have in memory.
         """
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]
@@ -140,7 +174,7 @@ def drop(cache: Cache[StoredAnswer], flights: Flights, model: str | None = None)
 
 
 def _rights(key: Key) -> dict[str, object]:
-    """Return the options of a key by name: flags are true, and what stands twice is joined."""
+    """Return a key's options by name: flags are True, and repeated options are joined."""
     found: dict[str, object] = {}
     for name, value in key.rights():
         if name in found:

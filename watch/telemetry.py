@@ -1,7 +1,7 @@
 """Log lines: one for each request, and the thread that writes them.
 
-Lines are collected and written by a thread, so a terminal or a pipe that nobody reads
-cannot block the proxy. Beyond a limit, lines are dropped and counted.
+A thread collects and writes the lines, so a terminal or a pipe that nobody reads cannot
+block the proxy. Beyond a limit, lines are dropped and counted.
 """
 
 import json
@@ -16,8 +16,8 @@ from functools import lru_cache
 
 from record import Outcome, Record
 
-FLUSH_INTERVAL = 0.1  # seconds that lines are collected before they are written
-MAX_PENDING = 1 << 20  # bytes of lines that wait to be written
+FLUSH_INTERVAL = 0.1  # seconds for which lines are collected before they are written
+MAX_PENDING = 1 << 20  # bytes of lines waiting to be written
 MAX_SHOWN = 100  # characters logged of a value that a client chose
 
 _PLAIN = re.compile(r"[\w.:/@+-]+", re.ASCII)
@@ -30,7 +30,7 @@ class LineWriter:
         self.as_json = as_json
         self._descriptor = descriptor
         self._queue: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-        self._taken = 0  # bytes; only the loop's thread changes it
+        self._taken = 0  # bytes; only the event loop's thread changes it
         self._written = 0  # bytes; only the writing thread changes it
         self._dropped = 0  # lines
         self._closing = threading.Event()
@@ -80,7 +80,7 @@ class LineWriter:
 
 
 class LineHandler(logging.Handler):
-    """Logs through a `LineWriter`, which keeps all lines in order."""
+    """Logs through a `LineWriter`, so that messages and access lines stay in order."""
 
     def __init__(self, writer: LineWriter) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class AccessLog:
 
 
 def format_record(record: Record, now: float) -> bytes:
-    """Return an access line. What clients chose is escaped and cut."""
+    """Return an access line. Values chosen by clients are escaped and cut."""
     started, first_byte, queued = record.started, record.first_byte, record.queued
     first = "-" if first_byte is None else f"{first_byte - started:.4f}"
     return (
@@ -132,7 +132,7 @@ def format_record(record: Record, now: float) -> bytes:
 
 
 def format_as_json(record: Record, now: float) -> bytes:
-    """Return the same as a JSON object; times are numbers, and missing values are null."""
+    """Return an access line as a JSON object; missing values are null."""
     first, queued = record.first_byte, record.queued
     return as_json(
         "DEBUG" if record.quiet else "INFO",
@@ -152,7 +152,7 @@ def format_as_json(record: Record, now: float) -> bytes:
     )
 
 
-# `cache` in access lines: the outcome of requests that could be answered from the cache.
+# `cache` in access lines; other outcomes have none.
 _CACHE: dict[Outcome, str] = {
     outcome: outcome.value for outcome in Outcome if outcome not in {Outcome.REFUSED, Outcome.PAGE}
 }
@@ -182,7 +182,7 @@ def stamp() -> str:
 
 
 def shown(text: str) -> str:
-    """Return a value that a client chose, escaped and cut so that it stays one word."""
+    """Return a value chosen by a client as one word, escaped and cut."""
     return _one_word(text[:MAX_SHOWN])
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from wire.http11 import HTTPError
 
-MAX_WINDOW = 23  # log2 of the bytes that a zstd frame may refer back to (RFC 9659)
+MAX_WINDOW = 23  # log2 of the largest zstd window in bytes (RFC 9659)
 
 _zstd: Any = None
 _errors: tuple[type[Exception], ...] = (zlib.error,)
@@ -17,10 +17,10 @@ with contextlib.suppress(ModuleNotFoundError):
 
 
 def coding_of(value: bytes | None, *, accepted: bool) -> bytes:
-    """Return the coding that a `Content-Encoding` names; empty for none.
+    """Return the coding of a `Content-Encoding` header; empty for none.
 
     Raises:
-        HTTPError: 415 for a coding that is not known, or on a route where none is `accepted`.
+        HTTPError: 415 for an unknown coding, or if codings are not `accepted` on the route.
 
     """
     coding = (value or b"").strip().lower()
@@ -40,12 +40,12 @@ def coding_of(value: bytes | None, *, accepted: bool) -> bytes:
 
 
 def decompress(coding: bytes, body: bytes, limit: int) -> bytes:
-    """Return a body without its coding. Never makes more than a byte beyond `limit` bytes.
+    """Decompress a body. Never produces more than `limit` + 1 bytes.
 
-    Only one gzip member or zstd frame is taken, since a body of many small ones is slow to read.
+    Only a single gzip member or zstd frame is accepted, since many small ones are slow to read.
 
     Raises:
-        HTTPError: 413 beyond the limit, 400 if it is not one whole gzip member or zstd frame.
+        HTTPError: 413 beyond the limit, 400 if it is not one complete gzip member or zstd frame.
 
     """
     name = "zstd" if coding == b"zstd" else "gzip"
@@ -58,7 +58,7 @@ def decompress(coding: bytes, body: bytes, limit: int) -> bytes:
         what = f"decompressed, the body is larger than {limit} bytes (MAX_BODY_BYTES)"
         raise HTTPError(413, what)
     if not decoder.eof or decoder.unused_data:
-        raise HTTPError(400, f"the body must be one whole {name} stream")
+        raise HTTPError(400, f"the body must be one complete {name} stream")
     return plain
 
 
@@ -66,7 +66,7 @@ def _decoder(coding: bytes) -> Any:
     if coding == b"zstd":
         parameter = _zstd.DecompressionParameter.window_log_max
         return _zstd.ZstdDecompressor(options={parameter: MAX_WINDOW})
-    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: gzip and nothing else
+    return zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)  # 16: gzip only
 
 
 def _unsupported(message: str) -> HTTPError:

@@ -1,12 +1,45 @@
-"""Accept clients, and hand their requests one at a time to a handler.
+"""Accept clients and pass their requests, one at a time, to a handler.
 
-One task a client. What a client may cost is bounded here: the size and the time of a head,
-the time of a body, how long it may take to read what is written to it.
+Theory of operation
+===================
+
+Each connection is a `_Client`: an asyncio protocol that collects bytes, and one task that
+serves requests. The task is sequential code: `_run` serves the connection and `_cycle` one
+request, `_next_head` and `read_body` wait for bytes, and `_send` writes. The callbacks only
+add bytes, wake the task, or cancel it. `State` says where the task is.
+
+What a client may cost is bounded:
+
+- Connections. There are `max_connections` places. If none is free, a new connection replaces
+  the oldest one that has shown no valid API key. If all have shown one, the new connection
+  gets a 503 and is closed.
+- Bytes. A head has a maximum size; the caller limits the body. Reading pauses at READ_AHEAD.
+- Time. The wait for a head has a deadline, checked once a second for all clients. The waits
+  for a body and for a slow reader have timeouts. The kernel probes silent connections.
+- Wrong keys. The 429 for too many of them is delayed and closes the connection.
+
+A connection ends in one of three ways, always through `end`:
+
+- In order, `CLOSE`: after the last response. If the client is still sending, its bytes are
+  first discarded for a while, because a close with unread bytes would reset the connection,
+  and the client could lose the response.
+- At once, `ABORT`: a deadline has passed, the client reads nothing, its place is needed, or
+  the server stops. A chunked body is left without its end.
+- With a reset, `RESET`: the response is truncated, and a plain close would look like its end.
+
+A client that has sent FIN has either shut down its sending side (`nc -N`) and waits for its
+answer, or closed its socket (Ctrl-C). The two look alike until something is written: only a
+closed socket answers data with a reset. So the server writes a byte that the client gets in
+any case: before the response the next byte of `HTTP/1.1 `, within a chunked body a leading
+zero of the next chunk's size. Further bytes follow at growing intervals, because a reset may take a
+few of them through a userland proxy. Some clients would take such a zero, followed by FIN, for
+the last chunk; so until the body's end is written, any close is a reset, even if the process is
+killed. With TLS, which has no half-close, FIN means gone.
 """
 
 import array
 import asyncio
-import fcntl
+import enum
 import itertools
 import logging
 import math
@@ -15,15 +48,17 @@ import secrets
 import socket
 import ssl
 import struct
-import termios
+import sys
 import time
+from asyncio.sslproto import SSLProtocol
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from email.utils import formatdate
 from typing import Any
 
 from record import Record
-from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.bodies import LAST_CHUNK, ChunkedDecoder, LengthDecoder, frame_chunk, read_body
 from wire.http11 import (
     BadHead,
     Head,
@@ -32,10 +67,16 @@ from wire.http11 import (
     Request,
     Response,
     Truncated,
+    cannot_be_head,
     frame_headers,
     frame_start,
-    hopeless,
 )
+
+try:
+    import fcntl
+    import termios
+except ImportError:  # Windows
+    fcntl = termios = None  # type: ignore[assignment]
 
 log = logging.getLogger("ollprox.server")
 
@@ -43,14 +84,27 @@ Handler = Callable[[Request, Record], Awaitable[Response]]
 """Answers a request."""
 
 RenderError = Callable[[HTTPError, Head | None, Record], Response]
-"""Writes an error in the form of the API that was called."""
+"""Renders an error in the form of the API that was called."""
 
-SLICE = 256 << 10  # bytes written at once; nginx and Go hand on 32 to 128 KiB
-MAX_SURPLUS = 256  # clients beyond `max_connections` that are told so; more are cut off
-READ_AHEAD = 64 << 10  # bytes taken from a client before they are asked for
-LOOK_AGAIN = 0.05  # seconds
-TCP_ESTABLISHED = 1  # in the first byte of the kernel's `tcp_info`
+SLICE = 256 << 10  # bytes per write; nginx and Go write 32 to 128 KiB
+MAX_SURPLUS = 256  # clients beyond `max_connections` that get a 503; more are cut off
+READ_AHEAD = 64 << 10  # bytes read from a client before they are needed
+RECHECK_INTERVAL = 0.05  # seconds until a state is checked that no callback reports
+GUESS_DELAY = 1.0  # seconds before the 429 for too many wrong keys
 GONE = 499  # nginx's status for a client that hung up; logged, never sent
+
+# The kernel detects a client that has vanished: after 15 + 3 * 5 seconds if nothing is being
+# sent to it; during a stream after `write_timeout`, but not before MIN_USER_TIMEOUT. On Linux,
+# sockets inherit these options from the listening socket.
+_KEEP_ALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
+MIN_USER_TIMEOUT = 30.0  # seconds
+
+# The first byte of the kernel's `tcp_info`.
+_TCP_CLOSE, _TCP_CLOSE_WAIT = 7, 8
+
+# Bytes that can be written before the rest is known; see "Theory of operation".
+_EVERY_RESPONSE = b"HTTP/1.1 "
+_EVERY_CHUNK = b"0" * 8  # Go accepts chunk sizes of up to 16 digits
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +112,48 @@ class Limits:
     """What one client may cost: sizes in bytes, times in seconds."""
 
     max_head: int = 16 << 10
-    head_timeout: float = 10.0  # from a head's first byte to its last
+    head_timeout: float = 10.0  # from a head's first byte to its last; a TLS handshake too
     keepalive_timeout: float = 75.0  # between two requests
     body_timeout: float = 60.0  # without a byte of a body
     write_timeout: float = 60.0  # without a byte read by the client
-    max_connections: int = 1024  # clients at once; more are refused
-    linger_timeout: float = 5.0  # for a client to take an answer that it did not wait for
+    max_connections: int = 1024  # clients at once
+    linger_timeout: float = 5.0  # for a client to stop sending after its last response
+
+
+class State(enum.Enum):
+    """Where a connection is."""
+
+    HANDSHAKE = enum.auto()  # TLS is not set up yet
+    IDLE = enum.auto()  # between two requests, or before the first
+    HEAD = enum.auto()  # a part of a head has arrived
+    ANSWERING = enum.auto()  # from the end of a head to the end of its response
+    REFUSED = enum.auto()  # the last response is written; further bytes are discarded
+    CLOSING = enum.auto()  # closed on our side; the kernel may still be sending
+
+
+class End(enum.Enum):
+    """How a connection ends."""
+
+    CLOSE = enum.auto()  # once everything is sent
+    ABORT = enum.auto()  # at once; unsent bytes are dropped
+    RESET = enum.auto()  # at once, and the client's next read fails
 
 
 class Gone(HTTPError):
-    """The client hung up, or reads nothing."""
+    """The client has disconnected, or reads nothing."""
 
     def __init__(self) -> None:
         super().__init__(GONE, "the client has gone")
 
 
 class Server:
-    """The clients, and how to answer them.
+    """Accepts clients and answers them.
 
     Args:
         handler: answers requests.
-        render_error: writes errors.
+        render_error: renders errors.
         parse_head: parses a raw head; raises BadHead.
-        done: is handed each exchange's record at its end.
+        done: called with the record of each request at its end.
         limits: what one client may cost.
 
     """
@@ -99,8 +172,7 @@ class Server:
         self.done = done
         self.limits = limits
         self.clients: set[_Client] = set()
-        self.handshakes: set[asyncio.Task[None]] = set()
-        self.serving = 0  # clients that have a place, of `max_connections`
+        self.places = _Places(limits.max_connections)
         self.draining = False
         self.outbox = _Outbox()
         self._listener: asyncio.Server | None = None
@@ -108,32 +180,35 @@ class Server:
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
         """Start to accept clients; return the port. Raises OSError."""
         loop = asyncio.get_running_loop()
-
-        def accept() -> asyncio.Protocol:
-            return _Client(self) if tls is None else _Handshake(self, tls)
-
-        self._listener = await loop.create_server(accept, host, port, backlog=1024)
-        listening: int = self._listener.sockets[0].getsockname()[1]
-        return listening
+        self._listener = await loop.create_server(
+            lambda: _Client(self, tls), host, port, backlog=1024
+        )
+        for listening in self._listener.sockets:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            for option, value in _KEEP_ALIVE.items():
+                if hasattr(socket, option):
+                    listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        listens_on: int = self._listener.sockets[0].getsockname()[1]
+        return listens_on
 
     def check_deadlines(self, now: float) -> None:
-        """Drop the clients that have taken too long; to be called each second."""
+        """Drop clients that took too long or have left. Call it once a second."""
         for client in list(self.clients):
             if client.deadline < now:
                 client.expire()
-            elif client.has_left_unseen():
-                client.let_go()
+            else:
+                client.check_presence()
 
     async def drain(self, seconds: float) -> None:
-        """Stop listening, and let exchanges finish for so long.
+        """Stop listening, and give requests this long to finish.
 
-        Never `wait_closed`: from Python 3.12 on it waits for every client.
+        This does not use `wait_closed`, which waits for every client since Python 3.12.
         """
         self.draining = True
         self.outbox.flush()
         if self._listener is not None:
             self._listener.close()
-        for client in self.clients:
+        for client in list(self.clients):
             client.close_if_idle()
         tasks = {client.task for client in self.clients}
         if tasks:
@@ -141,122 +216,163 @@ class Server:
 
     async def abort(self) -> None:
         """Cut off every client and wait for their tasks."""
+        tasks = [client.task for client in self.clients]
         for client in list(self.clients):
-            client.hang_up()
-        for handshake in self.handshakes:
-            handshake.cancel()
-        if tasks := [*(client.task for client in self.clients), *self.handshakes]:
+            client.end(End.ABORT)
+        if tasks:
             await asyncio.wait(tasks)
 
 
-class _Outbox:
-    """What is written once all that is ready to run has had its turn.
+class _Places:
+    """The places for clients.
 
-    A write wakes who waits at the other end, and that costs more than all else that a hit
-    needs. Of many writes in a row only the first does.
+    If all places are taken, the oldest client without a valid key is evicted: a thousand idle
+    strangers must not lock out a caller with a key.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self._strangers: dict[_Client, None] = {}  # clients without a valid key, the oldest first
+        self._callers: set[_Client] = set()
+
+    def __len__(self) -> int:
+        return len(self._strangers) + len(self._callers)
+
+    def take(self, client: "_Client") -> bool:
+        """Give a new client a place; return False if there is none."""
+        if len(self) >= self.limit and not self._evict():
+            return False
+        self._strangers[client] = None
+        return True
+
+    def free(self, client: "_Client") -> None:
+        """Free a client's place."""
+        self._strangers.pop(client, None)
+        self._callers.discard(client)
+
+    def _evict(self) -> bool:
+        """End the oldest client without a valid key; return False if all have shown one."""
+        while self._strangers:
+            oldest = next(iter(self._strangers))
+            del self._strangers[oldest]
+            if not oldest.has_shown_key():
+                oldest.end(End.ABORT)
+                return True
+            self._callers.add(oldest)
+        return False
+
+
+class _Outbox:
+    """Responses that are written together, after all callbacks that are ready have run.
+
+    A write wakes the reader at the other end, which costs more than the rest of a hit. Of many
+    consecutive writes, only the first one wakes it.
     """
 
     def __init__(self) -> None:
         self._waiting: list[tuple[asyncio.Transport, bytes]] = []
 
     def put(self, transport: asyncio.Transport, data: bytes) -> None:
-        """Take what is to be written soon: before the event loop looks at any socket again."""
+        """Write before the event loop looks at any socket again."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
         self._waiting.append((transport, data))
 
     def flush(self) -> None:
-        """Write it now; to be called before a connection is closed."""
+        """Write everything now. Call it before closing a connection."""
         waiting, self._waiting = self._waiting, []
         for transport, data in waiting:
             if not transport.is_closing():
                 transport.write(data)
 
 
-class _Handshake(asyncio.Protocol):
-    """A connection that is not a client yet: it has a place of its own kind until it is.
+class _Flow:
+    """Flow control of one connection: waits for a slow reader."""
 
-    asyncio's own TLS servers tell nothing of a connection before its handshake is over.
-    """
+    def __init__(self, write_timeout: float) -> None:
+        self.paused: asyncio.Future[None] | None = None  # done when the client has read enough
+        self._write_timeout = write_timeout
 
-    _task: asyncio.Task[None]
+    def pause(self) -> None:
+        """Note that the transport's buffer is full."""
+        self.paused = asyncio.get_running_loop().create_future()
 
-    def __init__(self, server: Server, tls: ssl.SSLContext) -> None:
-        self._server = server
-        self._tls = tls
+    def resume(self) -> None:
+        """Note that the transport's buffer has room."""
+        if self.paused is not None and not self.paused.done():
+            self.paused.set_result(None)
+        self.paused = None
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin, if not too many others have."""
-        assert isinstance(transport, asyncio.Transport)
-        transport.pause_reading()  # the greeting is for TLS, which is not there yet
-        if len(self._server.handshakes) >= self._server.limits.max_connections:
-            transport.abort()
-            return
-        self._task = asyncio.get_running_loop().create_task(self._shake(transport))
-        self._server.handshakes.add(self._task)
-        self._task.add_done_callback(self._server.handshakes.discard)
+    async def drain(self, transport: asyncio.Transport) -> None:
+        """Wait until most of what was written is sent.
 
-    async def _shake(self, transport: asyncio.Transport) -> None:
-        client, limits = _Client(self._server, transport), self._server.limits
-        try:
-            secured = await asyncio.get_running_loop().start_tls(
-                transport,
-                client,
-                self._tls,
-                server_side=True,
-                ssl_handshake_timeout=limits.head_timeout,
-                ssl_shutdown_timeout=limits.linger_timeout,
-            )
-        except OSError as error:
-            log.debug("a TLS handshake failed: %s", getattr(error, "reason", None) or error)
-            transport.abort()
-        else:
-            if secured is not None:  # None: the client has left already
-                client.connection_made(secured)
+        Raises:
+            Gone: the client has read nothing for `write_timeout`, or the connection is lost.
+
+        """
+        while self.paused is not None:
+            waiting = _unread_bytes(transport)
+            try:
+                async with asyncio.timeout(self._write_timeout):
+                    await self.paused
+            except TimeoutError:
+                if _unread_bytes(transport) >= waiting:
+                    raise Gone from None
+                if self.paused is not None:  # it reads slowly: wait again
+                    self.pause()
+        if transport.is_closing():
+            raise Gone
 
 
 class _Client(asyncio.Protocol):
-    """One connection: the bytes that came, and the task that answers them."""
+    """One connection: the bytes received, and the task that answers them."""
 
-    transport: asyncio.Transport
+    transport: asyncio.Transport  # the TCP connection, or TLS on top of it
     task: asyncio.Task[None]
 
-    def __init__(self, server: Server, wire: asyncio.Transport | None = None) -> None:
+    def __init__(self, server: Server, tls: ssl.SSLContext | None = None) -> None:
         self._server = server
-        self._wire = wire  # what TLS writes to
-        self._buffer = bytearray()
-        self._waiter: asyncio.Future[None] | None = None
-        self._writable: asyncio.Future[None] | None = None  # while the client reads slowly
-        self._eof = False
-        self._reading = True
-        self._answering = False  # between a request's head and the end of its response
-        self._unread = False  # bytes of the body under way are still to come
-        self._served = False  # a request was answered
-        self._lagging = 0  # bytes not read yet when a deadline was put off for them
-        self._tls = False
+        self._tls = tls
+        self._wire: asyncio.Transport | None = None  # the TCP connection
+        self._loop = asyncio.get_running_loop()
+        self.state = State.IDLE if tls is None else State.HANDSHAKE
         self.deadline = math.inf
         self._address = "-"
-        self._loop = asyncio.get_running_loop()
+        self._buffer = bytearray()
+        self._waiter: asyncio.Future[None] | None = None
+        self._flow = _Flow(server.limits.write_timeout)
+        self._record: Record | None = None  # of the request that is being answered
+        self._has_shown_key = False
+        self._eof = False  # the client has sent FIN
+        self._reading = True  # not paused
+        self._unread = False  # bytes of the current body are still to come
+        self._served = False  # a request was answered
+        self._lagging = 0  # bytes the client had not read when the deadline was extended
+        self._ahead = b""  # bytes that can be written before the rest is known
+        self._probe_at = -math.inf
+        self._probe_wait = 1.0  # seconds; doubles with each probe
 
-    # What the transport calls.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Begin with a client."""
+        """Start serving a client. With TLS, this is called again after the handshake."""
         assert isinstance(transport, asyncio.Transport)
         self.transport = transport
+        if self._wire is not None:
+            self.state = State.IDLE
+            return
+        self._wire = transport
         peer = transport.get_extra_info("peername")
         self._address = peer[0] if isinstance(peer, tuple) else "-"
-        self._tls = transport.get_extra_info("ssl_object") is not None
         server = self._server
         server.clients.add(self)
-        surplus = server.serving >= server.limits.max_connections
-        self.task = self._loop.create_task(self._run(surplus=surplus))
-        if surplus and len(server.clients) - server.serving > MAX_SURPLUS:
-            transport.abort()
-        server.serving += not surplus
+        placed = server.places.take(self)
+        self.task = self._loop.create_task(self._run(placed=placed))
+        if not placed and len(server.clients) - len(server.places) > MAX_SURPLUS:
+            self.end(End.ABORT)
 
     def data_received(self, data: bytes) -> None:
-        """Take bytes; stop reading while many wait to be taken."""
+        """Buffer bytes; stop reading if there are many."""
         self._buffer += data
         if len(self._buffer) > READ_AHEAD and self._reading:
             self._reading = False
@@ -264,104 +380,203 @@ class _Client(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> bool:
-        """Take the client's end: it counts as gone, but a refusal may still be sent."""
+        """Note that the client sends nothing more; return True to keep our side open."""
         self._eof = True
         self._wake()
-        if self._answering:
-            self.task.cancel()
-        return not self._tls  # which cannot be half-closed
+        if self._is_encrypted():
+            if self.state is State.ANSWERING:
+                self.task.cancel()
+            return False  # TLS cannot be half-closed
+        if self.state is State.ANSWERING:
+            self._expect_reset()
+        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Let go of a client."""
+        """Remove the client, and cancel the answer to its request."""
         if self not in self._server.clients:
-            return  # its handshake failed, so it never was one
+            return  # already called, after a failed handshake
         self._server.clients.discard(self)
+        self._server.places.free(self)
         self._eof = True
         self._wake()
-        self.resume_writing()
-        if self._answering:
+        self._flow.resume()
+        if self.state is State.ANSWERING:
             self.task.cancel()
-        del self.task  # its last exception holds frames, which hold us: a circle
+        del self.task  # its exception refers to frames, and they to this client: a cycle
 
     def pause_writing(self) -> None:
         """Note that the client reads more slowly than we write."""
-        self._writable = self._loop.create_future()
+        self._flow.pause()
 
     def resume_writing(self) -> None:
         """Note that the client has read most of what was written."""
-        if self._writable is not None and not self._writable.done():
-            self._writable.set_result(None)
-        self._writable = None
+        self._flow.resume()
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # What the server calls.
+    def _is_encrypted(self) -> bool:
+        return self.transport is not self._wire
+
+    # Called by the server.
+
+    def has_shown_key(self) -> bool:
+        """Return True if a request on this connection had a valid API key."""
+        record = self._record
+        return self._has_shown_key or (record is not None and record.label is not None)
 
     def expire(self) -> None:
-        """End a wait whose deadline has passed; not while the client reads what it was sent."""
+        """End a wait whose deadline has passed, unless the client is still reading a response."""
         unread = 0 if self._buffer else _unread_bytes(self.transport)
         if unread not in {0, self._lagging}:
             self._lagging = unread
             self.deadline = self._loop.time() + self._server.limits.write_timeout
             return
         self.deadline = math.inf
-        if self._buffer and not self._answering and not self.transport.is_closing():
-            self._refuse(HTTPError(408, "the request's head took too long to come"))
-        self.hang_up()
+        if self.state is State.HEAD and self._buffer:
+            self._refuse(HTTPError(408, "the request's head took too long to arrive"))
+        self.end(End.ABORT)
 
     def close_if_idle(self) -> None:
-        """Close a connection on which no request is under way."""
-        if self._answering or self._buffer or self.transport.is_closing():
+        """Close the connection if no request is under way."""
+        if self.state is State.HANDSHAKE:
+            self.end(End.ABORT)
+        elif self.state is not State.IDLE or self._buffer or self.transport.is_closing():
             return
-        if self._tls and _unread_bytes(self.transport):
+        elif not self._is_encrypted():
+            self.end(End.CLOSE)
+        elif _unread_bytes(self.transport):
             self._wake()  # the task ends when that is read
-        elif self._tls:
-            self.transport.abort()  # a close would wait for the client to agree
         else:
+            self.end(End.ABORT)  # a close would wait for the client to agree
+
+    def check_presence(self) -> None:
+        """Stop answering a client that has closed its socket, and not only its sending side."""
+        if self.state is not State.ANSWERING or (self._reading and not self._eof):
+            return  # the transport reports if it leaves
+        tcp = _tcp_state(self._wire)
+        gone = tcp == _TCP_CLOSE or (self._is_encrypted() and tcp == _TCP_CLOSE_WAIT)
+        if gone:
+            self._eof = True
+            self.end(End.ABORT)
+        elif self._eof or tcp == _TCP_CLOSE_WAIT:
+            self._probe()
+
+    def _expect_reset(self) -> None:
+        """Check soon if a client that has sent FIN is still there."""
+        self.check_presence()
+        self._loop.call_later(RECHECK_INTERVAL, self.check_presence)
+
+    def _probe(self) -> None:
+        """Write a byte that is needed anyway; a closed socket answers it with a reset."""
+        now = self._loop.time()
+        if self._ahead and now >= self._probe_at and self._flow.paused is None:
+            self._server.outbox.flush()
+            if self._ahead is _EVERY_CHUNK:
+                _reset_at_close(self.transport, True)
+            self.transport.write(self._ahead[:1])
+            self._ahead = self._ahead[1:]
+            self._probe_at = now + self._probe_wait
+            self._probe_wait *= 2
+
+    def end(self, how: End) -> None:
+        """End the connection, and its task unless that is the caller."""
+        if how is End.CLOSE:
             self.transport.close()
+        else:
+            if how is End.RESET:
+                _reset_at_close(self.transport, True)
+            self.transport.abort()
+        if self.task is not asyncio.current_task():
+            self.task.cancel()
 
-    def has_left_unseen(self) -> bool:
-        """Whether the client hung up behind bytes that it sent ahead and that still wait."""
-        return self._answering and not self._reading and not _is_connected(self.transport)
+    # Requests.
 
-    def let_go(self) -> None:
-        """Stop answering a client that has hung up."""
-        self._eof = True
-        self.task.cancel()
-
-    def hang_up(self) -> None:
-        """Cut the client off."""
-        self.task.cancel()
-        self.transport.abort()
-
-    # The way of a request.
-
-    async def _run(self, *, surplus: bool) -> None:
+    async def _run(self, *, placed: bool) -> None:
         try:
-            if surplus:
-                self._refuse(_surplus(self._server.limits.max_connections))
-            else:
+            if await self._begin(placed=placed):
                 while await self._cycle():
                     if self._buffer:
                         await asyncio.sleep(0)  # pipelined requests leave the others a turn
-                    if self._eof:
-                        break  # what was pipelined is asked for by nobody
+                    if self._eof and _tcp_state(self._wire) == _TCP_CLOSE:
+                        raise Gone  # nobody waits for the pipelined requests' answers
                 self._server.outbox.flush()
-                if self._tls:
-                    await self._finish_writing()  # a close gives it but a few seconds
+                if self._is_encrypted():
+                    await self._finish_writing()  # a close would allow only a few seconds
             await self._linger()
         except (Gone, OSError):
-            self.transport.abort()
+            self.end(End.ABORT)
         finally:
-            self._server.serving -= not surplus
+            self.state = State.CLOSING
+            self._server.places.free(self)
             if not self.transport.is_closing():
-                self.transport.close()
+                self.end(End.CLOSE)
             self.deadline = self._loop.time() + self._server.limits.write_timeout
 
+    async def _begin(self, *, placed: bool) -> bool:
+        """Set up TLS if it is used; return True if requests can be served."""
+        if self._tls is not None:
+            if not await self._greets_with_tls():
+                return False
+            await self._shake_hands(self._tls)
+            if not self._is_encrypted():
+                return False
+        if not placed:
+            self._refuse(_surplus(self._server.limits.max_connections))
+        return placed
+
+    async def _greets_with_tls(self) -> bool:
+        """Wait for the first byte; return False if it does not begin a TLS handshake.
+
+        A client that speaks plain HTTP gets an error in plain HTTP.
+        """
+        self.deadline = self._loop.time() + self._server.limits.head_timeout
+        while not self._buffer:
+            if self._eof:
+                return False
+            await self._more()
+        self.deadline = math.inf
+        if not cannot_be_head(self._buffer[:1]):
+            self._refuse(HTTPError(400, "this port speaks HTTPS: use https:// instead of http://"))
+            return False
+        return True
+
+    async def _shake_hands(self, context: ssl.SSLContext) -> None:
+        """Set up TLS on the connection; a failure ends the connection.
+
+        `loop.start_tls` cannot be used, as there is no way to give it the bytes received so far.
+        """
+        limits, wire = self._server.limits, self.transport
+        hello = bytes(self._buffer)
+        self._buffer.clear()
+        if not self._reading:
+            self._read_on()
+        done = self._loop.create_future()
+        protocol = SSLProtocol(
+            self._loop,
+            self,
+            context,
+            done,
+            server_side=True,
+            ssl_handshake_timeout=limits.head_timeout,  # type: ignore[arg-type] # a float is fine
+            ssl_shutdown_timeout=limits.linger_timeout,
+        )
+        try:
+            wire.set_protocol(protocol)
+            protocol.connection_made(wire)
+            protocol.get_buffer(len(hello))[: len(hello)] = hello
+            protocol.buffer_updated(len(hello))
+            await done
+        except OSError as error:
+            log.debug("a TLS handshake failed: %s", getattr(error, "reason", None) or error)
+        finally:
+            if not self._is_encrypted():  # then no callback reports the connection's end
+                wire.abort()
+                self.connection_lost(None)
+
     async def _cycle(self) -> bool:
-        """Answer one request; tell whether another may follow."""
+        """Answer one request; return True if another may follow."""
         try:
             raw = await self._next_head()
             if raw is None:
@@ -370,10 +585,13 @@ class _Client(asyncio.Protocol):
         except HTTPError as error:
             self._refuse(error)
             return False
-        record = Record(self._address)
+        self._record = record = Record(self._address)
         record.request_id = _request_id(head)
-        self._answering = True
+        self.state = State.ANSWERING
         self._unread = head.has_body
+        self._ahead = _EVERY_RESPONSE
+        if self._eof:
+            self._expect_reset()
         try:
             return await self._answer(_Request(self, head), record)
         except (Gone, OSError):
@@ -383,8 +601,10 @@ class _Client(asyncio.Protocol):
             record.status = GONE if self._eof else record.status
             raise
         finally:
-            self._answering = False
+            self.state = State.IDLE
             self._served = True
+            self._has_shown_key |= record.label is not None
+            self._record = None  # it may hold a stored answer
             self._server.done(record)
 
     async def _answer(self, request: Request, record: Record) -> bool:
@@ -404,23 +624,26 @@ class _Client(asyncio.Protocol):
             await self._cut(head)
             return False
         except Exception:
-            log.exception("a request failed by a fault of OllProx")
-            failure = HTTPError(500, "OllProx failed; its log says more")
+            log.exception("a request failed because of a bug in OllProx")
+            failure = HTTPError(500, "OllProx failed; its log has the details")
         if record.status:  # the response has begun, so all that is left is to cut it
             await self._cut(head)
             return False
+        if failure.status == 429 and record.label is None:
+            await asyncio.sleep(GUESS_DELAY)
+            head = replace(head, keep_alive=False)
         return await self._send(head, self._server.render_error(failure, head, record), record)
 
     async def _next_head(self) -> bytes | None:
-        """Wait for a whole head; None if the client leaves before it has sent one.
+        """Wait for a complete head; return None if the client leaves before that.
 
         Raises:
-            BadHead: what has come is no head.
+            BadHead: the bytes are not a head.
 
         """
         buffer = self._buffer
         checked = 0
-        begun = False  # a byte of the head has come
+        begun = False  # a byte of the head has arrived
         skipped = False  # RFC 9112 section 2.2: one empty line may come before a request
         while True:
             if not skipped and buffer.startswith(b"\r\n"):
@@ -433,87 +656,72 @@ class _Client(asyncio.Protocol):
                 return None
             if not begun:
                 begun = skipped or bool(buffer)
-                self._set_deadline(begun)
+                self._set_deadline(begun=begun)
             checked = len(buffer)
             await self._more()
 
     def _take_head(self, checked: int) -> bytes:
-        """Take a whole head off the buffer; empty while its end has not come."""
-        buffer, most = self._buffer, self._server.limits.max_head
+        """Take a head from the buffer; return b"" if it is not complete yet. Raises BadHead."""
+        buffer, limit = self._buffer, self._server.limits.max_head
         end = buffer.find(b"\r\n\r\n", max(0, checked - 3)) + 4
-        if 4 <= end <= most:
+        if 4 <= end <= limit:
             raw = bytes(buffer[:end])
             del buffer[:end]
             return raw
-        if len(buffer) > most:
-            raise BadHead(431, f"the head is larger than {most} bytes (MAX_HEAD_BYTES)")
-        if hopeless(buffer, checked) or buffer.startswith(b"\r\n"):
+        if len(buffer) > limit:
+            raise BadHead(431, f"the head is larger than {limit} bytes (MAX_HEAD_BYTES)")
+        if cannot_be_head(buffer, checked) or buffer.startswith(b"\r\n"):
             raise BadHead(400, "the request's head is malformed")
         return b""
 
-    def _set_deadline(self, begun: bool) -> None:
-        """Bound the wait for a head, or for its first byte."""
+    def _set_deadline(self, *, begun: bool) -> None:
+        """Set the deadline for a head, or for its first byte."""
         limits = self._server.limits
+        if begun:
+            self.state = State.HEAD
         idle = self._served and not begun
         wait = limits.keepalive_timeout if idle else limits.head_timeout
         self.deadline = self._loop.time() + wait
 
     async def _more(self) -> None:
-        """Wait for more bytes, or for the client's end."""
+        """Wait for more bytes, or for the client's FIN."""
         if not self._reading:
             self._read_on(len(self._buffer))
         self._waiter = self._loop.create_future()
         await self._waiter
 
     def _read_on(self, most: int = READ_AHEAD) -> None:
-        """Read again, once what waited was taken: only so is the client's end seen."""
+        """Resume reading if at most `most` bytes are buffered; only then is a FIN noticed."""
         if len(self._buffer) <= most:
             self._reading = True
             self.transport.resume_reading()
 
     async def read(self, head: Head, limit: int) -> bytes:
-        """Read the body under way whole; see `Request.read`."""
+        """Read the complete body of the current request; see `Request.read`."""
         length = head.length
-        if length is not None and length <= len(self._buffer) and length <= limit:  # it is here
+        if length is not None and length <= len(self._buffer) and length <= limit:  # it has arrived
             body = bytes(memoryview(self._buffer)[:length])
             del self._buffer[:length]
             self._unread = False
             if not self._reading:
                 self._read_on()
             return body
-        too_large = HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
-        if length is not None and length > limit:
-            raise too_large
-        parts, size = [], 0
-        async for part in self.pieces(head):
-            parts.append(part)
-            if (size := size + len(part)) > limit:
-                raise too_large
+        parts = [part async for part in self.pieces(head, limit)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def pieces(self, head: Head) -> AsyncIterator[bytes]:
-        """Read the body under way as it comes; see `Request.pieces`."""
-        if head.expects_continue and self._unread and not self._buffer:
+    async def pieces(self, head: Head, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
+        """Read the body of the current request as it arrives; see `Request.pieces`."""
+        decoder = ChunkedDecoder(limit) if head.chunked else LengthDecoder(head.length or 0, limit)
+        if head.expects_continue and self._unread and not self._buffer and not self._eof:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        decoder = ChunkedDecoder() if head.chunked else None
-        left = head.length or 0
-        while self._unread:
-            if decoder is not None:
-                part = decoder.decode(self._buffer)
-                self._unread = not decoder.done
-            else:
-                part = bytes(memoryview(self._buffer)[:left])
-                del self._buffer[: len(part)]
-                left -= len(part)
-                self._unread = left > 0
+        async for piece in read_body(decoder, self._buffer, self._more_body):
+            self._unread = not decoder.done
             if not self._reading:
                 self._read_on()
-            if part:
-                yield part
-            elif self._unread:
-                await self._more_body()
+            yield piece
+        self._unread = False
 
-    async def _more_body(self) -> None:
+    async def _more_body(self) -> bool:
         if self._eof:
             raise Gone
         seconds = self._server.limits.body_timeout
@@ -522,11 +730,12 @@ class _Client(asyncio.Protocol):
                 await self._more()
         except TimeoutError:
             raise HTTPError(408, f"no byte of the body came for {seconds:g} s") from None
+        return True
 
-    # The way of a response.
+    # Responses.
 
     async def _send(self, head: Head, response: Response, record: Record) -> bool:
-        """Write a response; tell whether the connection can be used again."""
+        """Write a response; return True if the connection can be used again."""
         body, length = response.body, response.length
         bodiless = response.status == 304 or head.method == b"HEAD"
         if isinstance(body, bytes) and (body or not bodiless):
@@ -538,8 +747,8 @@ class _Client(asyncio.Protocol):
             response, record, length, again=again, chunked=chunked, http10=head.http10
         )
         record.status = response.status
-        if self._writable is not None:
-            await self._drain()
+        if self._flow.paused is not None:
+            await self._flow.drain(self.transport)
         if bodiless:
             self._write(framed, b"", record)
         elif not isinstance(body, bytes):
@@ -550,12 +759,12 @@ class _Client(asyncio.Protocol):
         else:
             self._write(framed, b"", record)
             await self._write_slices(body, record)
-        if self._writable is not None:
-            await self._drain()
+        if self._flow.paused is not None:
+            await self._flow.drain(self.transport)
         return again
 
-    @staticmethod
     def _frame(
+        self,
         response: Response,
         record: Record,
         length: int | None,
@@ -564,41 +773,53 @@ class _Client(asyncio.Protocol):
         chunked: bool,
         http10: bool,
     ) -> bytes:
-        """Write a response's head."""
+        """Return a response's head, without the bytes that probes have already sent."""
         if length is not None and response.status != 204:
             framing = b"Content-Length: %d\r\n" % length
         else:
             framing = b"Transfer-Encoding: chunked\r\n" if chunked else b""
+            if not isinstance(response.body, bytes):
+                framing += b"X-Accel-Buffering: no\r\n"  # else nginx would buffer the lines
         if not again:
             framing += b"Connection: close\r\n"
         elif http10:
             framing += b"Connection: keep-alive\r\n"
-        return b"%bCache-Status: %b\r\nX-Request-ID: %b\r\n%b%b\r\n" % (
+        framed = b"%bCache-Status: %b\r\nX-Request-ID: %b\r\n%b%b\r\n" % (
             frame_start(response.status, response.headers, http_date()),
             record.cache_status,
             record.request_id,
             frame_headers(record.headers),
             framing,
         )
+        if self._ahead is not _EVERY_RESPONSE:  # probes have sent some
+            framed = framed[len(_EVERY_RESPONSE) - len(self._ahead) :]
+        self._ahead = b""
+        return framed
 
     async def _write_slices(self, body: bytes, record: Record) -> None:
-        """Write a long body as fast as the client takes it."""
+        """Write a long body as fast as the client reads it."""
         for start in range(0, len(body), SLICE):
-            if self._writable is not None:
-                await self._drain()
+            if self._flow.paused is not None:
+                await self._flow.drain(self.transport)
             part = body[start : start + SLICE]
             self._write(part, part, record)
 
     async def _write_stream(
         self, body: AsyncIterator[bytes], record: Record, *, chunked: bool
     ) -> None:
+        _bound_unacknowledged(self.transport, self._server.limits.write_timeout)
+        self._ahead = _EVERY_CHUNK if chunked else b""
         async for piece in body:
             if piece:
                 self._write(frame_chunk(piece) if chunked else piece, piece, record)
-            if self._writable is not None:
-                await self._drain()
+            if self._flow.paused is not None:
+                await self._flow.drain(self.transport)
         if chunked:
             self.transport.write(LAST_CHUNK)
+            if self._ahead is not _EVERY_CHUNK:  # it was probed
+                await self._finish_writing()
+                _reset_at_close(self.transport, False)
+        self._ahead = b""
 
     def _write(self, framed: bytes, body: bytes, record: Record, *, soon: bool = False) -> None:
         if record.first_byte is None:
@@ -609,60 +830,38 @@ class _Client(asyncio.Protocol):
         else:
             self.transport.write(framed)
 
-    async def _drain(self) -> None:
-        """Wait until the client has read most of what was written.
-
-        Raises:
-            Gone: it has read nothing for `write_timeout`.
-
-        """
-        while self._writable is not None:
-            waiting = _unread_bytes(self.transport)
-            try:
-                async with asyncio.timeout(self._server.limits.write_timeout):
-                    await self._writable
-            except TimeoutError:
-                if _unread_bytes(self.transport) >= waiting:
-                    raise Gone from None
-                if self._writable is not None:  # it reads, if slowly: wait once more
-                    self._writable = self._loop.create_future()
-        if self.transport.is_closing():
-            raise Gone
-
     async def _finish_writing(self) -> None:
-        """Wait until the kernel has all that was written. Raises Gone."""
-        self.transport.set_write_buffer_limits(high=int(self._tls))  # TLS takes 0 as full
-        await self._drain()
+        """Wait until everything is handed to the kernel. Raises Gone."""
+        self.transport.set_write_buffer_limits(high=int(self._is_encrypted()))  # TLS: 0 is full
+        await self._flow.drain(self.transport)
         try:
             async with asyncio.timeout(self._server.limits.write_timeout):
-                # What TLS has handed on: nobody tells when it is written.
+                # The bytes that TLS has encrypted: no callback reports when they are sent.
                 while self._wire is not None and self._wire.get_write_buffer_size():  # noqa: ASYNC110
-                    await asyncio.sleep(LOOK_AGAIN)
+                    await asyncio.sleep(RECHECK_INTERVAL)
         except TimeoutError:
             raise Gone from None
 
     async def _cut(self, head: Head) -> None:
-        """End a response that is not whole, so that nobody takes it for a whole one.
+        """End a truncated response so that it cannot look complete.
 
-        The chunked body is left without its end. Where the close itself would be the end,
-        in HTTP/1.0, the connection is reset once its bytes are out.
+        A chunked body is left without its last chunk. In HTTP/1.0, a close would mark the body's
+        end, so the connection is reset once the bytes are sent.
         """
         if head.http10:
             with suppress(Gone):
                 await self._finish_writing()
-            sock: Any = self.transport.get_extra_info("socket")
-            if sock is not None:
-                linger = struct.pack("ii", 1, 0)
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            self.transport.abort()
+            self.end(End.RESET)
 
     def _refuse(self, error: HTTPError) -> None:
-        """Answer what is no request; the connection ends with it."""
+        """Answer bytes that are not a request; the connection ends after the answer."""
+        self.state = State.REFUSED
         record = Record(self._address)
         record.status = error.status
         record.request_id = _request_id(None)
         response = self._server.render_error(error, None, record)
         body = response.body if isinstance(response.body, bytes) else b""
+        self._ahead = _EVERY_RESPONSE
         framed = self._frame(response, record, len(body), again=False, chunked=False, http10=False)
         self._write(framed + body, body, record)
         self._unread = True
@@ -670,26 +869,25 @@ class _Client(asyncio.Protocol):
         self._server.done(record)
 
     async def _linger(self) -> None:
-        """Close without a reset that would take the last answer from the client.
+        """Discard what the client is still sending.
 
-        A close with bytes unread resets the connection (RFC 9112 section 9.6), so what
-        the client is still sending is thrown away for a while first.
+        A close with unread bytes resets the connection, and the client may lose the last
+        response (RFC 9112 section 9.6).
         """
         if not self._unread or self._eof:
             return
         if self.transport.can_write_eof():
-            self.transport.write_eof()  # may find the connection reset: an OSError
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._server.limits.head_timeout
+            self.transport.write_eof()  # raises OSError if the connection was reset
+        until = self._loop.time() + self._server.limits.head_timeout
         with suppress(TimeoutError):
-            while not self._eof and loop.time() < until:
+            while not self._eof and self._loop.time() < until:
                 self._buffer.clear()
                 async with asyncio.timeout(self._server.limits.linger_timeout):
                     await self._more()
 
 
 class _Request:
-    """A client's request; see `http11.Request`."""
+    """A client's request, as in `http11.Request`."""
 
     __slots__ = ("_client", "head")
 
@@ -700,27 +898,42 @@ class _Request:
     def read(self, limit: int) -> Coroutine[Any, Any, bytes]:
         return self._client.read(self.head, limit)
 
-    def pieces(self) -> AsyncIterator[bytes]:
-        return self._client.pieces(self.head)
+    def pieces(self, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
+        return self._client.pieces(self.head, limit)
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:
-    """Count what is written and not read by the client: our buffer, and the kernel's."""
+    """Count the bytes that the client has not received, in our buffer and the kernel's."""
     sock: Any = transport.get_extra_info("socket")
     count = array.array("i", [0])
-    with suppress(OSError, ValueError, AttributeError):
+    with suppress(OSError, ValueError, AttributeError):  # AttributeError: the module is missing
         fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
     return transport.get_write_buffer_size() + count[0]
 
 
-def _is_connected(transport: asyncio.Transport) -> bool:
-    """Whether the kernel has seen no end from the client; True where it does not tell."""
-    sock: Any = transport.get_extra_info("socket")
+def _tcp_state(transport: asyncio.Transport | None) -> int:
+    """Return the TCP state of a connection, 0 if it is unknown."""
+    sock: Any = transport and transport.get_extra_info("socket")
     try:
         state: int = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 1)[0]
     except (OSError, AttributeError):
-        return True
-    return state == TCP_ESTABLISHED
+        return 0
+    return state
+
+
+def _bound_unacknowledged(transport: asyncio.Transport, seconds: float) -> None:
+    """Make the kernel drop the connection if the client acknowledges nothing for this long."""
+    sock: Any = transport.get_extra_info("socket")
+    milliseconds = int(1000 * max(seconds, MIN_USER_TIMEOUT))
+    with suppress(OSError, AttributeError, OverflowError):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+
+
+def _reset_at_close(transport: asyncio.Transport, reset: bool) -> None:
+    """Choose whether a close resets the connection."""
+    sock: Any = transport.get_extra_info("socket")
+    if sock is not None:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", reset, 0))
 
 
 def _surplus(most: int) -> HTTPError:
@@ -731,13 +944,13 @@ def _surplus(most: int) -> HTTPError:
     )
 
 
-_PROCESS = secrets.token_hex(4).encode()  # what the ids of this process begin with
+_PROCESS = secrets.token_hex(4).encode()  # the prefix of this process's request ids
 _numbers = itertools.count(1)
 _SANE_ID = re.compile(rb"[\w.:/+=@-]{1,128}", re.ASCII)
 
 
 def _request_id(head: Head | None) -> bytes:
-    """Return the id that a request came with, if it is sane, or a new one."""
+    """Return the request's own id if it is well formed, else a new one."""
     if head is not None and b"x-request-id" in head.names:
         given = head.get(b"x-request-id")
         if given is not None and _SANE_ID.fullmatch(given):
@@ -745,17 +958,13 @@ def _request_id(head: Head | None) -> bytes:
     return b"%b-%x" % (_PROCESS, next(_numbers))
 
 
-_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 _date: tuple[int, bytes] = (0, b"")
 
 
 def http_date() -> bytes:
-    """Return the date as HTTP writes it, made once a second."""
+    """Return the current time as an HTTP date, which is formatted once a second."""
     global _date
     now = int(time.time())
     if _date[0] != now:
-        parts = time.gmtime(now)
-        day, month = _DAYS[parts.tm_wday], _MONTHS[parts.tm_mon - 1]  # in any locale
-        _date = now, time.strftime(f"{day}, %d {month} %Y %H:%M:%S GMT", parts).encode()
+        _date = now, formatdate(now, usegmt=True).encode()
     return _date[1]

@@ -1,5 +1,6 @@
 // Calls a server with one of the JavaScript clients, and prints what the client gives as JSON.
 // usage: node clients.mjs CLIENT BASE_URL KEY MODEL
+//    or: node clients.mjs call BASE_URL KEY METHOD BODY, for one call of the ollama package
 import { Ollama } from "ollama";
 import OpenAI from "openai";
 
@@ -13,6 +14,12 @@ async function all(stream) {
 }
 
 const clients = {
+  async call() {
+    const ollama = new Ollama({ host: base, headers: { Authorization: `Bearer ${key}` } });
+    const body = JSON.parse(process.argv[6]);
+    const given = await ollama[model](body);
+    return body.stream ? all(given) : given;
+  },
   async ollama() {
     // Its only way to send a key is this option.
     const ollama = new Ollama({ host: base, headers: { Authorization: `Bearer ${key}` } });

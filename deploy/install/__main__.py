@@ -1,0 +1,5 @@
+"""Run OllProx by `python -m ollprox`."""
+
+from ollprox import main
+
+main()
