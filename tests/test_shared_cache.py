@@ -286,6 +286,46 @@ async def test_answers_for_each_key_stay_apart(
     assert len(ollama.asked()) == 3
 
 
+async def test_keys_have_one_scope_in_all_processes_though_each_keeps_usage(
+    launch: Start, server: Server, key_file: Path, tmp_path: Path, ollama: StandIn
+) -> None:
+    """A usage file has a salt of its own, which must not count where processes share."""
+    key_file.write_text(f"{KEY}\n")
+    programs = [
+        await launch(**settings(server, CACHE_PER_KEY="true", USAGE_FILE=tmp_path / f"{number}.db"))
+        for number in range(2)
+    ]
+    first, second = [await used(program) for program in programs]
+    await generate(first)
+    await server.has(1)
+    assert (await generate(second)).cache_status == SHARED
+    counted = []
+    for program in (first, second):
+        report = await ask(program.port, "GET", "/usage", None, {"APIKEY": KEY})
+        counted.append(sum(row["generated_tokens"] for row in report.json()["rows"]))
+    assert counted[0] > 0
+    assert counted[1] == 0  # that process generated nothing
+
+
+async def test_an_answer_of_one_of_several_ollamas_alone_is_not_shared(
+    share: Share, server: Server, ollama: StandIn
+) -> None:
+    """That server may have another model of the same name."""
+    other = StandIn()
+    hosts = f"127.0.0.1:{ollama.port},127.0.0.1:{await other.start()}"
+    first, second = await share(server, 2, OLLAMA_HOST=hosts)
+    path = f"/host/127.0.0.1:{other.port}/api/generate"
+    for program in (first, second):
+        answer = await ask(program.port, "POST", path, question(), {"APIKEY": KEY})
+        assert answer.status == 200
+        assert answer.cache_status == "OllProx; fwd=bypass"
+    assert len(other.asked("/api/generate")) == 2
+    await generate(first)
+    await server.has(1)
+    assert (await generate(second)).cache_status == SHARED
+    await other.stop()
+
+
 async def test_an_embedding_is_shared(share: Share, server: Server, ollama: StandIn) -> None:
     first, second = await share(server, 2)
     body = {"model": "llama2", "input": "x"}
@@ -443,7 +483,8 @@ async def test_a_wrong_password_is_a_warning(
     assert (await generate(program)).status == 200
     checked = await launch("--check", **settings(server, CACHE_URL=url))
     assert await checked.process.wait() == 0
-    assert "the shared cache does not answer yet: the server refuses" in checked.text()
+    where = rf"warn  shared    valkey://127\.0\.0\.1:{server.port}/0 does not answer yet: "
+    assert re.search(where + "the server refuses the user", checked.text())
     with server.client(password="right") as client:
         client.config_set("requirepass", "wr0ng-secret")
     await program.says("is used again")
