@@ -183,7 +183,7 @@ class Proxy:
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
         response = await self._replay(reader, route.form, record, self._heartbeat(route, question))
         if route.lists or route.names_model:
-            self._change_list(response, request.head, admission)
+            await self._change_list(response, request.head, admission)
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
@@ -456,16 +456,18 @@ class Proxy:
         only_events = route.streams_events and question.stream and not question.ambiguous
         return self.settings.heartbeat if only_events else 0.0
 
-    def _change_list(self, response: Response, head: Head, admission: Admission) -> None:
+    async def _change_list(self, response: Response, head: Head, admission: Admission) -> None:
         """Change a list of models, or the description of one. Raises HTTPError 502."""
         route, key = admission.route, admission.key
         aliases = self.settings.model_aliases if route.lists_aliases else ()
         restricted = key is not None and key.models is not None
         if route.lists and (aliases or restricted):
             may_use = key.may_use if key is not None and restricted else None
-            change_list(response, route.lists, may_use, aliases)
+            await change_list(response, route.lists, may_use, aliases)
         if route.names_model and admission.target != head.path:
-            rename_model(response, unquote(head.path.removeprefix(route.target or b"").decode()))
+            await rename_model(
+                response, unquote(head.path.removeprefix(route.target or b"").decode())
+            )
 
     async def _replay(
         self, reader: Reader, form: Form, record: Record, heartbeat: float = 0.0

@@ -13,6 +13,7 @@ from urllib.parse import unquote_to_bytes
 MAX_WRONG = 10  # wrong keys per address and window
 WRONG_WINDOW = 60.0  # seconds
 MAX_ADDRESSES = 10_000  # addresses that are counted
+MAX_PATH_KEY = 4096  # bytes of a key in the path that are decoded
 MIN_SECRET = 8  # bytes; a shorter credential may be part of another header's value by chance
 
 NO_SCHEME = b"\n"  # stands in for a digest if Authorization has no scheme
@@ -59,8 +60,10 @@ def take_credential(
     secret: set[bytes] = set()  # must not be forwarded in any header
     if (match := _KEY_PATH.fullmatch(path)) is not None:
         path = match[2] or b"/"
-        secret = {match[1], unquote_to_bytes(match[1])}
-        places[b"path"] = {unquote_to_bytes(match[1])} if in_path else set()
+        # Decoding many percent signs is slow, and no key is that long.
+        key = unquote_to_bytes(match[1]) if len(match[1]) <= MAX_PATH_KEY else match[1]
+        secret = {match[1], key}
+        places[b"path"] = {key} if in_path else set()
     rest: list[Pair] = []
     for name, value in headers:
         if name not in _KEY_HEADERS:

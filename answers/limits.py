@@ -5,72 +5,103 @@ digest, so they survive a reload of the key file. No I/O; the clock is an argume
 """
 
 import math
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from access.rights import Key, Limit
 from wire.http11 import HTTPError
 
-MAX_EVENTS = 1024  # per log; after that, events close in time are merged
+MAX_EVENTS = 1024  # per window; after that, events close in time are merged
 SWEEP_EVERY = 1024  # new logs between two removals of empty ones
 
 
 @dataclass(slots=True)
 class Event:
-    """An amount, and when it was counted, in seconds."""
+    """An amount, and when it was last counted, in seconds.
 
+    It may stand for several, the first of which counted at `began`.
+    """
+
+    began: float
     at: float
     amount: int
 
 
 class SlidingLog:
-    """What a key used within its longest window."""
+    """What a key used within the windows of its limits.
+
+    Each window has events of its own, as they are counted together in steps that are short
+    beside the window: a step of a day's window is longer than a minute.
+    """
 
     def __init__(self, key: Key) -> None:
         self.key = key  # as of its last request
-        self.horizon = 0.0  # seconds; older events are dropped
-        self._events: deque[Event] = deque()
+        self._windows: dict[int, deque[Event]] = {}  # by their seconds
 
     def __bool__(self) -> bool:
-        return bool(self._events)
+        return any(self._windows.values())
 
-    def add(self, now: float, amount: int) -> Event:
-        """Count `amount`; return the event, for a refund."""
-        events = self._events
-        if len(events) >= MAX_EVENTS and now - events[-1].at < self.horizon / MAX_EVENTS:
-            last = events[-1]
-            last.at, last.amount = now, last.amount + amount
-            return last
-        events.append(event := Event(now, amount))
-        return event
+    def fit(self, limits: tuple[Limit, ...]) -> None:
+        """Set the windows; new ones begin with what the longest has."""
+        wanted = {limit.seconds for limit in limits}
+        if wanted == self._windows.keys():
+            return
+        longest = self._windows.get(max(self._windows, default=0), ())
+        self._windows = {
+            seconds: self._windows.get(seconds) or deque(map(replace, longest))
+            for seconds in wanted
+        }
+
+    def add(self, now: float, amount: int) -> tuple[Event, ...]:
+        """Count `amount`; return its events, for a refund."""
+        return tuple(
+            _count(events, now, amount, seconds / MAX_EVENTS)
+            for seconds, events in self._windows.items()
+        )
 
     def prune(self, now: float) -> None:
-        """Drop events older than the horizon."""
-        events = self._events
-        while events and now - events[0].at >= self.horizon:
-            events.popleft()
+        """Drop events that have left their window."""
+        for seconds, events in self._windows.items():
+            while events and now - events[0].at >= seconds:
+                events.popleft()
 
-    def used(self, window: float, now: float) -> int:
-        """Return the amount used in the last `window` seconds."""
-        return sum(event.amount for event in self._events if now - event.at < window)
+    def used(self, limit: Limit, now: float) -> int:
+        """Return the amount used in a limit's window."""
+        return sum(event.amount for event in self._recent(limit, now))
 
     def free_in(self, limit: Limit, now: float) -> float:
         """Return the seconds until the limit allows one more; 0 if it does now."""
-        excess = self.used(limit.seconds, now) - limit.count + 1
+        excess = self.used(limit, now) - limit.count + 1
         if excess <= 0:
             return 0.0
-        for event in self._events:
-            if now - event.at < limit.seconds and (excess := excess - event.amount) <= 0:
-                return event.at + limit.seconds - now
+        for event in self._recent(limit, now):
+            if (excess := excess - event.amount) <= 0:
+                # Rounding must not make it 0 while the event still counts.
+                return max(event.at + limit.seconds - now, sys.float_info.epsilon)
         return limit.seconds  # a limit of 0 never allows any
 
     def empty_in(self, limit: Limit, now: float) -> float:
         """Return the seconds until no event counts any more."""
-        last = max((event.at for event in self._events if event.amount), default=-math.inf)
+        last = max((e.at for e in self._recent(limit, now) if e.amount), default=-math.inf)
         return max(0.0, last + limit.seconds - now)
+
+    def _recent(self, limit: Limit, now: float) -> Iterator[Event]:
+        events = self._windows.get(limit.seconds, ())
+        return (event for event in events if now - event.at < limit.seconds)
+
+
+def _count(events: deque[Event], now: float, amount: int, step: float) -> Event:
+    """Add an event, or to the last one if there are many and it began within a step."""
+    if len(events) >= MAX_EVENTS and now - events[-1].began < step:
+        last = events[-1]
+        last.at, last.amount = now, last.amount + amount
+        return last
+    events.append(event := Event(now, now, amount))
+    return event
 
 
 class Reserved(Protocol):
@@ -86,13 +117,13 @@ class Reserved(Protocol):
 class Charge:
     """A counted generation, which can be refunded if it never began."""
 
-    _event: Event | None
+    _events: tuple[Event, ...]
     _reserved: Reserved | None = None
 
     def refund(self) -> None:
         """Take the count back. Call it at most once."""
-        if self._event is not None:
-            self._event.amount -= 1
+        for event in self._events:
+            event.amount -= 1
         if self._reserved is not None:
             self._reserved.refund()
 
@@ -156,7 +187,7 @@ class Limits:
         rates = self._log(self._rates, key, key.rate, now)
         if reserved is not None:
             reserved.used = True
-        return Charge(rates.add(now, 1) if rates is not None else None, reserved)
+        return Charge(rates.add(now, 1) if rates is not None else (), reserved)
 
     def spend(self, key: Key, tokens: int) -> None:
         """Count the tokens of an answer at its end."""
@@ -201,10 +232,11 @@ class Limits:
             if len(table) % SWEEP_EVERY == SWEEP_EVERY - 1:
                 self._sweep(table, now)
             log = table[key.digest] = SlidingLog(key)
+            log.fit(limits)
             for at, tokens in self._earlier(key) if table is self._tokens else ():
                 log.add(at, tokens)
         log.key = key
-        log.horizon = max(limit.seconds for limit in limits)
+        log.fit(limits)
         log.prune(now)
         return log
 
@@ -220,7 +252,7 @@ class Limits:
 def _closest(
     what: str, key: Key, log: SlidingLog, limits: tuple[Limit, ...], now: float
 ) -> Standing:
-    used = {limit: log.used(limit.seconds, now) for limit in limits}
+    used = {limit: log.used(limit, now) for limit in limits}
     limit = min(limits, key=lambda limit: (limit.count - used[limit]) / limit.count)
     return Standing(key, what, limit, used[limit], log.empty_in(limit, now))
 

@@ -1,15 +1,17 @@
 """Change lists of models for one caller: what its key may use, and the aliases."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 from answers.notes import dump
 from settings import normalize_model
-from wire.http11 import HTTPError, Response
+from wire.http11 import HTTPError, Response, Truncated
+
+MAX_LIST = 16 << 20  # bytes
 
 
-def change_list(
+async def change_list(
     response: Response,
     name: str,
     may_use: Callable[[str], bool] | None,
@@ -27,7 +29,8 @@ def change_list(
         aliases: names and their models, as MODEL_ALIASES has them.
 
     Raises:
-        HTTPError: 502 if the list cannot be read, or is too large to be read.
+        HTTPError: 502 if the list cannot be read, or is too large to be read; the response is
+            released.
 
     """
     hidden = {normalize_model(alias) for alias, _ in aliases}
@@ -41,29 +44,40 @@ def change_list(
         value[name] = shown + [_renamed(entry, alias) for alias, entry in found if entry]
         return value
 
-    _change(response, change)
+    await _change(response, change)
 
 
-def rename_model(response: Response, alias: str) -> None:
+async def rename_model(response: Response, alias: str) -> None:
     """Put an alias in the place of its model's name, in the description of one model.
 
     Raises:
         HTTPError: 502 if the description cannot be read.
 
     """
-    _change(response, lambda value: _renamed(value, alias))
+    await _change(response, lambda value: _renamed(value, alias))
 
 
-def _change(response: Response, change: Callable[[Any], Any]) -> None:
+async def _change(response: Response, change: Callable[[Any], Any]) -> None:
+    """Change a response's JSON; release a response that cannot be read."""
+    try:
+        await _rewrite(response, change)
+    except BaseException:
+        if response.release is not None:
+            response.release()
+        raise
+
+
+async def _rewrite(response: Response, change: Callable[[Any], Any]) -> None:
     if response.status != 200:
         return
     response.length = None
     if response.body == b"":  # HEAD: the length of another body would be wrong
         return
-    if not isinstance(response.body, bytes):
-        raise _unreadable()
+    body = response.body
+    if not isinstance(body, bytes):
+        body = await _whole(body)
     try:
-        response.body = dump(change(json.loads(response.body)))
+        response.body = dump(change(json.loads(body)))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise _unreadable() from None
 
@@ -77,6 +91,19 @@ _NAMES = ("model", "name", "id")
 
 def _name(entry: dict[str, Any]) -> Any:
     return entry.get("model") or entry.get("name") or entry["id"]
+
+
+async def _whole(body: AsyncIterator[bytes]) -> bytes:
+    """Return a body that is too large for its flight's tape."""
+    pieces, size = [], 0
+    try:
+        async for piece in body:
+            pieces.append(piece)
+            if (size := size + len(piece)) > MAX_LIST:
+                raise _unreadable()
+    except Truncated:
+        raise _unreadable() from None
+    return b"".join(pieces)
 
 
 def _unreadable() -> HTTPError:

@@ -157,26 +157,30 @@ async def test_without_aliases_a_name_is_only_a_name(ollprox: Program) -> None:
     assert (await ask(ollprox.port, "POST", "/call_model", question(model="gpt-4o"))).status == 404
 
 
-def listed(aliases: list[tuple[str, str]], *names: str) -> Any:
+async def listed(aliases: list[tuple[str, str]], *names: str) -> Any:
     body = json.dumps({"models": [{"name": name} for name in names]}).encode()
     response = Response(200, (), body, len(body))
-    change_list(response, "models", None, aliases)
+    await change_list(response, "models", None, aliases)
     assert isinstance(response.body, bytes)
     return [entry["name"] for entry in json.loads(response.body)["models"]]
 
 
-def test_an_alias_hides_the_model_of_its_name() -> None:
-    assert listed([("a", "b")], "a:latest", "b:latest", "c:latest") == ["b:latest", "c:latest", "a"]
+async def test_an_alias_hides_the_model_of_its_name() -> None:
+    assert await listed([("a", "b")], "a:latest", "b:latest", "c:latest") == [
+        "b:latest",
+        "c:latest",
+        "a",
+    ]
 
 
-def test_an_empty_list_stays_one() -> None:
-    assert listed([("a", "b")]) == []
+async def test_an_empty_list_stays_one() -> None:
+    assert await listed([("a", "b")]) == []
 
 
 @pytest.mark.parametrize("body", [b"[]", b'{"models":[1]}', b'{"models":[{"x":1}]}', b"no", b"{}"])
-def test_what_is_no_list_is_502(body: bytes) -> None:
+async def test_what_is_no_list_is_502(body: bytes) -> None:
     with pytest.raises(HTTPError, match="cannot be read"):
-        change_list(Response(200, (), body), "models", None, [("a", "b")])
+        await change_list(Response(200, (), body), "models", None, [("a", "b")])
 
 
 def test_the_path_of_an_alias_asks_for_its_model() -> None:

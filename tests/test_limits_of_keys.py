@@ -4,13 +4,13 @@ import math
 from dataclasses import dataclass
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from access.rights import Key, Limit
 from answers.limits import MAX_EVENTS, SWEEP_EVERY, LimitReached, Limits, SlidingLog, Standing
 
-MINUTE, HOUR = 60, 3600
+MINUTE, HOUR, DAY = 60, 3600, 86400
 
 
 @dataclass
@@ -145,7 +145,30 @@ def test_a_log_is_bounded_and_never_lets_more_through() -> None:
             break
         admitted += 1
     assert admitted == 5 * MAX_EVENTS
-    assert len(limits._rates[b"d"]._events) <= 2 * MAX_EVENTS
+    assert len(limits._rates[b"d"]._windows[MINUTE]) <= 2 * MAX_EVENTS
+
+
+@pytest.mark.parametrize("limit", [Limit(1440, DAY), Limit(50_000, DAY)])
+def test_who_stays_within_all_limits_is_never_refused(limit: Limit) -> None:
+    """However many it sends: what is counted together for the day must not count for the minute."""
+    clock = Clock()
+    step = DAY / limit.count * 1.1
+    limits, mary = Limits(clock), key(rate=(Limit(60, MINUTE), limit))
+    for _ in range(3 * limit.count):
+        clock.now += step
+        limits.admit(mary)
+    assert sum(map(len, limits._rates[b"d"]._windows.values())) <= 4 * MAX_EVENTS
+
+
+def test_a_changed_unit_counts_what_was_used_before() -> None:
+    clock = Clock()
+    limits = Limits(clock)
+    for _ in range(2):
+        limits.admit(key(rate=(Limit(2, MINUTE),)))
+    clock.now += 30
+    with pytest.raises(LimitReached) as refused:
+        limits.admit(key(rate=(Limit(2, HOUR), Limit(9, MINUTE))))
+    assert retry_after(refused.value) == HOUR - 30
 
 
 def test_logs_that_have_run_empty_are_forgotten() -> None:
@@ -157,6 +180,7 @@ def test_logs_that_have_run_empty_are_forgotten() -> None:
     assert len(limits._rates) <= SWEEP_EVERY + MINUTE
 
 
+@example([1.5038995514906741, 30.0, 30.0], 1)  # 59.99 s later, which rounds to 60
 @given(st.lists(st.floats(0, 30), max_size=60), st.integers(1, 5))
 def test_no_window_ever_has_more_than_its_limit(gaps: list[float], most: int) -> None:
     clock = Clock()
@@ -178,11 +202,13 @@ def test_no_window_ever_has_more_than_its_limit(gaps: list[float], most: int) ->
             assert retry_after(refused) == max(1, math.ceil(recent[0] + MINUTE - clock.now))
 
 
+FULL = Limit(10 * MAX_EVENTS, MAX_EVENTS)  # in so many seconds
+
+
 def full_log() -> SlidingLog:
     """A log of as many events as are kept apart, one a second; neighbours are a second apart."""
     log = SlidingLog(key())
-    assert (log.key, log.horizon) == (key(), 0.0)
-    log.horizon = MAX_EVENTS
+    log.fit((FULL,))
     for second in range(MAX_EVENTS):
         log.add(second, 1)
     return log
@@ -191,30 +217,32 @@ def full_log() -> SlidingLog:
 @pytest.mark.parametrize(("later", "apart"), [(0.0, False), (0.999, False), (1.0, True)])
 def test_a_full_log_counts_neighbours_together(later: float, apart: bool) -> None:
     log, last = full_log(), MAX_EVENTS - 1
-    event = log.add(last + later, 5)
-    assert len(log._events) == MAX_EVENTS + apart
-    assert log._events[-1] is event
+    events = log._windows[FULL.seconds]
+    (event,) = log.add(last + later, 5)
+    assert len(events) == MAX_EVENTS + apart
+    assert events[-1] is event
     assert (event.at, event.amount) == (last + later, 5 if apart else 6)
-    assert log.used(MAX_EVENTS * 2, last + later) == MAX_EVENTS + 5
+    assert log.used(FULL, last) == MAX_EVENTS + 5
 
 
 def test_an_event_counts_until_its_window_is_over() -> None:
     log, limit = SlidingLog(key()), Limit(2, MINUTE)
+    log.fit((limit,))
     for at, amount in ((0, 1), (10, 1), (20, 1)):
         log.add(at, amount)
-    assert log.used(MINUTE, 59.9) == 3
-    assert log.used(MINUTE, 60) == 2
+    assert log.used(limit, 59.9) == 3
+    assert log.used(limit, 60) == 2
     assert log.free_in(limit, 30) == 40  # when the second is over, not the first
     assert log.free_in(limit, 60) == 10
     assert log.free_in(limit, 70) == 0
     assert log.empty_in(limit, 30) == 50
-    log.horizon = MINUTE
     log.prune(60)
-    assert [event.at for event in log._events] == [10, 20]
+    assert [event.at for event in log._windows[MINUTE]] == [10, 20]
 
 
 def test_a_large_event_frees_all_that_it_took() -> None:
     log, limit = SlidingLog(key()), Limit(10, MINUTE)
+    log.fit((limit,))
     log.add(0, 1)
     log.add(10, 11)
     assert log.free_in(limit, 20) == 50

@@ -40,10 +40,10 @@ def keys(tmp_path: Path) -> Callable[..., Path]:
 async def running(ollprox: Program, ollama: StandIn, name: str = "anna") -> AsyncIterator[Client]:
     """Somebody's generation that Ollama works on until `let_go` is set."""
     ollama.script.hold_head = True
-    before = len(ollama.asked())
+    before = len(ollama.asked("/api/generate"))
     async with Client(ollprox.port) as client:
         await client.send(request("POST", "/call_model", question(f"held for {name}"), by(name)))
-        await ollama.until(lambda: len(ollama.asked()) > before)
+        await ollama.until(lambda: len(ollama.asked("/api/generate")) > before)
         yield client
 
 
@@ -71,7 +71,7 @@ async def test_a_request_waits_for_its_turn_and_its_answer_says_how_long(
         await second.send(request("POST", "/call_model", question("next"), by("omar")))
         (waiting,) = await until_waiting(ollprox, 1)
         assert (waiting["label"], waiting["position"]) == ("omar", 1)
-        assert len(ollama.asked()) == 1
+        assert len(ollama.asked("/api/generate")) == 1
         ollama.script.let_go.set()
         held = await first.rest(await first.head())
         answer = await second.rest(await second.head())
@@ -103,7 +103,7 @@ async def test_turns_go_by_label_not_by_who_came_first(
         for client in clients:
             await client.rest(await client.head())
             await client.__aexit__(None, None, None)
-    prompts = [seen.json()["prompt"] for seen in ollama.asked()]
+    prompts = [seen.json()["prompt"] for seen in ollama.asked("/api/generate")]
     assert prompts == ["held for anna", "omar 3", "anna 0", "anna 1", "anna 2"]
 
 
@@ -140,7 +140,10 @@ async def test_a_client_that_leaves_is_out_of_the_queue_at_once(
     assert (
         await ask(ollprox.port, "POST", "/call_model", question("on"), by("omar"))
     ).status == 200
-    assert [seen.json()["prompt"] for seen in ollama.asked()] == ["held for anna", "on"]
+    assert [seen.json()["prompt"] for seen in ollama.asked("/api/generate")] == [
+        "held for anna",
+        "on",
+    ]
 
 
 Message = Callable[[Any], str]
@@ -442,3 +445,26 @@ async def test_the_length_of_a_list_does_not_tell_of_models_that_a_key_may_not_u
         everything, allowed, full, head = (a.headers.get("content-length") for a in answers)
         assert everything == full != allowed
         assert head is None
+
+
+@pytest.mark.parametrize("size", [9, 100, 1000])
+async def test_a_list_is_filtered_however_small_the_cache_is(
+    launch: Start, ollama: StandIn, keys: Keys, size: int
+) -> None:
+    ollprox = await launch(API_KEY_FILE=keys(demo="models=m1", boss="admin"), CACHE_MAX_BYTES=size)
+    ollama.script.models = {f"m{number}:latest": "a" * 64 for number in range(5000)}
+    answer = await ask(ollprox.port, "GET", "/api/ps", headers=by("demo"))
+    assert [model["name"] for model in answer.json()["models"]] == ["m1:latest"]
+
+
+async def test_a_list_that_cannot_be_read_leaves_nothing_behind(
+    launch: Start, ollama: StandIn, keys: Keys
+) -> None:
+    ollprox = await launch(
+        API_KEY_FILE=keys(demo="models=m1", boss="admin"), CACHE_MAX_BYTES=9, MODEL_REFRESH=0
+    )
+    body = b"1" * (20 << 20)
+    ollama.script.raw = b"HTTP/1.1 200 X\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    assert (await ask(ollprox.port, "GET", "/api/ps", headers=by("demo"))).status == 502
+    metrics = await ask(ollprox.port, "GET", "/metrics", headers=by("boss"))
+    assert "ollprox_answers_under_way 0\n" in metrics.body.decode()
