@@ -77,11 +77,12 @@ fix: .venv/dev.stamp
 
 # Updates the pinned run-time dependencies, with hashes.
 pin: .venv/dev.stamp
-	$(BIN)/pip-compile -q --upgrade --generate-hashes --strip-extras --no-header \
-		--no-emit-index-url --no-emit-options -o requirements.txt requirements.in
+	for name in requirements requirements-shared; do \
+		$(BIN)/pip-compile -q --upgrade --generate-hashes --strip-extras --no-header \
+		--no-emit-index-url --no-emit-options -o $$name.txt $$name.in || exit; done
 
 audit: .venv/dev.stamp
-	$(BIN)/pip-audit --require-hashes -r requirements.txt
+	$(BIN)/pip-audit --require-hashes -r requirements.txt -r requirements-shared.txt
 
 clean:
 	rm -rf mutants .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis
@@ -100,6 +101,7 @@ tests/node/node_modules/.stamp: tests/node/package-lock.json
 		else mkdir -p $(@D) && rmdir $(@D); fi
 	@test ! -d $(@D) || touch $@
 
-.venv/dev.stamp: .venv/run.stamp requirements-dev.txt
+.venv/dev.stamp: .venv/run.stamp requirements-shared.txt requirements-dev.txt
+	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements-shared.txt
 	@$(BIN)/pip install -q --disable-pip-version-check -r requirements-dev.txt
 	@touch $@

@@ -35,6 +35,8 @@ from answers.models import RECHECK_INTERVAL, ModelWatch, PoolProbe, Probe
 from answers.permits import Permits
 from answers.questions import MAX_DIGITS
 from answers.schedule import CountedSlots
+from answers.shared import CONFIRM_INTERVAL, EPOCH_KEY, WATCH_INTERVAL, Codec, SharedCache
+from answers.shared_limits import SharedLimits
 from answers.stored import StoredAnswer
 from answers.turns import Ticket, Turns, fair_queue
 from cache import Budget, Cache
@@ -46,10 +48,11 @@ from settings import COMMAND, Settings, SettingsError, address, load, program_pa
 from watch.check import Mark, Report, memory, valid_until
 from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
-from watch.pages import Pages
+from watch.pages import Pages, drop
 from watch.telemetry import AccessLog, LineWriter, setup_logging
 from watch.usage import NOT_KEPT, Opened, Usage, UsageError, earlier, open_file, print_report
-from wire.http11 import Ask, parse_request_head
+from wire.forwarded import behind
+from wire.http11 import Ask, Exchange, parse_request_head
 from wire.pool import Pool
 from wire.roster import Health, Member, Slot
 from wire.server import Limits as ClientLimits
@@ -79,6 +82,8 @@ class Parts:
     metrics: Metrics
     usage: Usage | None
     server: Server
+    shared: SharedCache | None
+    shared_limits: SharedLimits | None
 
 
 def build(
@@ -100,13 +105,23 @@ def build(
         settings.queue_timeout,
         budget,
     )
+    exchange: Exchange = fair_queue(upstream.exchange)
+    limits = Limits(earlier=earlier(opened.kept, time.time())) if opened else Limits()
+    shared = shared_limits = None
+    if (valkey := startup.cache_server(settings)) is not None:
+        codec = Codec(startup.secret_bytes(settings.cache_secret))
+        shared = SharedCache(
+            valkey, codec, lambda: models, settings.cache_ttl, lambda: drop(cache, flights)
+        )
+        exchange = shared.before(exchange)
+        shared_limits = SharedLimits(valkey, codec)
+        limits.on_spend = shared_limits.spend
     flights = Flights(
         settings.cache_max_entry_bytes,
         budget,
-        fair_queue(upstream.exchange),
+        exchange,
         Timeouts(settings.write_timeout, settings.idle_timeout, settings.first_byte_timeout),
     )
-    limits = Limits(earlier=earlier(opened.kept, time.time())) if opened else Limits()
     permits = Permits(limits, turns)
     probe = PoolProbe(upstream) if isinstance(upstream, Pool) else Probe(upstream)
     metrics = Metrics(
@@ -118,6 +133,7 @@ def build(
         upstream_requests=lambda: upstream.requests,
         upstreams=lambda: _upstream_states(settings, upstream, probe, turns, metrics),
         queue=turns.snapshot,
+        shared=shared.counts if shared is not None else None,
         limits=lambda: [
             LimitRow(
                 used.key.label,
@@ -140,12 +156,15 @@ def build(
 
     flights.ended = flight_ended
     models = ModelWatch(probe, cache, flights, metrics.set_models)
-    pages = Pages(probe, cache, flights, metrics, permits, usage)
+    pages = Pages(probe, cache, flights, metrics, permits, usage, shared)
     routes = api.route_table(settings.max_object_bytes, settings.model_aliases)
     if several is not None:
         routes.hosts = frozenset(host.name.encode() for host in settings.hosts)
     gate = Gate(settings, keys, routes)
-    proxy = Proxy(settings, gate, routes, cache, flights, permits, models, pages.answer)
+    proxy = Proxy(
+        *(settings, gate, routes, cache, flights, permits, models, pages.answer),
+        *(shared, shared_limits),
+    )
     access_log = AccessLog(writer, settings.log_level)
 
     def done(record: Record) -> None:
@@ -155,8 +174,9 @@ def build(
         access_log(record)
 
     take = partial(take_credential, keys.salt, settings.api_key_in_path)
+    trusted = settings.trusted_proxies
     server = Server(
-        proxy.handle,
+        behind(proxy.handle, trusted) if trusted else proxy.handle,
         proxy.render_error,
         partial(parse_request_head, take_credential=take),
         done,
@@ -165,7 +185,7 @@ def build(
     certificate = startup.Certificate(settings) if settings.tls_cert_file else None
     return Parts(
         *(settings, keys, certificate, upstream, probe, models, flights, turns, metrics),
-        *(usage, server),
+        *(usage, server, shared, shared_limits),
     )
 
 
@@ -196,6 +216,8 @@ async def serve(parts: Parts) -> int:
     for chore in chores:
         chore.cancel()
     await asyncio.wait(chores)
+    if parts.shared is not None:
+        await parts.shared.server.close()
     parts.metrics.close()
     if parts.usage is not None:
         parts.usage.close()
@@ -231,6 +253,11 @@ def _chores(parts: Parts, signals: startup.Signals) -> Iterator[Coroutine[Any, A
     yield repeat(RECHECK_INTERVAL, parts.probe.recheck, parts.probe.due)
     if settings.model_refresh:
         yield repeat(settings.model_refresh, models.refresh, models.due)
+    if (shared := parts.shared) is not None:
+        yield repeat(WATCH_INTERVAL, shared.watch)
+        yield repeat(CONFIRM_INTERVAL, shared.flush, shared.news)
+    if (limits := parts.shared_limits) is not None:
+        yield repeat(CONFIRM_INTERVAL, limits.flush, limits.news)
     if isinstance(parts.upstream, Pool):
         parts.upstream.changed = partial(_on_change, parts)
         yield repeat(1.0, partial(_poll, parts.upstream, parts.turns))
@@ -448,6 +475,9 @@ def _check() -> int:
     with report.section("keys"):
         _check_keys(report, startup.open_keys(settings))
     asyncio.run(_check_ollama(report, _make_upstream(settings)))
+    if settings.cache_url:
+        with report.section("shared"):
+            asyncio.run(_check_shared_cache(report, settings))
     with report.section("TLS"):
         _check_certificate(report, settings)
     with report.section("limits"):
@@ -481,6 +511,15 @@ async def _check_ollama(report: Report, upstream: Upstream | Pool) -> None:
             none = "none yet; to get one: ollama pull llama2"
             report.say(Mark.WARN, "the list cannot be read" if found is None else none)
     await upstream.close()
+
+
+async def _check_shared_cache(report: Report, settings: Settings) -> None:
+    if (valkey := startup.cache_server(settings)) is None:
+        return
+    problem = await startup.try_cache(valkey, EPOCH_KEY)
+    await valkey.close()
+    what = f"does not answer yet: {problem}" if problem else "answers"
+    report.say(Mark.WARN if problem else Mark.OK, f"{settings.cache_server} {what}")
 
 
 def _check_certificate(report: Report, settings: Settings) -> None:

@@ -10,13 +10,14 @@ import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from access.rights import Key
-from answers.flight import Flight, Flights, Reader, Wants
+from answers.flight import Flight, Flights, Reader, Source, Wants
+from answers.limits import LimitReached
 from answers.lists import change_list, rename_model
 from answers.models import ModelChange, ModelWatch
 from answers.notes import JSON, progress_notes, too_large_error
@@ -24,6 +25,8 @@ from answers.ollama_api import Access, Form, Route, RouteTable, Upload
 from answers.permits import Permit, Permits
 from answers.questions import EXAMPLE, SHORT, Codec, Question, is_quick, large_question
 from answers.replay import as_object, replay
+from answers.shared import SharedCache
+from answers.shared_limits import Reservation, SharedLimits, refunding
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
@@ -36,6 +39,7 @@ from wire.http11 import (
     Head,
     Headers,
     HTTPError,
+    Lookup,
     Request,
     Response,
     end_to_end,
@@ -82,6 +86,10 @@ _DIRECTIVES = frozenset({b"cache-control", b"pragma"})
 _MAX_AGE = re.compile(rb'max-age="?(\d{1,9})"?')
 
 
+Reserved = Reservation | LimitReached | None
+"""A generation that was counted for all processes, or why it was not; None if it need not be."""
+
+
 class Decision(NamedTuple):
     """Where the answer to a request comes from: either `stored` or `flight` is set."""
 
@@ -104,6 +112,8 @@ class Proxy:
         permits: decides whether a generation may begin.
         models: knows the models' digests, and watches requests that change models.
         page: returns the OllProx page of that name, for the caller's key.
+        shared: where processes share answers; None if they do not.
+        shared_limits: where they count together; None if they do not.
 
     """
 
@@ -117,6 +127,8 @@ class Proxy:
         permits: Permits,
         models: ModelWatch,
         page: Callable[[str, Head, Key | None], Awaitable[Response]],
+        shared: SharedCache | None = None,
+        shared_limits: SharedLimits | None = None,
     ) -> None:
         self.settings = settings
         self.gate = gate
@@ -126,6 +138,8 @@ class Proxy:
         self.permits = permits
         self.models = models
         self.page = page
+        self.shared = shared
+        self.shared_limits = shared_limits
         self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
         # A separate pool, so that parsing never delays the reading of the key file.
         self._parsers = ThreadPoolExecutor(PARSERS, "parse")
@@ -159,7 +173,9 @@ class Proxy:
         record.model = question.model or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
-        decision = self._decide(request.head, question, admission, record.request_id)
+        asked = request.head, question, admission, record.request_id
+        alone = self.shared_limits is None
+        decision = self._decide(*asked) if alone else await self._decide_within_limits(*asked)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
             return self._hit(decision.stored, decision.age, question, record)
@@ -222,12 +238,14 @@ class Proxy:
                 del self._questions[next(iter(self._questions))]
         return question
 
-    def _scoped_key(self, question: Question, key: Key | None) -> bytes | None:
+    def _scoped_key(self, question: Question, admission: Admission) -> bytes | None:
         """Return the cache key, for this caller only if CACHE_PER_KEY is set.
 
         None if the answer may be neither stored nor shared.
         """
-        settings = self.settings
+        settings, key = self.settings, admission.key
+        if admission.target.startswith(HOST):
+            return None  # that server may have another model of the same name
         if settings.cache_only_deterministic and not question.deterministic:
             return None
         if question.key is not None and settings.cache_per_key and key is not None:
@@ -236,8 +254,45 @@ class Proxy:
 
     # Find or begin the answer.
 
-    def _decide(
+    def _is_at_hand(self, cache_key: bytes | None, directives: CacheDirectives) -> bool:
+        """Return whether a request would generate nothing, if it were decided now."""
+        if directives.only_if_cached:
+            return True
+        if cache_key is None or directives.reload or directives.private:
+            return False
+        answer = self.cache.get(cache_key)
+        if answer is not None and answer.age(time.time()) <= directives.max_age:
+            return True
+        return self._find_flight(cache_key, directives) is not None
+
+    async def _reserve(self, key: Key | None) -> Reserved:
+        """Count a generation for all processes, if they count together."""
+        if self.shared_limits is None or key is None or not (key.rate or key.tokens):
+            return None
+        try:
+            return await self.shared_limits.reserve(key)
+        except LimitReached as error:
+            return error
+
+    async def _decide_within_limits(
         self, head: Head, question: Question, admission: Admission, request_id: bytes
+    ) -> Decision:
+        """Decide within the limits that all processes count together; see `_decide`."""
+        reserved: Reserved = None
+        if admission.route.generates and not question.unloads:
+            cache_key = self._scoped_key(question, admission)
+            if not self._is_at_hand(cache_key, CacheDirectives.of(head)):
+                reserved = await self._reserve(admission.key)
+        with refunding(reserved):
+            return self._decide(head, question, admission, request_id, reserved)
+
+    def _decide(
+        self,
+        head: Head,
+        question: Question,
+        admission: Admission,
+        request_id: bytes,
+        reserved: Reserved = None,
     ) -> Decision:
         """Return the stored answer, the flight to join, or a new flight.
 
@@ -249,9 +304,7 @@ class Proxy:
 
         """
         directives = CacheDirectives.of(head)
-        cache_key = self._scoped_key(question, admission.key)
-        if admission.target.startswith(HOST):
-            cache_key = None  # that server may have another model of the same name
+        cache_key = self._scoped_key(question, admission)
         status = b"fwd=bypass"
         if cache_key is not None:
             answer, age, status = self._look_up(cache_key, directives)
@@ -259,13 +312,22 @@ class Proxy:
                 return Decision(Outcome.HIT, status, answer, age)
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
-        if directives.only_if_cached:
-            raise HTTPError(
-                504, "the answer is not in the cache, and the request has only-if-cached"
-            )
-        outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
         flight_key = None if directives.private else cache_key
-        flight = self._begin(head, question, admission, request_id, flight_key)
+        lookup = None if self.shared is None else self._lookup(flight_key, directives)
+        outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
+        begin = partial(self._begin, head, question, admission, request_id)
+        try:
+            if directives.only_if_cached:
+                raise HTTPError(
+                    504, "the answer is not in the cache, and the request has only-if-cached"
+                )
+            flight = begin(flight_key, lookup, reserved)
+        except HTTPError as error:
+            if lookup is None:
+                raise
+            # The shared cache may have it. Nobody may join, since others want it even if not.
+            refusal = HTTPError(error.status, error.message, error.headers)
+            outcome, flight = Outcome.REFUSED, begin(None, replace(lookup, refusal=refusal))
         return Decision(outcome, b"OllProx; " + status, flight=flight)
 
     def _look_up(
@@ -282,6 +344,12 @@ class Proxy:
             return None, age, b"fwd=request"
         return answer, age, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
 
+    def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
+        """Return what may be looked up in the shared cache."""
+        if flight_key is None or directives.reload:
+            return None
+        return Lookup(flight_key, directives.max_age)
+
     def _find_flight(self, cache_key: bytes, directives: CacheDirectives) -> Flight | None:
         """Return the flight that a request may join, if there is one."""
         if directives.reload or directives.private:
@@ -295,12 +363,16 @@ class Proxy:
         admission: Admission,
         request_id: bytes,
         flight_key: bytes | None,
+        lookup: Lookup | None,
+        reserved: Reserved = None,
     ) -> Flight:
         """Begin a flight and charge the caller's key. Raises HTTPError 429, 503."""
         route, model = admission.route, normalize_model(question.model)
-        permit = None
-        if route.generates and not question.unloads and admission.key is not None:
-            permit = self.permits.admit(admission.key, model, question.size)
+        permit, wanted = None, lookup is None or lookup.refusal is None
+        if wanted and route.generates and not question.unloads and admission.key is not None:
+            if isinstance(reserved, LimitReached):
+                raise reserved
+            permit = self.permits.admit(admission.key, model, question.size, reserved)
         cacheable = question.key is not None
         # The body is sent decompressed.
         via = head.get(b"via")
@@ -315,6 +387,7 @@ class Proxy:
                 question.body,
                 model=model,
                 ticket=permit.ticket if permit is not None else None,
+                lookup=lookup,
             ),
             route.codec.notes if route.codec else progress_notes,
             partial(self._store, flight_key) if flight_key is not None else None,
@@ -342,7 +415,7 @@ class Proxy:
             raise _too_large(limit)
         permit = None
         if route.generates and admission.key is not None:
-            permit = self.permits.admit(admission.key, "", 0)
+            permit = await self._admit_upload(admission.key)
         change = ModelChange(self.models) if route.manages else None
         pieces = request.pieces() if limit is None else request.pieces(limit)
         body = pieces if change is None else _noted(pieces, change)
@@ -361,11 +434,21 @@ class Proxy:
         response = self._replay(flight.join(), route.form, record)
         return await (response if change is None else change.settled(response))
 
+    async def _admit_upload(self, key: Key) -> Permit:
+        """Let a generation begin whose prompt is not read. Raises HTTPError 429, 503."""
+        reserved = await self._reserve(key)
+        if isinstance(reserved, LimitReached):
+            raise reserved
+        with refunding(reserved):
+            return self.permits.admit(key, "", 0, reserved)
+
     def _store(self, cache_key: bytes, flight: Flight) -> bool:
         """Store a complete answer; return whether it was stored."""
         answer = stored_answer(flight, flight.whole(), self.models.digest(flight.model))
         if answer is None or answer.size > self.settings.cache_max_entry_bytes:
             return False
+        if self.shared is not None and flight.source is Source.GENERATED:
+            self.shared.store(cache_key, answer, flight.began)
         return self.cache.put(cache_key, answer)
 
     def _heartbeat(self, route: Route, question: Question) -> float:
@@ -396,6 +479,8 @@ class Proxy:
         finally:
             if flight.permit is not None:
                 record.queued = _queued(flight.permit, record)
+        if flight.cache_status:
+            self._note_source(flight, record)
         is_late = flight.born is None  # a heartbeat came before the head: it may still be queued
         ended = isinstance(response.body, bytes)  # else it is not known yet if it is stored
         if ended and flight.stored and record.outcome is Outcome.MISS:
@@ -415,6 +500,14 @@ class Proxy:
 
         response.release = release
         return response
+
+    def _note_source(self, flight: Flight, record: Record) -> None:
+        """Note in the record what the shared cache says of an answer."""
+        record.cache_status = flight.cache_status + b", " + record.cache_status
+        if flight.source is Source.SHARED_CACHE and flight.born is not None:
+            record.headers += ((b"Age", b"%d" % max(0, time.time() - flight.born)),)
+            if record.outcome is not Outcome.COLLAPSED:
+                record.outcome = Outcome.HIT
 
 
 NO_ROUTE = Record.route

@@ -11,9 +11,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote_to_bytes, urlsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
 
 def _place() -> tuple[Path, str]:
@@ -226,6 +227,71 @@ def _aliases(text: str) -> tuple[tuple[str, str], ...]:
 _MODEL_NAME = re.compile(r"[a-zA-Z0-9][\w.:@/-]{0,255}", re.ASCII)
 
 
+def _networks(text: str) -> tuple[IPv4Network | IPv6Network, ...]:
+    found = []
+    for part in _labels(text):
+        try:
+            found.append(ip_network(part))
+        except ValueError:
+            wanted = "must be IP addresses and networks, such as 127.0.0.1,10.0.0.0/8,fd00::/8"
+            raise ValueError(wanted, part) from None
+    return tuple(found)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheServer:
+    """A Valkey or Redis server: where it is, and how to log in."""
+
+    host: str
+    port: int
+    tls: bool
+    database: int
+    user: str = field(repr=False)
+    password: str = field(repr=False)
+
+    def __str__(self) -> str:
+        """Write it as a URL without user and password."""
+        scheme = "valkeys" if self.tls else "valkey"
+        return f"{scheme}://{address(self.host, self.port)}/{self.database}"
+
+
+_CACHE_SCHEMES = {"redis": False, "valkey": False, "rediss": True, "valkeys": True}  # with TLS?
+
+
+def _cache_server(text: str) -> CacheServer:
+    """Parse CACHE_URL. Options in its query would include one that turns verification off."""
+    wrong = ValueError(
+        "must be a URL such as valkey://USER:PASSWORD@127.0.0.1:6379/0, with the scheme valkey or"
+        " redis, or with valkeys or rediss for TLS; in user and password, percent-encode what is"
+        " not a letter or a digit"
+    )
+    try:
+        url = urlsplit(text.strip())
+        port = 6379 if url.port is None else url.port
+    except ValueError:
+        raise wrong from None
+    database = url.path.removeprefix("/") or "0"
+    good = url.scheme in _CACHE_SCHEMES and url.hostname and re.fullmatch(r"\d{1,5}", database)
+    if not good or not port or url.query or url.fragment or not text.isascii():
+        raise wrong
+    user, password = unquote(url.username or ""), unquote(url.password or "")
+    tls, host = _CACHE_SCHEMES[url.scheme], _host(url.hostname or "")
+    return CacheServer(host, port, tls, int(database), user, password)
+
+
+def _cache_url(text: str) -> str:
+    _cache_server(text)
+    return text
+
+
+def _cache_secret(text: str) -> str:
+    if len(text.encode("utf-8", "surrogateescape")) < 16:
+        raise ValueError(
+            f"must have 16 bytes or more; `{COMMAND} keys salt` makes one, for all processes"
+        )
+    return text
+
+
 def _setting(default: Any, parse: Callable[[str], Any], *, secret: bool = False) -> Any:
     return field(default=default, metadata={"parse": parse}, repr=not secret)
 
@@ -258,6 +324,11 @@ class Settings:
     cache_max_entry_bytes: int = _setting(8 << 20, _positive_size)
     cache_only_deterministic: bool = _setting(False, _switch)
     cache_per_key: bool = _setting(False, _switch)
+    cache_url: str = _setting("", _cache_url, secret=True)
+    cache_secret: str = _setting("", _cache_secret, secret=True)
+    cache_ca_file: str = _setting("", str)
+    cache_timeout: float = _setting(0.05, _seconds)
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting((), _networks)
     model_refresh: float = _setting(30.0, _seconds_or_off)
     model_aliases: tuple[tuple[str, str], ...] = _setting((), _aliases)  # alias, model
     usage_file: str = _setting("", str)
@@ -298,6 +369,11 @@ class Settings:
         return "https" if self.tls_cert_file else "http"
 
     @property
+    def cache_server(self) -> CacheServer | None:
+        """The server of the shared cache; None if there is none."""
+        return _cache_server(self.cache_url) if self.cache_url else None
+
+    @property
     def upstream_address(self) -> str:
         """Host and port of upstream, as in a URL or a `Host` header."""
         return address(self.ollama_host, self.ollama_port)
@@ -326,7 +402,8 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
             chosen[item.name] = item.metadata["parse"](text.strip() if item.repr else text)
         except ValueError as error:
             wanted, bad = (*error.args, text.strip())[:2]  # a list's error also has the bad item
-            raise SettingsError(f"{name} {wanted}, not {bad[:60]!r}") from None
+            shown = f", not {bad[:60]!r}" if item.repr else " (not shown)"
+            raise SettingsError(f"{name} {wanted}{shown}") from None
     hosts = parse_hosts(
         chosen.get("ollama_host", Settings().ollama_host),
         chosen.get("ollama_port"),
@@ -341,6 +418,11 @@ def load(environ: Mapping[str, str], env_file: Path = ROOT / ".env") -> Settings
     settings = Settings(**chosen)
     if bool(settings.tls_cert_file) != bool(settings.tls_key_file):
         raise SettingsError("TLS_CERT_FILE and TLS_KEY_FILE go together: set both, or neither")
+    if settings.cache_url and not settings.cache_secret:
+        raise SettingsError(
+            "CACHE_URL needs CACHE_SECRET, the same in all processes:"
+            f" `{COMMAND} keys salt` makes one"
+        )
     return settings
 
 

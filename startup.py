@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import errno
 import gc
+import hmac
 import json
 import logging
 import math
@@ -24,6 +25,7 @@ from answers.models import describe_response
 from keystore import KeyStore
 from settings import COMMAND, ROOT, Host, Settings, SettingsError, address, program_path
 from wire.http11 import HTTPError
+from wire.valkey import Unavailable, Valkey, open_valkey
 
 try:
     import resource
@@ -63,12 +65,12 @@ def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
         raise SettingsError(f"KEY_DEFAULTS: {error}") from None
     keys = KeyStore.open(
         path,
-        settings.api_key_salt.encode("utf-8", "surrogateescape"),
+        secret_bytes(settings.api_key_salt),
         admin_labels=settings.admin_labels,
         defaults=defaults,
         refresh=settings.key_refresh,
     )
-    if salt and not settings.api_key_salt:
+    if (salt := _shared_salt(settings) or salt) and not settings.api_key_salt:
         keys.salt = salt
     if path is None:
         _warn_without_a_file(settings)
@@ -90,6 +92,18 @@ def open_keys(settings: Settings, salt: bytes = b"") -> KeyStore:
             path,
         )
     return keys
+
+
+def _shared_salt(settings: Settings) -> bytes:
+    """Return a salt that all processes with one CACHE_SECRET have; empty without a secret."""
+    if not settings.cache_secret:
+        return b""
+    return hmac.digest(secret_bytes(settings.cache_secret), b"ollprox salt", "sha256")
+
+
+def secret_bytes(text: str) -> bytes:
+    """Return a secret of the settings as the bytes that the environment has."""
+    return text.encode("utf-8", "surrogateescape")
 
 
 def _warn_without_a_file(settings: Settings) -> None:
@@ -185,12 +199,13 @@ def host_of_container(settings: Settings, outside: str = OUTSIDE) -> str | None:
 
 
 def describe(settings: Settings, keys: KeyStore) -> str:
-    """Return three lines that summarize the settings."""
+    """Return a few lines that summarize the settings."""
     source = f"from {keys.path}" if keys.path else "(API_KEY_FILE is not set)"
+    shared = f"\nshared cache  {settings.cache_server}" if settings.cache_url else ""
     return (
         f"forwards to   {describe_hosts(settings)}\n"
         f"API keys      {len(keys) or 'none'} {source}\n"
-        f"cache         {describe_cache(settings)}"
+        f"cache         {describe_cache(settings)}{shared}"
     )
 
 
@@ -287,6 +302,55 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
         raise SettingsError(f"OLLAMA_CA_FILE: {path}: {_tls_reason(error)}") from None
 
 
+def cache_server(settings: Settings) -> Valkey | None:
+    """Return the server of the shared cache, not connected yet; None if there is none.
+
+    Raises:
+        SettingsError: redis-py is not installed, or CACHE_CA_FILE cannot be used.
+
+    """
+    server = settings.cache_server
+    if server is None:
+        return None
+    path = str(program_path(settings.cache_ca_file)) if settings.cache_ca_file else None
+    try:
+        if server.tls:
+            ssl.create_default_context(cafile=path)  # redis-py would not say what is wrong
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"CACHE_CA_FILE: {path}: {_tls_reason(error)}") from None
+    try:
+        return open_valkey(server, settings.cache_timeout, path)
+    except ModuleNotFoundError:
+        raise SettingsError(
+            "CACHE_URL needs redis-py: run"
+            f" `{sys.executable} -m pip install -r requirements-shared.txt`, or leave it empty"
+        ) from None
+
+
+async def try_cache(server: Valkey, key: bytes) -> str:
+    """Read a key on the server of the shared cache; return why that failed, empty if it worked."""
+    try:
+        await server.call("MGET", key)
+    except Unavailable as error:
+        return str(error)
+    return ""
+
+
+def _warn_about_the_shared_cache(settings: Settings) -> None:
+    """Warn about settings that have no effect, or that keep the shared cache from working."""
+    server = settings.cache_server
+    if server is None:
+        if settings.cache_secret or settings.cache_ca_file:
+            log.warning("CACHE_SECRET and CACHE_CA_FILE have no effect without CACHE_URL")
+        return
+    if not settings.model_refresh:
+        log.warning("MODEL_REFRESH=0: the digests of models are not known, so no answer is shared")
+    if not settings.cache_ttl:
+        log.warning("CACHE_TTL=0: no answer is stored, so none is shared")
+    if settings.cache_ca_file and not server.tls:
+        log.warning("CACHE_CA_FILE has no effect: the scheme of CACHE_URL is without TLS")
+
+
 def check(settings: Settings) -> None:
     """Warn about settings that are probably wrong; check the address and the certificates.
 
@@ -313,6 +377,8 @@ def check(settings: Settings) -> None:
             f"LISTEN_HOST must be an address of this machine, not {settings.listen_host!r}"
         ) from None
     upstream_tls(settings)
+    cache_server(settings)
+    _warn_about_the_shared_cache(settings)
     if settings.tls_cert_file:
         Certificate(settings)
 

@@ -113,7 +113,10 @@ class Flight:
         self.headers: Headers = ()
         self.length: int | None = None
         self.notes: Notes | None = None  # set when the response's head arrives
-        self.born: float | None = None  # when that head arrived, in seconds since 1970
+        self.born: float | None = None  # when that head first came, in seconds since 1970
+        self.cache_status = b""  # what the shared cache says of it
+        # Seconds that the answer may be old when it arrives; a new one is not old.
+        self.may_be_old = ask.lookup.max_age if ask.lookup is not None else 0.0
         self.usage = NO_USAGE  # set at its end
         self.ending: Ending | None = None
         self.error: HTTPError | None = None
@@ -237,9 +240,9 @@ class Flight:
                 self.notes = notes = self._make_notes(response)
                 self.status, self.headers = response.status, response.headers
                 self.length = response.length
-                self.born = self._flights.clock()
-                if not response.storable:  # it is meant for one client
-                    self._flights.ground_one(self)
+                self.born, self.cache_status = self._flights.clock(), response.cache_status
+                if response.born is not None or not response.storable:
+                    self._note_origin(response)
                 for reader in self.readers:
                     reader.choose(notes)
                 self._wake_readers(everyone=True)
@@ -256,6 +259,16 @@ class Flight:
         except Exception:
             log.exception("a flight failed because of a bug in OllProx")
             self._fail(HTTPError(500, "OllProx failed; its log has the details"))
+
+    def _note_origin(self, response: Response) -> None:
+        """Note that the answer is meant for one client, or was generated before."""
+        if not response.storable:
+            self._flights.ground_one(self)
+        if response.born is not None:
+            self.source, self.born = Source.SHARED_CACHE, response.born
+            if self.permit is not None:  # nothing is generated
+                self.permit.give_back()
+                self.permit = None
 
     def _fail(self, error: HTTPError) -> None:
         notes = self.notes
@@ -607,8 +620,9 @@ class Flights:
         flights = self._by_key.get(key)
         if not flights or not flights[-1].joinable:
             return None
-        born = flights[-1].born
-        return flights[-1] if born is None or self.clock() - born <= max_age else None
+        flight = flights[-1]
+        age = flight.may_be_old if flight.born is None else self.clock() - flight.born
+        return flight if age <= max_age else None
 
     def begin(
         self,

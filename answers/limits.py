@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from access.rights import Key, Limit
 from wire.http11 import HTTPError
@@ -103,16 +104,28 @@ def _count(events: deque[Event], now: float, amount: int, step: float) -> Event:
     return event
 
 
+class Reserved(Protocol):
+    """A generation that was counted elsewhere too; `answers.shared_limits.Reservation`."""
+
+    used: bool
+
+    def refund(self) -> None:
+        """Do not count it after all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Charge:
     """A counted generation, which can be refunded if it never began."""
 
     _events: tuple[Event, ...]
+    _reserved: Reserved | None = None
 
     def refund(self) -> None:
         """Take the count back. Call it at most once."""
         for event in self._events:
             event.amount -= 1
+        if self._reserved is not None:
+            self._reserved.refund()
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +153,26 @@ class Limits:
 
     """
 
+    on_spend: Callable[[Key, int], None]
+    """Called with the tokens of each answer of a key that has a limit."""
+
     def __init__(
         self,
         clock: Callable[[], float] = time.monotonic,
         earlier: Callable[[Key], Iterable[tuple[float, int]]] = lambda key: (),
     ) -> None:
+        self.on_spend = lambda key, tokens: None
         self._clock = clock
         self._earlier = earlier
         self._rates: dict[bytes, SlidingLog] = {}  # by the key's digest
         self._tokens: dict[bytes, SlidingLog] = {}
 
-    def admit(self, key: Key) -> Charge:
+    def admit(self, key: Key, reserved: Reserved | None = None) -> Charge:
         """Count a generation before it begins.
+
+        Args:
+            key: of the caller.
+            reserved: that the generation was counted for all processes too.
 
         Raises:
             LimitReached: 429; nothing was counted.
@@ -164,10 +185,13 @@ class Limits:
                 if log is not None and (wait := log.free_in(limit, now)):
                     raise LimitReached(what, limit, wait)
         rates = self._log(self._rates, key, key.rate, now)
-        return Charge(rates.add(now, 1) if rates is not None else ())
+        if reserved is not None:
+            reserved.used = True
+        return Charge(rates.add(now, 1) if rates is not None else (), reserved)
 
     def spend(self, key: Key, tokens: int) -> None:
         """Count the tokens of an answer at its end."""
+        self.on_spend(key, tokens)
         now = self._clock()
         log = self._log(self._tokens, key, key.tokens, now)
         if log is not None and tokens:

@@ -205,6 +205,8 @@ class ModelWatch:
     ) -> None:
         self.due = asyncio.Event()
         """Set it to read the list again at once."""
+        self.listed_at = 0.0
+        """When the newest list was asked for, on the monotonic clock."""
         self._probe = probe
         self._cache = cache
         self._flights = flights
@@ -212,18 +214,26 @@ class ModelWatch:
         self._digests: dict[str, str] | None = None  # each model's, as last listed
 
     def digest(self, model: str) -> str:
-        """Return the digest of a model, by its normalized name; empty if it is not known."""
-        return (self._digests or {}).get(model, "")
+        """Return the digest of a model, by its normalized name; empty if it is not known.
+
+        Of a model that runs elsewhere it is not known: the list has the digest of a stub.
+        """
+        digest = (self._digests or {}).get(model, "")
+        return "" if digest.startswith(api.REMOTE) else digest
 
     async def refresh(self) -> bool:
         """Drop the answers of every model whose digest has changed since the last call.
 
         Returns False if there was nothing to compare: the list cannot be read, or is the first.
         """
+        asked = time.monotonic()
         found = await self._probe.digests()
         if found is None:
             self._digests = self._digests or {}  # then every model of the next list is new
             return False
+        if asked < self.listed_at:
+            return True  # a list that was asked for later came first
+        self.listed_at = asked
         before, self._digests = self._digests, found
         if found != before:
             self._on_list(found)

@@ -100,11 +100,20 @@ class Route:
         return self.codec is not None and self.form is not Form.OLLAMA
 
 
+REMOTE = "remote:"
+
+
 def digests(body: bytes) -> dict[str, str] | None:
-    """Return each model's digest in `/api/tags` by its normalized name; None if malformed."""
+    """Return each model's digest in `/api/tags` by its normalized name; None if malformed.
+
+    The digest of a model that runs elsewhere is that of a local stub, and begins with `REMOTE`.
+    """
     try:
         models = json.loads(body)["models"]
         found = {normalize_model(model["name"]): model["digest"] for model in models}
+        for model in models:
+            if model.get("remote_host"):
+                found[normalize_model(model["name"])] = f"{REMOTE}{model['digest']}"
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     good = all(name and isinstance(digest, str) and digest for name, digest in found.items())

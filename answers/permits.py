@@ -7,7 +7,7 @@ caller that would have begun the flight. The flight returns the permit when it e
 from typing import NamedTuple
 
 from access.rights import Key
-from answers.limits import Charge, Limits
+from answers.limits import Charge, Limits, Reserved
 from answers.turns import Ticket, Turns
 from record import Usage
 from wire.http11 import HTTPError
@@ -24,6 +24,13 @@ class Permit(NamedTuple):
     ticket: Ticket | None
     charge: Charge | None
     limits: Limits
+
+    def give_back(self) -> None:
+        """Give it back unused: nothing was generated."""
+        if self.ticket is not None:
+            self.ticket.withdraw()
+        if self.charge is not None:
+            self.charge.refund()
 
     def end(self, usage: Usage) -> None:
         """Return the permit when the answer ends, and count the generated tokens."""
@@ -43,20 +50,21 @@ class Permits(NamedTuple):
     limits: Limits
     turns: Turns
 
-    def admit(self, key: Key, model: str, size: int) -> Permit:
+    def admit(self, key: Key, model: str, size: int, reserved: Reserved | None = None) -> Permit:
         """Return a permit for a generation.
 
         Args:
             key: of the caller; it is charged.
             model: normalized name; empty if unknown.
             size: of the prompt in bytes; held in the budget while it waits.
+            reserved: what `SharedLimits.reserve` returned.
 
         Raises:
             HTTPError: 429 if the key has reached a limit or its label's queue is full, 503 if
                 OllProx is stopping or out of memory; all with Retry-After.
 
         """
-        charge = self.limits.admit(key) if key.rate or key.tokens else None
+        charge = self.limits.admit(key, reserved) if key.rate or key.tokens else None
         if not self.turns.bounds(key):
             return Permit(key, None, charge, self.limits)
         try:

@@ -33,10 +33,10 @@ HEAD = (
     b"Date: %b\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
 DATE = 1795425020  # seconds: the Monday of the lines above
-VERSION = (
-    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 20\r\n\r\n"
-    b'{"version":"0.13.5"}'
-)
+# Of a version and of a list of models at once: an answer to each GET.
+ABOUT = b'{"version":"0.13.5","models":[{"name":"llama2:latest","digest":"751f8a18b021"}]}'
+_OK = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b"
+VERSION = _OK % (len(ABOUT), ABOUT)
 
 
 def chunk(line: bytes) -> bytes:

@@ -7,7 +7,9 @@ import shutil
 import ssl
 import sys
 from collections.abc import AsyncIterator, Callable
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -99,6 +101,72 @@ async def test_compose_starts_an_ollama_only_when_asked(tmp_path: Path) -> None:
     assert sorted(both.split()) == ["ollama", "ollprox"]
 
 
+async def test_the_cluster_of_compose_is_valid(tmp_path: Path) -> None:
+    docker = tool("docker")
+    (tmp_path / "deploy").mkdir()
+    for name in ("compose.cluster.yml", "nginx-cluster.conf"):
+        shutil.copy(DEPLOY / name, tmp_path / "deploy")
+    (tmp_path / ".env").touch()
+    compose = [docker, "compose", "--file", str(tmp_path / "deploy" / "compose.cluster.yml")]
+    try:
+        await run(*compose, "version")
+    except AssertionError:
+        pytest.skip("needs docker compose")
+    services = (await run(*compose, "config", "--services")).split()
+    assert sorted(services) == ["nginx", "ollprox-1", "ollprox-2", "ollprox-3", "valkey"]
+
+
+def manifests() -> list[Any]:
+    yaml = pytest.importorskip("yaml", reason="needs kubernetes-validate")
+    return list(yaml.safe_load_all((DEPLOY / "kubernetes.yaml").read_text()))
+
+
+def test_the_manifests_match_the_schemas_of_kubernetes() -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    for manifest in manifests():
+        validator.validate(manifest, "1.32", strict=True)
+
+
+def test_the_pods_are_restricted_and_find_their_settings() -> None:
+    by_kind: dict[str, list[Any]] = {}
+    for manifest in manifests():
+        by_kind.setdefault(manifest["kind"], []).append(manifest)
+    for workload in (*by_kind["StatefulSet"], *by_kind["Deployment"]):
+        template = workload["spec"]["template"]
+        labels = workload["spec"]["selector"]["matchLabels"]
+        assert labels.items() <= template["metadata"]["labels"].items()
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["terminationGracePeriodSeconds"] > Settings().drain_timeout
+        for container in pod["containers"]:
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounts == {volume["name"] for volume in pod["volumes"]}
+    settings = by_kind["ConfigMap"][0]["data"] | by_kind["Secret"][0]["stringData"]
+    assert not settings.keys() - {field.name.upper() for field in fields(Settings)}
+    pods = {f"ollprox-{n}" for n in range(by_kind["StatefulSet"][0]["spec"]["replicas"])}
+    selected = {
+        service["metadata"]["name"]
+        for service in by_kind["Service"]
+        if "statefulset.kubernetes.io/pod-name" in service["spec"]["selector"]
+    }
+    assert pods == selected
+    conf = by_kind["ConfigMap"][1]["data"]["default.conf"]
+    assert set(re.findall(r"server (\S+):8000 ", conf)) == pods
+
+
+def test_the_front_of_kubernetes_is_that_of_the_other_clusters() -> None:
+    conf = next(m for m in manifests() if m["metadata"]["name"] == "ollprox-front")
+    text = conf["data"]["default.conf"].replace("listen 8080;", "listen 8000;")
+    for number in range(3):
+        text = text.replace(f"ollprox-{number}:8000", f"127.0.0.1:{8001 + number}")
+    assert text in (DEPLOY / "nginx-cluster.conf").read_text()
+
+
 def test_times_fit_those_of_ollprox() -> None:
     def seconds(name: str, pattern: str) -> int:
         match = re.search(pattern, (ROOT / name).read_text())
@@ -112,6 +180,16 @@ def test_times_fit_those_of_ollprox() -> None:
     assert seconds("deploy/nginx.conf", r"proxy_read_timeout (\d+)s") > longest
     assert seconds("deploy/nginx.conf", r"keepalive_timeout (\d+)s") < default.keepalive_timeout
     assert seconds("deploy/Caddyfile", r"keepalive (\d+)s") < default.keepalive_timeout
+    longest += default.queue_timeout
+    for name in ("nginx-cluster.conf", "kubernetes.yaml"):
+        assert seconds(f"deploy/{name}", r"proxy_read_timeout (\d+)s") > longest
+    for side in ("client", "server"):
+        assert seconds("deploy/haproxy.cfg", rf"timeout {side} (\d+)s") > longest
+    grace = seconds("deploy/compose.cluster.yml", r"stop_grace_period: (\d+)s")
+    assert grace > default.drain_timeout
+    for size in ("client_max_body_size", "client_body_buffer_size"):
+        megabytes = seconds("deploy/nginx-cluster.conf", rf"{size} (\d+)m")
+        assert megabytes << 20 >= default.max_body_bytes
 
 
 # In front of OllProx.

@@ -28,11 +28,12 @@ NODE = Path(__file__).parent / "node"
 TROUBLES = (ROOT / "docs/troubleshooting.md").read_text()
 METRICS = (ROOT / "docs/metrics.md").read_text()
 # All but deploying.md, whose commands are for root: what they lead to is tried in test_deploy.py;
+# scaling.md, of which test_cluster.py and test_shared_cache.py try the files and the ACL;
 # and install.md, whose commands need a network: test_install.py does without.
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text()
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    if path.name not in {"deploying.md", "install.md"}
+    if path.name not in {"deploying.md", "scaling.md", "install.md"}
 }
 MAX_WORDS = 1100  # of the README beside tables and code: five minutes
 
@@ -449,7 +450,12 @@ def test_every_path_is_in_the_readme() -> None:
 async def test_every_metric_is_in_the_table(launch: Start, ollama: StandIn, tmp_path: Path) -> None:
     other = StandIn(Script(models={"llama2:latest": "b" * 64}))  # so that there is a conflict
     hosts = f"127.0.0.1:{ollama.port},127.0.0.1:{await other.start()}"
-    ollprox = await launch(OLLAMA_HOST=hosts, USAGE_FILE=tmp_path / "usage.db")
+    ollprox = await launch(
+        OLLAMA_HOST=hosts,
+        USAGE_FILE=tmp_path / "usage.db",
+        CACHE_URL="valkey://127.0.0.1:1",  # where nothing listens
+        CACHE_SECRET="a secret for this test",
+    )
     await ask(ollprox.port, "POST", "/call_model", question())
     await ask(ollprox.port, "GET", "/health")
     text = (await ask(ollprox.port, "GET", "/metrics")).body.decode()

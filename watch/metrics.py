@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from answers.flight import Ending, Flight, Flights
+from answers.flight import Ending, Flight, Flights, Source
+from answers.shared import Counts as SharedCounts
 from cache import Cache
 from keystore import KeyStore
 from record import Outcome, Record, Usage
@@ -304,6 +305,7 @@ class Metrics:
         queue: the fair queue; `Turns.snapshot`.
         limits: how much of their limits the labels have used.
         usage: how the usage file is doing; None if there is none.
+        shared: what the shared cache has done; None if there is none.
 
     """
 
@@ -318,6 +320,7 @@ class Metrics:
     limits: Callable[[], Sequence[Limit]] = lambda: ()
     usage: "UsageState | None" = None
     started: float = field(default_factory=time.time)
+    shared: Callable[[], SharedCounts] | None = None
 
     def __post_init__(self) -> None:
         self._requests: dict[tuple[str, int, Outcome], int] = defaultdict(int)
@@ -412,13 +415,15 @@ class Metrics:
             self._errors[kind] += 1
             minute.errors += kind != "incomplete"
         usage = flight.usage
-        self._generated.add(usage)
+        generated = flight.source is Source.GENERATED
+        if generated:
+            self._generated.add(usage)
         if flight.permit is not None:
             self._ended_tokens += usage.tokens or usage.lines
         received = flight.served + len(flight.readers)
         if flight.ending is Ending.COMPLETE and received > 1:
             self._shared.add(usage, received - 1)
-        if usage.tokens or usage.prompt_tokens:
+        if generated and (usage.tokens or usage.prompt_tokens):
             self._add_tokens(flight, usage)
 
     def _add_tokens(self, flight: Flight, usage: Usage) -> None:
@@ -531,6 +536,7 @@ class Metrics:
                 "evictions": self.cache.evictions,
                 "expiries": self.cache.expiries,
             },
+            "shared": self.shared()._asdict() if self.shared is not None else None,
             "keys": len(self.keys),
             "connections": self.connections(),
             "upstreams": [state._asdict() for state in self.upstreams()],
@@ -648,6 +654,7 @@ class Metrics:
                 *self._label_rows(viewer),
                 *self._part_rows(),
                 *self._usage_file_rows(),
+                *self._shared_rows(),
                 *process_rows(self.started),
             )
         )
@@ -762,6 +769,23 @@ class Metrics:
         )
         for kind, name, meaning, value in rows:
             yield Row(kind, f"ollprox_{name}", meaning, value)
+
+    def _shared_rows(self) -> Iterator[Row]:
+        if self.shared is None:
+            return
+        counts = self.shared()
+        meaning = "1 if the shared cache is used, else 0."
+        yield Row("gauge", "ollprox_shared_cache_up", meaning, int(counts.up))
+        found = ("hits", "misses", "unavailable")
+        lookups = [({"result": name}, getattr(counts, name)) for name in found]
+        meaning = "Lookups in the shared cache, by result."
+        yield Row("counter", "ollprox_shared_cache_lookups_total", meaning, lookups)
+        meaning = "Answers written to the shared cache."
+        yield Row("counter", "ollprox_shared_cache_writes_total", meaning, counts.writes)
+        meaning = "Answers that could not be written."
+        yield Row("counter", "ollprox_shared_cache_dropped_writes_total", meaning, counts.dropped)
+        meaning = "Commands that failed."
+        yield Row("counter", "ollprox_shared_cache_errors_total", meaning, counts.errors)
 
     def _usage_file_rows(self) -> Iterator[Row]:
         if (usage := self.usage) is None:

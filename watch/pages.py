@@ -14,6 +14,7 @@ from answers.flight import Flights
 from answers.models import Probe
 from answers.notes import JSON
 from answers.permits import Permits
+from answers.shared import SharedCache
 from answers.stored import StoredAnswer
 from cache import Cache
 from settings import normalize_model
@@ -35,6 +36,7 @@ class Pages:
         metrics: the figures.
         permits: the limits of keys, and the queue.
         usage: the usage by day; None if it is not kept.
+        shared: the shared cache, which `DELETE /cache` drops too; None if there is none.
 
     """
 
@@ -46,12 +48,14 @@ class Pages:
         metrics: Metrics,
         permits: Permits,
         usage: Usage | None = None,
+        shared: SharedCache | None = None,
     ) -> None:
         self._probe = probe
         self._cache = cache
         self._flights = flights
         self._metrics = metrics
         self._permits = permits
+        self._shared = shared
         self._dashboard = pkgutil.get_data("watch", "dashboard.html") or b""  # also in a zip
         self._usage = usage
         self._policy = _policy(self._dashboard)
@@ -145,15 +149,28 @@ class Pages:
         return Response(200, ((b"Content-Type", kind), *_FRESH), text.encode())
 
     async def _drop(self, head: Head, key: Key | None) -> Response:
-        """Drop all stored answers, or those of `?model=NAME`; ground the answers under way."""
+        """Drop all stored answers, or those of `?model=NAME`; ground the answers under way.
+
+        The shared cache is dropped as a whole, and so is what other processes have in memory.
+        """
         wanted = parse_qsl(head.query.decode("latin-1"), keep_blank_values=True)
         names = [value for name, value in wanted if name == "model" and value]
         if len(wanted) > 1 or len(names) != len(wanted):
             raise HTTPError(400, "DELETE /cache takes at most one parameter, ?model=NAME")
         model = normalize_model(names[0]) if names else None
-        dropped = self._cache.drop(lambda answer: model in {None, answer.model})
-        self._flights.ground(lambda name: model in {None, name})
+        dropped = drop(self._cache, self._flights, model)
+        if self._shared is not None:
+            try:
+                await self._shared.purge()
+            finally:  # meanwhile old answers may have come from it
+                dropped += drop(self._cache, self._flights, model)
         return _json({"dropped": dropped})
+
+
+def drop(cache: Cache[StoredAnswer], flights: Flights, model: str | None = None) -> int:
+    """Drop a model's stored answers, or all, from memory; answers under way are not stored."""
+    flights.ground(lambda name: model in {None, name})
+    return cache.drop(lambda answer: model in {None, answer.model})
 
 
 def _rights(key: Key) -> dict[str, object]:

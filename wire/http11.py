@@ -159,7 +159,9 @@ class Response:
     body that is a stream, in bytes, if it is known. `release` is called once the response was
     sent, or could not be sent. `storable` is False if upstream's response is meant
     for one client: it has a cookie, or says `private` or `no-store`. `server` is what upstream
-    calls itself, for the operator.
+    calls itself, for the operator. `born` is when the answer was generated, in seconds since
+    1970, if it was kept somewhere; None if it is new. `cache_status` is what another cache on
+    the way says of it (a member of `Cache-Status`, RFC 9211).
     """
 
     status: int
@@ -169,10 +171,25 @@ class Response:
     release: Callable[[], None] | None = None
     storable: bool = True
     server: bytes = b""
+    born: float | None = None
+    cache_status: bytes = b""
 
 
 def _nobody() -> bool:
     return False
+
+
+@dataclass(frozen=True, slots=True)
+class Lookup:
+    """Which kept answer may be given in place of a new one.
+
+    `cache_key` identifies it, with its scope. It may be `max_age` seconds old. If there is none,
+    `refusal` is raised, unless it is None: then a new answer is made.
+    """
+
+    cache_key: bytes
+    max_age: float
+    refusal: HTTPError | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +201,7 @@ class Ask:
     be sent only once, in chunks unless `length` is known. `model` is the normalized name, empty
     if no model is needed. `whole_wanted` returns True while a reader waits for the fold: then
     the flight, not upstream, ends silences that are too long. `ticket` is the request's place in
-    the queue, None if it takes no turn.
+    the queue, None if it takes no turn. `lookup` is None if only a new answer will do.
     """
 
     method: bytes
@@ -195,6 +212,7 @@ class Ask:
     model: str = ""
     ticket: AbstractAsyncContextManager[object] | None = None
     whole_wanted: Callable[[], bool] = _nobody
+    lookup: Lookup | None = None
 
 
 Exchange = Callable[[Ask], AbstractAsyncContextManager[Response]]
