@@ -198,12 +198,13 @@ class Soak:
         if status != 200:
             return "" if status in errors else f"status {status}"
         lines = [json.loads(line) for line in data.splitlines()]
-        if "error" in lines[-1]:
+        last = lines[-1] if lines else {}
+        if "error" in last:
             explained = may_be_cut if not complete else fault_of(number) == "error"
             return self.check_text(number, lines[:-1], None) if explained else "an error"
         if fault_of(number) == "silent end" and complete:  # as Ollama's repeat guard leaves it
             return self.check_text(number, lines, None)
-        if not complete or lines[-1].get("done") is not True:
+        if not complete or last.get("done") is not True:
             return "cut, and no error said so"
         if errors:
             return "a whole answer of a question that has none"

@@ -155,8 +155,8 @@ async def test_an_upgrade_is_ignored(ollprox: Program, ollama: StandIn) -> None:
     }
     async with Client(ollprox.port) as client:
         assert (await client.ask("GET", "/api/ps", headers=headers)).status == 200
-    assert ollama.asked()[0].header("upgrade") is None
-    assert ollama.asked()[0].header("http2-settings") is None
+    assert ollama.asked("/api/ps")[0].header("upgrade") is None
+    assert ollama.asked("/api/ps")[0].header("http2-settings") is None
     preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
     assert await statuses(ollprox.port, preface) == [400]
 
