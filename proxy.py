@@ -494,12 +494,19 @@ class Proxy:
             record.usage = flight.usage
             if flight.ending is None and flight.notes is not None and reader.has_all:
                 record.usage = flight.notes.usage  # it leaves before the end of the body
-            if is_late and flight.permit is not None:
-                record.queued = _queued(flight.permit, record)
+            if is_late:
+                self._note_late(flight, record)
             reader.leave()
 
         response.release = release
         return response
+
+    def _note_late(self, flight: Flight, record: Record) -> None:
+        """Record what was not known when the response's head was sent."""
+        if flight.permit is not None:
+            record.queued = _queued(flight.permit, record)
+        if flight.source is Source.SHARED_CACHE:
+            self._note_source(flight, record)
 
     def _note_source(self, flight: Flight, record: Record) -> None:
         """Note in the record what the shared cache says of an answer."""

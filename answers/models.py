@@ -178,6 +178,7 @@ class PoolProbe(Probe):
 
     async def digests(self) -> dict[str, str] | None:
         """Return each model's digest by its name; None unless the pool compares them."""
+        self._pool.poll_soon()  # the lists of the last poll do not show what has changed since
         found = await super().digests()
         return None if self._pool.digests() is None else found
 

@@ -105,7 +105,7 @@ class StandIn:
 
     def asked(self, *paths: str) -> list[Seen]:
         """Return the requests from clients, without those of OllProx itself."""
-        quiet = {"/api/version", "/api/tags"}
+        quiet = {"/api/version", "/api/tags", "/api/ps"}
         return [s for s in self.seen if (s.path in paths if paths else s.path not in quiet)]
 
     async def _notify(self) -> None:

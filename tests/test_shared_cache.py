@@ -18,7 +18,7 @@ import pytest
 import pytest_asyncio
 from client import KEY, Answer, Headers, ask, question
 from conftest import ROOT, Program, Start
-from standin import StandIn
+from standin import Script, StandIn
 from test_limits import certificate
 
 redis = pytest.importorskip("redis", reason="needs requirements-shared.txt")
@@ -766,3 +766,23 @@ async def test_a_missing_redis_py_is_explained(launch: Start, tmp_path: Path) ->
     program = await launch(fails=True, PYTHONPATH=tmp_path, **values)
     assert await program.process.wait() == 2
     assert "pip install -r requirements-shared.txt" in program.text()
+
+
+async def test_with_several_ollamas_the_lists_are_read_after_the_answer(
+    launch: Start, server: Server, ollama: StandIn
+) -> None:
+    """The pool's lists of its last poll are older than the answer."""
+    other = StandIn(Script())
+    await other.start()
+    hosts = f"127.0.0.1:{ollama.port},127.0.0.1:{other.port}"
+    program = await launch(**settings(server, OLLAMA_HOST=hosts))
+    await used(program)
+    for each in (ollama, other):
+        each.script.models["llama2:latest"] = "b" * 64
+        each.script.tokens = ["London"]
+    await generate(program)
+    while not (await metrics(program))["ollprox_shared_cache_dropped_writes_total"]:
+        await asyncio.sleep(0.05)
+    assert not server.values()
+    await program.stop()
+    await other.stop()

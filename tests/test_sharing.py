@@ -40,10 +40,10 @@ def keys(tmp_path: Path) -> Callable[..., Path]:
 async def running(ollprox: Program, ollama: StandIn, name: str = "anna") -> AsyncIterator[Client]:
     """Somebody's generation that Ollama works on until `let_go` is set."""
     ollama.script.hold_head = True
-    before = len(ollama.asked("/api/generate"))
+    before = len(ollama.asked())
     async with Client(ollprox.port) as client:
         await client.send(request("POST", "/call_model", question(f"held for {name}"), by(name)))
-        await ollama.until(lambda: len(ollama.asked("/api/generate")) > before)
+        await ollama.until(lambda: len(ollama.asked()) > before)
         yield client
 
 
@@ -71,7 +71,7 @@ async def test_a_request_waits_for_its_turn_and_its_answer_says_how_long(
         await second.send(request("POST", "/call_model", question("next"), by("omar")))
         (waiting,) = await until_waiting(ollprox, 1)
         assert (waiting["label"], waiting["position"]) == ("omar", 1)
-        assert len(ollama.asked("/api/generate")) == 1
+        assert len(ollama.asked()) == 1
         ollama.script.let_go.set()
         held = await first.rest(await first.head())
         answer = await second.rest(await second.head())
@@ -103,7 +103,7 @@ async def test_turns_go_by_label_not_by_who_came_first(
         for client in clients:
             await client.rest(await client.head())
             await client.__aexit__(None, None, None)
-    prompts = [seen.json()["prompt"] for seen in ollama.asked("/api/generate")]
+    prompts = [seen.json()["prompt"] for seen in ollama.asked()]
     assert prompts == ["held for anna", "omar 3", "anna 0", "anna 1", "anna 2"]
 
 
@@ -140,7 +140,7 @@ async def test_a_client_that_leaves_is_out_of_the_queue_at_once(
     assert (
         await ask(ollprox.port, "POST", "/call_model", question("on"), by("omar"))
     ).status == 200
-    assert [seen.json()["prompt"] for seen in ollama.asked("/api/generate")] == [
+    assert [seen.json()["prompt"] for seen in ollama.asked()] == [
         "held for anna",
         "on",
     ]

@@ -206,6 +206,8 @@ class Server:
         """
         self.draining = True
         self.outbox.flush()
+        for _ in range(2):  # accept the clients that have connected already
+            await asyncio.sleep(0)
         if self._listener is not None:
             self._listener.close()
         for client in list(self.clients):
