@@ -418,8 +418,8 @@ async def test_what_nobody_can_join_ends_when_its_only_client_leaves(
     await ollama.until(lambda: bool(ollama.seen))  # the version
     async with Client(ollprox.port) as client:
         await client.send(request("GET" if body is None else "POST", path, body, headers))
-        await ollama.until(lambda: bool(ollama.asked()))
-    await ollama.until(lambda: ollama.asked()[0].gone)
+        await ollama.until(lambda: bool(ollama.asked(path)))
+    await ollama.until(lambda: ollama.asked(path)[0].gone)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])

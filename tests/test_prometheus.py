@@ -146,6 +146,8 @@ async def test_each_query_finds_what_ollprox_tells(
             **dict(documented()),
         }
         assert len(everything) > 40
+        conflict = "ollprox_upstream_digest_conflict"  # a series only while servers disagree
+        everything = {title: text for title, text in everything.items() if conflict not in text}
         for title, query in everything.items():
             rows = await server.query(filled(query))
             unknown = set(re.findall(r"\b(?:ollprox|process)_\w+", query)) - scraped
