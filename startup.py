@@ -323,7 +323,8 @@ def cache_server(settings: Settings) -> Valkey | None:
     except ModuleNotFoundError:
         raise SettingsError(
             "CACHE_URL needs redis-py: run"
-            f" `{sys.executable} -m pip install -r requirements-shared.txt`, or leave it empty"
+            f" `{sys.executable} -m pip install -r requirements-shared.txt`"
+            " (other installations: docs/scaling.md), or leave it empty"
         ) from None
 
 
