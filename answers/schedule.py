@@ -215,9 +215,9 @@ class Scheduler:
             self._rest(name, now)
 
     def order(self, now: float) -> list[Turn]:
-        """Return those that wait in the order they would run, if each took an average time.
+        """Return those that wait, in the order they would run if slots came free from now on.
 
-        Those that wait for another turn of their key come last.
+        Each is taken to last an average time. Those held by their key's bound come last.
         """
         places = []
         for label in self._labels.values():

@@ -423,18 +423,19 @@ def test_idle_labels_are_forgotten_and_none_that_is_ahead() -> None:
 
 
 def test_the_order_shown_is_the_order_that_comes() -> None:
-    machine = Machine()
-    machine.send(A, count=3)
-    machine.run(0.25)
-    machine.send(Key("b", weight=2), count=4)
-    machine.run(0.5)
-    machine.send(C, count=2)
-    machine.run(5)
-    assert machine.scheduler.turn_seconds == pytest.approx(1)
-    shown = machine.scheduler.order(machine.now)
-    begun = len(machine.log)
-    machine.run()
-    assert shown == machine.log[begun:]
+    hosts = Hosts({"one": "m"}, slots=1)
+    hosts.up = set()
+    scheduler = Scheduler(hosts)
+    scheduler.turn_seconds = 1
+    for key, count in [(A, 3), (Key("b", weight=2), 4), (C, 2)]:
+        for _ in range(count):
+            scheduler.add(key, "m", 0)
+    shown = scheduler.order(0)
+    assert "".join(turn.key.label for turn in shown) == "abcbabcba"
+    hosts.up = {"one"}
+    for now, turn in enumerate(shown):
+        assert scheduler.grant(now) == [turn]
+        scheduler.end(turn, now + 1)
 
 
 def test_those_held_by_their_key_are_shown_last() -> None:
