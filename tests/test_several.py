@@ -230,7 +230,8 @@ async def test_the_models_that_are_loaded_are_polled_and_shown(launch: Start) ->
         assert shown[name(servers[0])]["models"] == ["gemma3:270m", "llama2:latest"]
         assert shown[name(servers[1])]["models"] == ["llama2:latest"]
         assert LOADED_INTERVAL == 5
-        assert [len(standin.asked("/api/ps")) for standin in servers] == [1, 1]
+        # Once at the start, and once more if a slow machine took 5 s for the start.
+        assert all(len(standin.asked("/api/ps")) in {1, 2} for standin in servers)
         models = (await ask(ollprox.port, "GET", "/api/ps")).json()["models"]
         assert [model["name"] for model in models] == [
             "gemma3:270m",
