@@ -16,7 +16,7 @@ import threading
 import tomllib
 import zipfile
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from functools import partial
 from importlib.metadata import distribution
 from importlib.util import find_spec
@@ -369,16 +369,24 @@ async def test_it_runs_where_unix_is_missing(program: Path, ollama: StandIn) -> 
         assert b"\nprocess_cpu_seconds_total " in metrics.body
 
 
-async def test_ctrl_c_drains_where_the_loop_takes_no_signals(
+def elsewhere(
     program: Path, ollama: StandIn, key_file: Path
-) -> None:
+) -> AbstractAsyncContextManager[Running]:
+    """Run `program` where Unix is missing."""
     settings: dict[str, Any] = {
         "PYTHONPATH": ELSEWHERE,
         "OLLAMA_PORT": ollama.port,
         "LISTEN_PORT": 0,
+        "API_KEY_FILE": key_file,
     }
     command = (sys.executable, "-X", "dev", program)
-    async with running(*command, cwd=program.parent, API_KEY_FILE=key_file, **settings) as ollprox:
+    return running(*command, cwd=program.parent, **settings)
+
+
+async def test_ctrl_c_drains_where_the_loop_takes_no_signals(
+    program: Path, ollama: StandIn, key_file: Path
+) -> None:
+    async with elsewhere(program, ollama, key_file) as ollprox:
         async with Client(ollprox.port) as client:
             ollama.script.hold_before = 1
             answer = await client.begin("POST", "/api/generate", question())
@@ -393,13 +401,7 @@ async def test_ctrl_c_drains_where_the_loop_takes_no_signals(
 async def test_a_second_ctrl_c_ends_at_once_there_too(
     program: Path, ollama: StandIn, key_file: Path
 ) -> None:
-    settings: dict[str, Any] = {
-        "PYTHONPATH": ELSEWHERE,
-        "OLLAMA_PORT": ollama.port,
-        "LISTEN_PORT": 0,
-    }
-    command = (sys.executable, "-X", "dev", program)
-    async with running(*command, cwd=program.parent, API_KEY_FILE=key_file, **settings) as ollprox:
+    async with elsewhere(program, ollama, key_file) as ollprox:
         async with Client(ollprox.port) as client:
             ollama.script.hold_before = 1
             await client.begin("POST", "/api/generate", question())
