@@ -33,6 +33,7 @@ from gate import WRONG_KEY, Admission, Gate, caller
 from record import Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
+from wire.bodies import too_large
 from wire.codings import coding_of
 from wire.http11 import (
     Ask,
@@ -412,7 +413,7 @@ class Proxy:
         head, route = request.head, admission.route
         limit = self.settings.max_body_bytes if route.upload is Upload.LIMITED else None
         if limit is not None and (head.length or 0) > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         permit = None
         if route.generates and admission.key is not None:
             permit = await self._admit_upload(admission.key)
@@ -562,10 +563,6 @@ async def _noted(pieces: AsyncIterator[bytes], change: ModelChange) -> AsyncIter
     async for piece in pieces:
         change.note(piece)
         yield piece
-
-
-def _too_large(limit: int) -> HTTPError:
-    return HTTPError(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")
 
 
 def _passed_on(head: Head, *, without: frozenset[bytes] = frozenset()) -> Headers:

@@ -6,7 +6,7 @@ chunk size. A body that declares more bytes than its limit is refused before the
 
 import re
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 
 from wire.http11 import FIELD_LINE, MAX_FIELDS, TOKEN, BadHead, Truncated, cannot_be_head
 
@@ -34,7 +34,7 @@ class LengthDecoder:
 
     def __init__(self, length: int | None, limit: int = sys.maxsize) -> None:
         if length is not None and length > limit:
-            raise _too_large(limit)
+            raise too_large(limit)
         self.done = length == 0
         self._left = length
 
@@ -119,7 +119,7 @@ class ChunkedDecoder:
                     self._last = size == 0
                     self._left = size + 2 if size else 0
         if self._room < 0:
-            raise _too_large(self._limit)
+            raise too_large(self._limit)
         del buffer[:position]
         if self._last:
             self._take_trailers(buffer)
@@ -163,7 +163,7 @@ Decoder = LengthDecoder | ChunkedDecoder
 
 async def read_body(
     decoder: Decoder, buffer: bytearray, more: Callable[[], Awaitable[bool]]
-) -> AsyncIterator[bytes]:
+) -> AsyncGenerator[bytes, None]:
     """Yield a body's pieces as they arrive.
 
     Args:
@@ -205,7 +205,8 @@ def _whole_chunks(buffer: bytes) -> tuple[bytes, int]:
     return b"".join(data), sum(lengths) + sum(map(len, sizes)) + 4 * len(sizes)
 
 
-def _too_large(limit: int) -> BadHead:
+def too_large(limit: int) -> BadHead:
+    """Return the 413 for a body of more than `limit` bytes."""
     if limit == sys.maxsize:
         return BadHead(413, "the declared size of a chunk is larger than any body")
     return BadHead(413, f"the body is larger than {limit} bytes (MAX_BODY_BYTES)")

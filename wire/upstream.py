@@ -21,11 +21,19 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
+from functools import partial
 from types import TracebackType
 from typing import Any
 
-from wire.bodies import LAST_CHUNK, ChunkedDecoder, frame_chunk
+from wire.bodies import (
+    LAST_CHUNK,
+    ChunkedDecoder,
+    Decoder,
+    LengthDecoder,
+    frame_chunk,
+    read_body,
+)
 from wire.dial import SILENCE, dial, silence, watch
 from wire.http11 import (
     Ask,
@@ -35,6 +43,7 @@ from wire.http11 import (
     KnownHeads,
     Response,
     ResponseHead,
+    Truncated,
     cannot_be_head,
     frame_request,
     parse_response_head,
@@ -487,56 +496,38 @@ class Upstream:
         self, connection: _Connection, head: ResponseHead, *, bodiless: bool
     ) -> AsyncGenerator[bytes, None]:
         """Return an iterator over a body, a piece for each read. It raises HTTPError."""
-        if bodiless or head.length == 0:
-            connection.finish()
-            return self._counted(connection, 0)
-        if head.chunked:
-            return self._chunked(connection)
-        if head.length is not None:
-            return self._counted(connection, head.length)
-        return self._until_close(connection)
+        decoder = ChunkedDecoder() if head.chunked else LengthDecoder(head.length)
+        if bodiless or decoder.done:
+            decoder = LengthDecoder(0)
+            connection.finish()  # even if nobody reads the body
+        return self._pieces(connection, decoder)
 
-    async def _chunked(self, connection: _Connection) -> AsyncGenerator[bytes, None]:
-        decoder = ChunkedDecoder()
-        while not decoder.done:
-            if not connection.buffer and not await self._more(connection):
-                raise self._truncated(connection)
+    async def _pieces(
+        self, connection: _Connection, decoder: Decoder
+    ) -> AsyncGenerator[bytes, None]:
+        more = partial(self._more, connection)
+        try:
             with self._failures:
-                piece = decoder.decode(connection.buffer)
-            if decoder.done:
-                connection.finish()
-            if piece:
-                yield piece
-            elif not decoder.done and not await self._more(connection):
-                raise self._truncated(connection)
-
-    async def _counted(self, connection: _Connection, length: int) -> AsyncGenerator[bytes, None]:
-        while length:
-            if not connection.buffer and not await self._more(connection):
-                raise self._truncated(connection)
-            piece = bytes(memoryview(connection.buffer)[:length])
-            del connection.buffer[: len(piece)]
-            length -= len(piece)
-            if not length:
-                connection.finish()
-            yield piece
-
-    async def _until_close(self, connection: _Connection) -> AsyncGenerator[bytes, None]:
-        while connection.buffer or await self._more(connection):
-            piece = bytes(connection.buffer)
-            connection.buffer.clear()
-            yield piece
-        if connection.stream.end is not End.ORDERLY:
-            raise self._truncated(connection)
+                async with aclosing(read_body(decoder, connection.buffer, more)) as pieces:
+                    async for piece in pieces:
+                        if decoder.done:
+                            connection.finish()
+                        yield piece
+        except Truncated:
+            raise self._truncated(connection) from None
+        if connection.stream.end is None:  # else the connection's end may have ended the body
+            connection.finish()
 
     async def _more(self, connection: _Connection) -> bool:
-        """Wait for more of a body; False if the stream has ended. Raises HTTPError 504."""
+        """Wait for more of a body; False at the orderly end. Raises HTTPError 502, 504."""
         connection.deadline = time.monotonic() + self._idle_timeout
         more = await connection.more()
         connection.deadline = math.inf
         if not more and connection.stream.end is End.LATE:
             what = f"sent nothing more of its answer within {self._idle_timeout:g} s"
             raise self.failure(what, 504)
+        if not more and connection.stream.end is not End.ORDERLY:
+            raise self._truncated(connection)
         return more
 
     def _truncated(self, connection: _Connection) -> HTTPError:
