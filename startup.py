@@ -295,11 +295,21 @@ def upstream_tls(settings: Settings) -> ssl.SSLContext | None:
     """
     if not any(host.tls for host in settings.hosts):
         return None
-    path = program_path(settings.ollama_ca_file) if settings.ollama_ca_file else None
+    return _trusting("OLLAMA_CA_FILE", settings.ollama_ca_file)
+
+
+def _trusting(name: str, file: str) -> ssl.SSLContext:
+    """Return a TLS context that trusts the authorities in `file`, or those of the system.
+
+    Raises:
+        SettingsError: the file that the setting `name` names cannot be used.
+
+    """
+    path = program_path(file) if file else None
     try:
         return ssl.create_default_context(cafile=path)
     except (OSError, ValueError) as error:
-        raise SettingsError(f"OLLAMA_CA_FILE: {path}: {_tls_reason(error)}") from None
+        raise SettingsError(f"{name}: {path}: {_tls_reason(error)}") from None
 
 
 def cache_server(settings: Settings) -> Valkey | None:
@@ -312,12 +322,9 @@ def cache_server(settings: Settings) -> Valkey | None:
     server = settings.cache_server
     if server is None:
         return None
+    if server.tls:  # redis-py would not say what is wrong
+        _trusting("CACHE_CA_FILE", settings.cache_ca_file)
     path = str(program_path(settings.cache_ca_file)) if settings.cache_ca_file else None
-    try:
-        if server.tls:
-            ssl.create_default_context(cafile=path)  # redis-py would not say what is wrong
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"CACHE_CA_FILE: {path}: {_tls_reason(error)}") from None
     try:
         return open_valkey(server, settings.cache_timeout, path)
     except ModuleNotFoundError:
