@@ -2,12 +2,11 @@
 
 import asyncio
 import contextlib
-import enum
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from client import KEY, Client, ask, question, raw, request, waiting
@@ -16,8 +15,9 @@ from parts import make_proxy
 from prometheus_client.parser import text_string_to_metric_families
 from standin import USAGE, Seen, StandIn
 
+from answers.turns import Refusal, Snapshot, Waiting
 from record import Outcome, Record
-from watch.metrics import MAX_RECENT, Limit, Metrics, NoQueue, UpstreamState, Viewer
+from watch.metrics import MAX_RECENT, Limit, Metrics, UpstreamState, Viewer
 from watch.telemetry import MAX_SHOWN
 
 BOSS = "the-key-of-an-admin"
@@ -834,18 +834,6 @@ async def test_tokens_count_in_the_minute_in_which_they_come(
 # What other parts tell, by plain calls.
 
 
-class Why(enum.Enum):
-    FULL = "queue full"
-    TIMEOUT = "timeout"
-
-
-class Waits(NamedTuple):
-    label: str
-    model: str
-    seconds: float
-    position: int
-
-
 ADMIN = Viewer("boss", sees_all=True, admin=True)
 MARY = Viewer("Mary", sees_all=False, admin=False)
 NOBODY = Viewer("", sees_all=False, admin=False)  # a key without a label
@@ -867,9 +855,9 @@ def record(outcome: Outcome = Outcome.HIT, **values: Any) -> Record:
 
 
 def test_the_queue_is_seen_by_admins_whole_and_by_others_in_part() -> None:
-    waiting = [Waits("Bob", "llama2", 3.0, 1), Waits("", "llama2", 2.0, 2)]
-    waiting.append(Waits("Mary", "unknown", 1.5, 3))
-    queue = NoQueue(waiting, {Why.FULL: 4, Why.TIMEOUT: 0})
+    waiting = [Waiting("Bob", "llama2", 3.0, 1), Waiting("", "llama2", 2.0, 2)]
+    waiting.append(Waiting("Mary", "unknown", 1.5, 3))
+    queue = Snapshot(waiting, {}, {Refusal.QUEUE_FULL: 4, Refusal.TIMEOUT: 0})
     seen = metrics(queue=lambda: queue)
     whole = seen.view(ADMIN)
     assert whole["queue_depth"] == 3

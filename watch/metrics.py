@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol
 
 from answers.flight import Ending, Flight, Flights, Source
 from answers.shared import Counts as SharedCounts
+from answers.turns import Refusal, Snapshot
 from cache import Cache
 from keystore import KeyStore
 from record import Outcome, Record, Usage
@@ -65,38 +66,6 @@ class Limit(NamedTuple):
     resets: float | None = None  # seconds until some of it is free again
 
 
-class WaitingRow(Protocol):
-    """A request that waits for a turn."""
-
-    @property
-    def label(self) -> str:
-        """Whose it is."""
-
-    @property
-    def model(self) -> str:
-        """What it will run on."""
-
-    @property
-    def seconds(self) -> float:
-        """How long it has waited."""
-
-    @property
-    def position(self) -> int:
-        """Its place in the order of turns, from 1."""
-
-
-class QueueState(Protocol):
-    """The fair queue, at one moment."""
-
-    @property
-    def waiting(self) -> Sequence[WaitingRow]:
-        """The requests that wait, in the order of their turns."""
-
-    @property
-    def refusals(self) -> Mapping[Any, int]:
-        """How many requests it refused, by an enum member whose value is the reason."""
-
-
 class UsageState(Protocol):
     """How the usage file is doing."""
 
@@ -107,13 +76,6 @@ class UsageState(Protocol):
     @property
     def pending(self) -> int:
         """How many rows are in memory and not in the file."""
-
-
-class NoQueue(NamedTuple):
-    """The queue of an OllProx that has none."""
-
-    waiting: Sequence[WaitingRow] = ()
-    refusals: Mapping[Any, int] = {}
 
 
 # Prometheus's text format.
@@ -316,7 +278,7 @@ class Metrics:
     connections: Callable[[], int] = lambda: 0
     upstream_requests: Callable[[], int] = lambda: 0
     upstreams: Callable[[], Sequence[UpstreamState]] = lambda: ()
-    queue: Callable[[], QueueState] = NoQueue
+    queue: Callable[[], Snapshot] = lambda: Snapshot([], {}, {})
     limits: Callable[[], Sequence[Limit]] = lambda: ()
     usage: "UsageState | None" = None
     started: float = field(default_factory=time.time)
@@ -719,8 +681,7 @@ class Metrics:
         yield Row("gauge", "ollprox_queue_depth", "Requests in the queue.", len(queue.waiting))
         meaning = "Seconds that requests waited for a turn."
         yield Row("histogram", "ollprox_queue_seconds", meaning, [({}, self._queued)])
-        counts = {why.value: count for why, count in queue.refusals.items()}
-        refused = [({"reason": r}, n) for r, n in (dict.fromkeys(_REASONS, 0) | counts).items()]
+        refused = [({"reason": why.value}, queue.refusals.get(why, 0)) for why in Refusal]
         meaning = "Requests that the queue refused, by reason."
         yield Row("counter", "ollprox_queue_refused_total", meaning, refused)
 
@@ -827,7 +788,6 @@ def _use_rows(what: str, uses: Iterable[tuple[str, Use]]) -> Iterator[Row]:
         yield Row("counter", f"ollprox_{what}_{name}_total", f"{meaning}, by {what}.", values)
 
 
-_REASONS = ("queue full", "timeout", "draining", "memory")  # why the queue refuses a request
 _KINDS = {
     "unreachable": "Ollama could not be reached",
     "timeout": "Ollama was too slow",
