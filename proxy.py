@@ -141,7 +141,7 @@ class Proxy:
         self.page = page
         self.shared = shared
         self.shared_limits = shared_limits
-        self._questions: dict[bytes, Question] = {}  # by the SHA-256 of path and body
+        self._questions: dict[tuple[bytes, bytes], Question] = {}  # by path and body
         # A separate pool, so that parsing never delays the reading of the key file.
         self._parsers = ThreadPoolExecutor(PARSERS, "parse")
 
@@ -231,10 +231,10 @@ class Proxy:
         """Parse a body; small bodies are parsed only once."""
         if len(body) > MAX_KNOWN_BODY:
             return codec.question(body, target)
-        index = hashlib.sha256(path + b"\n" + body).digest()
-        question = self._questions.get(index)
+        asked = path, body
+        question = self._questions.get(asked)
         if question is None:
-            question = self._questions[index] = codec.question(body, target)
+            question = self._questions[asked] = codec.question(body, target)
             if len(self._questions) > MAX_QUESTIONS:
                 del self._questions[next(iter(self._questions))]
         return question
@@ -373,7 +373,7 @@ class Proxy:
         if wanted and route.generates and not question.unloads and admission.key is not None:
             if isinstance(reserved, LimitReached):
                 raise reserved
-            permit = self.permits.admit(admission.key, model, question.size, reserved)
+            permit = self.permits.admit(admission.key, model, len(question.body), reserved)
         cacheable = question.key is not None
         # The body is sent decompressed.
         via = head.get(b"via")
@@ -426,7 +426,7 @@ class Proxy:
             head.method,
             admission.target,
             headers,
-            body if head.has_body else bytes,
+            body if head.has_body else b"",
             head.length,
             ticket=ticket,
         )
@@ -528,7 +528,7 @@ _STOPPED = frozenset(
 )
 _DECODED = frozenset({b"content-encoding"})
 _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
-_NO_QUESTION = Question(bytes, "", None, stream=False, relayed=True, deterministic=True)
+_NO_QUESTION = Question(b"", "", None, stream=False, relayed=True, deterministic=True)
 
 
 def _note_caller(record: Record, head: Head, key: Key | None) -> None:

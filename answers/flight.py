@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from answers.notes import REPORTED, Notes
 from answers.permits import Permit
@@ -133,7 +133,7 @@ class Flight:
         self._room: asyncio.Future[None] | None = None  # set while the recorder waits
         self._heard = 0, 0.0  # the tape's end at the last check, and when it was first seen there
         # This refers to the flight, so the flight must not refer to the ask: a cycle.
-        ask = replace(ask, whole_wanted=self.is_whole_wanted)
+        ask = ask._replace(whole_wanted=self.is_whole_wanted)
         self._task: asyncio.Task[None] | None = asyncio.get_running_loop().create_task(
             self._record(ask)
         )

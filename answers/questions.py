@@ -6,7 +6,7 @@ Pure: no I/O, no clock.
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -59,8 +59,8 @@ class Question:
     answer.
     """
 
-    body: Callable[[], bytes]
-    """Returns the body for upstream. It holds only bytes, since a request may wait for long."""
+    body: bytes
+    """For upstream."""
     model: str
     key: bytes | None
     stream: bool
@@ -69,8 +69,6 @@ class Question:
     ambiguous: bool = False
     unloads: bool = False
     """It only unloads the model, so it needs no turn."""
-    size: int = 0
-    """About how many bytes `body` returns."""
     folds: bool = field(init=False)
     """The client gets the fold of upstream's stream."""
 
@@ -107,15 +105,10 @@ class Native:
         stream = self.streams if value.get("stream") is None else value["stream"] is True
         canonical = _canonical(value, without=("stream", "keep_alive"))
         cacheable = bool(value.get(self.input_name)) and not ambiguous
-
-        def write() -> bytes:
-            value = _read(body, self.aliases)
-            if not ambiguous:
-                value["stream"] = cacheable or stream
-            return write_object(value)
-
+        if not ambiguous:
+            value["stream"] = cacheable or stream
         return Question(
-            body=write,
+            body=write_object(value),
             model=_name(value),
             key=cache_key(target, canonical) if cacheable else None,
             stream=stream,
@@ -124,7 +117,6 @@ class Native:
             ambiguous=ambiguous,
             unloads=not (ambiguous or value.get(self.input_name))
             and _is_zero(value.get("keep_alive")),
-            size=len(body),
         )
 
     def notes(self, response: Response) -> Notes:
@@ -158,14 +150,13 @@ class PassThrough:
         uncacheable = ambiguous or (self.may_keep_state and _keeps_state(value))
         cacheable = bool(self.input_name and value.get(self.input_name)) and not uncacheable
         return Question(
-            body=lambda: write_object(_read(body, self.aliases)),
+            body=write_object(value),
             model=model,
             key=cache_key(target, canonical) if cacheable else None,
             stream=value.get("stream") is True,
             relayed=True,
             deterministic=not self.samples or is_deterministic(value),
             ambiguous=ambiguous,
-            size=len(body),
         )
 
     def notes(self, response: Response) -> Notes:
@@ -179,7 +170,7 @@ def is_quick(body: bytes) -> bool:
 
 
 def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limit: int) -> Question:
-    """Read a large or compressed body; runs in a thread. Also writes the body for upstream.
+    """Read a large or compressed body; runs in a thread.
 
     Args:
         codec: the route's codec.
@@ -194,10 +185,7 @@ def large_question(codec: Codec, target: bytes, body: bytes, coding: bytes, limi
     """
     plain = decompress(coding, body, limit) if coding else body
     check_values(plain)
-    question = codec.question(plain, target)
-    written = question.body()
-    question.body = lambda: written
-    return question
+    return codec.question(plain, target)
 
 
 class _RepeatedName(Exception):

@@ -722,17 +722,17 @@ def test_a_request_that_loads_has_no_key(path: bytes, body: object) -> None:
 def test_only_ollama_can_tell_what_an_ambiguous_body_means(body: bytes) -> None:
     question = asked(b"/call_model", body)
     assert (question.key, question.relayed, question.ambiguous) == (None, True, True)
-    assert question.body() == json.dumps(json.loads(body), separators=(",", ":")).encode()
+    assert question.body == json.dumps(json.loads(body), separators=(",", ":")).encode()
 
 
 def test_upstream_is_asked_for_a_stream_in_the_clients_order() -> None:
-    body = asked(b"/call_model", b'{ "prompt":"\\u00e9", "model":"m", "stream":false}').body()
+    body = asked(b"/call_model", b'{ "prompt":"\\u00e9", "model":"m", "stream":false}').body
     assert body == b'{"prompt":"\\u00e9","model":"m","stream":true}'
 
 
 def test_a_load_is_asked_for_as_its_client_wants_it() -> None:
-    assert json.loads(asked(b"/call_model", {"model": "m"}).body())["stream"] is False
-    assert json.loads(asked(b"/api/generate", {"model": "m"}).body())["stream"] is True
+    assert json.loads(asked(b"/call_model", {"model": "m"}).body)["stream"] is False
+    assert json.loads(asked(b"/api/generate", {"model": "m"}).body)["stream"] is True
 
 
 @pytest.mark.parametrize(
@@ -772,7 +772,7 @@ def test_any_body_is_read_or_refused(body: bytes) -> None:
     except HTTPError as error:
         status = error.status
     else:
-        status = 200 if isinstance(json.loads(question.body()), dict) else 0
+        status = 200 if isinstance(json.loads(question.body), dict) else 0
     assert status in {200, 400}
 
 
@@ -896,7 +896,7 @@ def test_any_depth_is_answered_or_refused() -> None:
     for depth in range(100, 1100, 7):
         body = b'{"model":"m","prompt":"p","x":%b%b}' % (b"[" * depth, b"]" * depth)
         try:
-            asked(b"/api/generate", body).body()
+            asked(b"/api/generate", body).body
         except HTTPError as error:
             status = error.status
         else:

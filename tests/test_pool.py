@@ -28,7 +28,7 @@ def members(*lists: dict[str, str] | None, **more: int) -> list[Member]:
 
 
 def choose(roster: Roster, model: str = "m", prompt: bytes = b"", now: float = 0) -> str:
-    chosen = roster.choose(model, lambda: prompt, now)
+    chosen = roster.choose(model, prompt, now)
     return chosen.name if chosen else "-"
 
 
@@ -148,11 +148,11 @@ def test_if_all_are_out_all_are_tried() -> None:
     roster = Roster([a, b])
     roster.note_unreachable(a, 0)
     roster.note_unreachable(b, 0)
-    first = roster.choose("m", bytes, 0)
+    first = roster.choose("m", b"", 0)
     assert first is not None
-    second = roster.choose("m", bytes, 0, [first])
+    second = roster.choose("m", b"", 0, [first])
     assert {first, second} == {a, b}
-    assert roster.choose("m", bytes, 0, [a, b]) is None
+    assert roster.choose("m", b"", 0, [a, b]) is None
 
 
 def test_slots_are_counted_for_each_server() -> None:
@@ -180,11 +180,11 @@ def test_a_request_moves_to_a_server_with_a_free_slot_before_a_less_busy_one() -
     a, b, c = members({"m": "1"}, {"m": "1"}, {"m": "1"}, slots=2)
     roster = Roster([a, b, c])
     b.running, b.weight, c.running = 2, 100, 1
-    chosen = roster.choose("m", bytes, 0, [a])
+    chosen = roster.choose("m", b"", 0, [a])
     assert chosen is c
     c.running = 2
-    assert roster.choose("m", bytes, 0, [a]) is b  # one more than its slots, rather than an error
-    assert roster.choose("m", bytes, 0, [a], free=True) is None
+    assert roster.choose("m", b"", 0, [a]) is b  # one more than its slots, rather than an error
+    assert roster.choose("m", b"", 0, [a], free=True) is None
 
 
 # The exchange, with servers that do what a test says.
@@ -274,7 +274,7 @@ class Fakes:
         return next(m for m in self.pool.roster.members if m.name == name)
 
     async def ask(self, model: str = "m:latest", prompt: bytes = b"p") -> tuple[int, bytes]:
-        ask = Ask(b"POST", b"/api/generate", (), lambda: prompt, model=model)
+        ask = Ask(b"POST", b"/api/generate", (), prompt, model=model)
         async with self.pool.exchange(ask) as response:
             return response.status, b"".join([piece async for piece in response.body])  # type: ignore[union-attr]
 
@@ -525,7 +525,7 @@ async def asked(
     pool: Pool, method: bytes, target: bytes, body: object, model: str = ""
 ) -> Response:
     data = json.dumps(body).encode()
-    async with pool.exchange(Ask(method, target, (), lambda: data, model=model)) as response:
+    async with pool.exchange(Ask(method, target, (), data, model=model)) as response:
         response.body = b"".join([piece async for piece in response.body])  # type: ignore[union-attr]
     return response
 
@@ -660,7 +660,7 @@ class Servers(RuleBasedStateMachine):
     def note(self, fake: Fake, ask: Ask) -> None:
         if ask.model:
             assert not isinstance(ask.body, AsyncIterator)
-            self.sent.setdefault(ask.body(), []).append(fake)
+            self.sent.setdefault(ask.body, []).append(fake)
             wanted = self.fakes.pool.roster.digest(ask.model)
             if wanted is not None:
                 assert fake.digests.get(ask.model) == wanted, "a server with another digest"
@@ -668,7 +668,7 @@ class Servers(RuleBasedStateMachine):
     def note_act(self, ask: Ask, does: str) -> None:
         if ask.model:
             assert not isinstance(ask.body, AsyncIterator)
-            self.acts.setdefault(ask.body(), []).append(does)
+            self.acts.setdefault(ask.body, []).append(does)
 
     def run(self, does: Awaitable[object]) -> object:
         async def bounded() -> object:

@@ -18,7 +18,7 @@ from standin import Script, StandIn
 
 import wire.upstream
 from wire.http11 import Ask, HTTPError
-from wire.upstream import VIA, State, Upstream, _Connection, add_via, forwarded, sent_by_us
+from wire.upstream import VIA, Upstream, add_via, forwarded, sent_by_us
 
 CLONE_NEWNET = 0x40000000
 HOST, OLLAMA = "10.99.0.1", "10.99.0.2"
@@ -320,7 +320,7 @@ async def test_every_way_out_leaves_no_connection_behind(ollama: StandIn) -> Non
 
         async def asks(upstream: Upstream = upstream) -> None:
             async with upstream.exchange(
-                Ask(b"POST", b"/api/generate", (), lambda: b'{"model":"llama2","prompt":"x"}')
+                Ask(b"POST", b"/api/generate", (), b'{"model":"llama2","prompt":"x"}')
             ) as response:
                 async for _ in response.body:  # type: ignore[union-attr]
                     pass
@@ -399,20 +399,6 @@ def test_our_own_via_is_told_from_that_of_another_ollprox() -> None:
     assert add_via(None) == VIA
     assert add_via(b"1.1 a") == ((b"Via", b"1.1 a, " + ours),)
     assert forwarded(b"1.1 a")[-1] == add_via(b"1.1 a")[0]
-
-
-def test_only_a_request_that_was_sent_leaves_a_connection_reusable() -> None:
-    class Nowhere:
-        def get_extra_info(self, name: str) -> None:
-            return None
-
-    connection = _Connection(None, Nowhere())  # type: ignore[arg-type]
-    connection.state = State.SENDING
-    connection.finish()
-    assert connection.state is State.SENDING
-    connection.state = State.RECEIVING
-    connection.finish()
-    assert connection.state is State.REUSABLE
 
 
 @pytest.mark.parametrize("status", [401, 407, 302])

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import h11
 
@@ -192,22 +192,20 @@ class Lookup:
     refusal: HTTPError | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Ask:
+class Ask(NamedTuple):
     """A request to upstream, with everything that an exchange needs to know.
 
-    `headers` are end-to-end headers without Host and length. `body` is encoded only when it is
-    sent, so that a waiting request holds its prompt once. For an upload it is an iterator: it can
-    be sent only once, in chunks unless `length` is known. `model` is the normalized name, empty
-    if no model is needed. `whole_wanted` returns True while a reader waits for the fold: then
-    the flight, not upstream, ends silences that are too long. `ticket` is the request's place in
-    the queue, None if it takes no turn. `lookup` is None if only a new answer will do.
+    `headers` are end-to-end headers without Host and length. For an upload `body` is an iterator:
+    it can be sent only once, in chunks unless `length` is known. `model` is the normalized name,
+    empty if no model is needed. `whole_wanted` returns True while a reader waits for the fold:
+    then the flight, not upstream, ends silences that are too long. `ticket` is the request's
+    place in the queue, None if it takes no turn. `lookup` is None if only a new answer will do.
     """
 
     method: bytes
     target: bytes
     headers: Headers
-    body: Callable[[], bytes] | AsyncIterator[bytes] = bytes
+    body: bytes | AsyncIterator[bytes] = b""
     length: int | None = None
     model: str = ""
     ticket: AbstractAsyncContextManager[object] | None = None

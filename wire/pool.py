@@ -19,7 +19,7 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -221,7 +221,7 @@ class Pool:
         self._expect_changes(stack)
         everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
         if (manage := everywhere.get(ask.target)) is not None:
-            return await manage(replace(ask, body=await _read(ask), length=None), stack)
+            return await manage(ask._replace(body=await _read(ask), length=None), stack)
         # On the first server: what such a request leaves there is needed by later ones.
         first = self.roster.members[0]
         response = await stack.enter_async_context(self._on(first, ask))
@@ -241,7 +241,7 @@ class Pool:
             self._occupy(member, ask, stack)
         elif ask.method not in _READS:
             self._expect_changes(stack)
-        return await stack.enter_async_context(self._on(member, replace(ask, target=slash + rest)))
+        return await stack.enter_async_context(self._on(member, ask._replace(target=slash + rest)))
 
     async def _upload(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Ask the first server that is up: nobody reads which model an upload is for."""
@@ -321,8 +321,8 @@ class Pool:
 
     def _other(self, ask: Ask, tried: set[Member]) -> Member | None:
         """Return the next server to try; None if none is left or the body was already sent."""
-        if isinstance(ask.body, AsyncIterator):
-            return None if tried else self.roster.choose(ask.model, bytes, self._clock())
+        if not isinstance(ask.body, bytes):
+            return None if tried else self.roster.choose(ask.model, b"", self._clock())
         return self.roster.choose(ask.model, ask.body, self._clock(), tried)
 
     @asynccontextmanager
@@ -356,8 +356,8 @@ class Pool:
         """Pull a model on all servers in turn; each progress line names the server."""
         lines = self._pull_all(ask)
         stack.push_async_callback(lines.aclose)
-        assert not isinstance(ask.body, AsyncIterator)
-        if (_object(ask.body()) or {}).get("stream") is not False:
+        assert isinstance(ask.body, bytes)
+        if (_object(ask.body) or {}).get("stream") is not False:
             return Response(200, _LINES, lines)
         last = b""
         async for line in lines:
@@ -660,14 +660,13 @@ async def _all(response: Response) -> bytes:
     return bytes(body)
 
 
-async def _read(ask: Ask) -> Callable[[], bytes]:
+async def _read(ask: Ask) -> bytes:
     """Read a request's body, to send it to several servers. Raises HTTPError 413."""
-    if not isinstance(ask.body, AsyncIterator):
+    if isinstance(ask.body, bytes):
         return ask.body
     body = bytearray()
     async for piece in ask.body:
         body += piece
         if len(body) > MAX_COMMAND:
             raise HTTPError(413, f"a request for all servers has at most {MAX_COMMAND} bytes")
-    complete = bytes(body)
-    return lambda: complete
+    return bytes(body)

@@ -14,7 +14,7 @@
 import enum
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_FAILURES = 3  # in a row
@@ -90,7 +90,7 @@ class Roster:
     def choose(
         self,
         model: str,
-        prompt: Callable[[], bytes],
+        prompt: bytes,
         now: float,
         tried: Collection[Member] = (),
         *,
@@ -100,7 +100,7 @@ class Roster:
 
         Args:
             model: its normalized name; empty if the request needs no model.
-            prompt: returns the request's body, whose start counts.
+            prompt: the request's body, whose start counts.
             now: the time in seconds.
             tried: servers that have already failed to answer the request.
             free: choose only a server with a free slot; otherwise one is only preferred.
@@ -123,9 +123,7 @@ class Roster:
         return member.health is Health.FAILING and not member.is_probed and now >= member.probe_at
 
     @staticmethod
-    def _least_busy(
-        members: list[Member], model: str, prompt: Callable[[], bytes]
-    ) -> Member | None:
+    def _least_busy(members: list[Member], model: str, prompt: bytes) -> Member | None:
         if not members:
             return None
         ranks = {m: (m.running / m.weight, model not in m.loaded) for m in members}
@@ -133,7 +131,7 @@ class Roster:
         tied = [member for member in members if ranks[member] == best]
         if len(tied) == 1:
             return tied[0]
-        start = f"{model}\n".encode() + prompt()[:PROMPT_START]
+        start = f"{model}\n".encode() + prompt[:PROMPT_START]
         return max(tied, key=lambda m: hashlib.sha256(m.name.encode() + b"\n" + start).digest())
 
     # Slots.
@@ -148,7 +146,7 @@ class Roster:
         """Take a slot on which a model can run; None if none is free."""
         if not self.total:
             return Slot()  # the server is chosen when the prompt is known
-        member = self.choose(model, bytes, now, free=True)
+        member = self.choose(model, b"", now, free=True)
         return None if member is None else self.move(Slot(), member)
 
     def move(self, slot: Slot, member: Member) -> Slot:

@@ -21,7 +21,7 @@ import socket
 import ssl
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, suppress
+from contextlib import suppress
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -108,8 +108,7 @@ class State(enum.Enum):
     """Where a connection is in its exchange."""
 
     SENDING = "the request's body is being sent; a response may already have begun"
-    RECEIVING = "the request is sent; the response has not ended"
-    REUSABLE = "the response has ended, so another request may follow"
+    RECEIVING = "the request is sent"
 
 
 class _Stream(asyncio.StreamReader):
@@ -212,11 +211,6 @@ class _Connection:
         self.buffer += data
         return bool(data)
 
-    def finish(self) -> None:
-        """Note that the response has ended."""
-        if self.state is State.RECEIVING:
-            self.state = State.REUSABLE
-
     def is_unanswered(self, now: float) -> bool:
         """Return True if sent bytes have stayed unacknowledged for too long."""
         if self._socket is None or self.writer.is_closing() or now - self.sent < self.patience:
@@ -289,7 +283,8 @@ class Upstream:
 
         Raises:
             HTTPError: 502 not reachable, not HTTP, closed early, a redirect, or upstream
-                requires credentials; 504 too slow. Reading the body raises these too.
+                requires credentials; 504 too slow. The block raises these too: what reading
+                the body raises is translated on leaving it.
 
         """
         headers = (self._host_header, *ask.headers)
@@ -492,33 +487,7 @@ class Upstream:
                 kind="unreachable",
             )
 
-    def body(
-        self, connection: _Connection, head: ResponseHead, *, bodiless: bool
-    ) -> AsyncGenerator[bytes, None]:
-        """Return an iterator over a body, a piece for each read. It raises HTTPError."""
-        decoder = ChunkedDecoder() if head.chunked else LengthDecoder(head.length)
-        if bodiless or decoder.done:
-            decoder = LengthDecoder(0)
-            connection.finish()  # even if nobody reads the body
-        return self._pieces(connection, decoder)
-
-    async def _pieces(
-        self, connection: _Connection, decoder: Decoder
-    ) -> AsyncGenerator[bytes, None]:
-        more = partial(self._more, connection)
-        try:
-            with self._failures:
-                async with aclosing(read_body(decoder, connection.buffer, more)) as pieces:
-                    async for piece in pieces:
-                        if decoder.done:
-                            connection.finish()
-                        yield piece
-        except Truncated:
-            raise self._truncated(connection) from None
-        if connection.stream.end is None:  # else the connection's end may have ended the body
-            connection.finish()
-
-    async def _more(self, connection: _Connection) -> bool:
+    async def more(self, connection: _Connection) -> bool:
         """Wait for more of a body; False at the orderly end. Raises HTTPError 502, 504."""
         connection.deadline = time.monotonic() + self._idle_timeout
         more = await connection.more()
@@ -527,10 +496,10 @@ class Upstream:
             what = f"sent nothing more of its answer within {self._idle_timeout:g} s"
             raise self.failure(what, 504)
         if not more and connection.stream.end is not End.ORDERLY:
-            raise self._truncated(connection)
+            raise self.truncated(connection)
         return more
 
-    def _truncated(self, connection: _Connection) -> HTTPError:
+    def truncated(self, connection: _Connection) -> HTTPError:
         """Return the error for a truncated body."""
         if connection.stream.end in _GONE:
             return self.failure("vanished in the middle of its answer")
@@ -594,6 +563,11 @@ class Upstream:
         """Return an error for a request without any byte of a response."""
         return NoAnswer(502, self._text(what), kind=kind)
 
+    def not_http(self, error: BadHead) -> HTTPError:
+        """Return the error for a malformed response."""
+        what = f"sent something that is not an HTTP response: {error.message}"
+        return self.failure(what, kind="protocol")
+
     def _text(self, what: str) -> str:
         return (
             f"Ollama at {self.address} {what}. Check that Ollama runs there and is not"
@@ -614,8 +588,7 @@ class _Failures:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         if isinstance(error, BadHead):
-            what = f"sent something that is not an HTTP response: {error.message}"
-            raise self._upstream.failure(what, kind="protocol") from error
+            raise self._upstream.not_http(error) from error
         if isinstance(error, TimeoutError) and not error.errno:
             return  # one of our own timeouts; the system's have a number
         if isinstance(error, OSError | UnicodeError):  # UnicodeError: an invalid host name
@@ -628,6 +601,7 @@ class _Exchange:
 
     _connection: _Connection
     _head: ResponseHead
+    _decoder: Decoder
     _pieces: AsyncGenerator[bytes, None]
 
     def __init__(self, upstream: Upstream, ask: Ask, headers: Headers) -> None:
@@ -637,10 +611,9 @@ class _Exchange:
 
     async def __aenter__(self) -> Response:
         upstream, ask, length = self._upstream, self._ask, self._ask.length
-        if not isinstance(ask.body, AsyncIterator):
-            body = ask.body()
-            length = len(body) if body or ask.method not in _BODILESS else None
-            message = frame_request(ask.method, ask.target, self._headers, length) + body
+        if isinstance(ask.body, bytes):
+            length = len(ask.body) if ask.body or ask.method not in _BODILESS else None
+            message = frame_request(ask.method, ask.target, self._headers, length) + ask.body
             connection, head = await upstream.send(message)
         else:
             chunked = length is None
@@ -648,9 +621,13 @@ class _Exchange:
             connection, head = await upstream.upload(message, ask.body, chunked=chunked)
         connection.deadline = math.inf
         connection.whole_wanted = ask.whole_wanted
-        bodiless = ask.method == b"HEAD" or head.status in {204, 304}
         self._connection, self._head = connection, head
-        self._pieces = upstream.body(connection, head, bodiless=bodiless)
+        if ask.method == b"HEAD" or head.status in {204, 304}:
+            self._decoder = LengthDecoder(0)
+        else:
+            self._decoder = ChunkedDecoder() if head.chunked else LengthDecoder(head.length)
+        more = partial(upstream.more, connection)
+        self._pieces = read_body(self._decoder, connection.buffer, more)
         return Response(
             head.status,
             head.headers,
@@ -660,17 +637,21 @@ class _Exchange:
             server=head.server,
         )
 
-    async def __aexit__(self, *_: object) -> None:
-        connection = self._connection
+    async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
+        upstream, connection = self._upstream, self._connection
         connection.whole_wanted = None
         connection.idle_since = time.monotonic()
         all_sent = not connection.writer.transport.get_write_buffer_size()
-        ended = connection.state is State.REUSABLE and all_sent
+        ended = self._decoder.done and all_sent and connection.state is State.RECEIVING
         if ended and self._head.keep_alive and connection.is_usable():
-            self._upstream.keep(connection)
+            upstream.keep(connection)
         else:
-            await self._upstream.abort(connection)
+            await upstream.abort(connection)
         await self._pieces.aclose()  # else the garbage collector would start a task for it
+        if isinstance(error, Truncated):
+            raise upstream.truncated(connection) from None
+        if isinstance(error, BadHead):
+            raise upstream.not_http(error) from None
 
 
 def loop_error() -> HTTPError:
