@@ -35,7 +35,7 @@ _HOW_TO_SEND = {  # a key, by the form of the API: the headers that its clients 
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Admission:
     """A request that was let in.
 

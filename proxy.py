@@ -12,7 +12,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 from urllib.parse import unquote
 
 from access.rights import Key
@@ -30,7 +29,7 @@ from answers.shared_limits import Reservation, SharedLimits, refunding
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
-from record import Outcome, Record
+from record import MAX_NAME, Outcome, Record
 from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.bodies import too_large
@@ -91,7 +90,8 @@ Reserved = Reservation | LimitReached | None
 """A generation that was counted for all processes, or why it was not; None if it need not be."""
 
 
-class Decision(NamedTuple):
+@dataclass(slots=True)
+class Decision:
     """Where the answer to a request comes from: either `stored` or `flight` is set."""
 
     outcome: Outcome
@@ -171,12 +171,14 @@ class Proxy:
         """Read the body, and answer with a stored answer or from a flight."""
         route, key = admission.route, admission.key
         question = await self._read_question(route, request)
-        record.model = question.model or "-"
+        record.model = question.model[:MAX_NAME] or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
-        asked = request.head, question, admission, record.request_id
-        alone = self.shared_limits is None
-        decision = self._decide(*asked) if alone else await self._decide_within_limits(*asked)
+        head, request_id = request.head, record.request_id
+        if self.shared_limits is None:
+            decision = self._decide(head, question, admission, request_id)
+        else:
+            decision = await self._decide_within_limits(head, question, admission, request_id)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
             return self._hit(decision.stored, decision.age, question, record)
@@ -184,7 +186,7 @@ class Proxy:
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
         response = await self._replay(reader, route.form, record, self._heartbeat(route, question))
         if route.lists or route.names_model:
-            await self._change_list(response, request.head, admission)
+            await self._change_list(response, head, admission)
         return response
 
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
@@ -200,9 +202,9 @@ class Proxy:
 
     def _note_route(self, record: Record, head: Head, route: Route) -> None:
         """Record the path, the route and the kind of a request."""
-        record.path = head.path[:MAX_SHOWN].decode()
-        known = head.path if head.path in self.routes.rows else route.target or b""
-        record.route = known.decode()
+        path = head.path.decode()
+        record.path = path[:MAX_SHOWN]
+        record.route = path if head.path in self.routes.rows else (route.target or b"").decode()
         record.generates = route.generates
         if route.page:
             record.outcome = Outcome.PAGE
@@ -308,9 +310,10 @@ class Proxy:
         cache_key = self._scoped_key(question, admission)
         status = b"fwd=bypass"
         if cache_key is not None:
-            answer, age, status = self._look_up(cache_key, directives)
-            if answer is not None:
-                return Decision(Outcome.HIT, status, answer, age)
+            found = self._look_up(cache_key, directives)
+            if isinstance(found, Decision):
+                return found
+            status = found
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         flight_key = None if directives.private else cache_key
@@ -331,19 +334,18 @@ class Proxy:
             outcome, flight = Outcome.REFUSED, begin(None, replace(lookup, refusal=refusal))
         return Decision(outcome, b"OllProx; " + status, flight=flight)
 
-    def _look_up(
-        self, cache_key: bytes, directives: CacheDirectives
-    ) -> tuple[StoredAnswer | None, float, bytes]:
-        """Return the stored answer or None, its age, and the value for Cache-Status."""
+    def _look_up(self, cache_key: bytes, directives: CacheDirectives) -> Decision | bytes:
+        """Return the decision to use the stored answer, or why not, for Cache-Status."""
         if directives.reload or directives.private:
-            return None, 0.0, b"fwd=request"
+            return b"fwd=request"
         answer = self.cache.get(cache_key)
         if answer is None:
-            return None, 0.0, b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
+            return b"fwd=stale" if self.cache.expire(cache_key) else b"fwd=miss"
         age = answer.age(time.time())
         if age > directives.max_age:
-            return None, age, b"fwd=request"
-        return answer, age, b"OllProx; hit; ttl=%d" % max(0, int(self.cache.ttl) - int(age))
+            return b"fwd=request"
+        status = b"OllProx; hit; ttl=%d" % (int(self.cache.ttl) - int(age))
+        return Decision(Outcome.HIT, status, answer, age)
 
     def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
         """Return what may be looked up in the shared cache."""

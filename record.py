@@ -4,6 +4,8 @@ import enum
 import time
 from typing import NamedTuple
 
+MAX_NAME = 600  # characters of a model's name; the longest that Ollama accepts have 593
+
 
 class Outcome(enum.StrEnum):
     """How a request was answered. The values are the words of the log and the metrics."""
@@ -50,6 +52,7 @@ class Record:
     status: int = 0  # 499 if the client left first
     bytes_sent: int = 0  # of the body
     first_byte: float | None = None
+    ended: float = 0.0
 
     # Set by the proxy, from the head.
     caller: str = "-"  # the key's label, or the first digits of its digest
@@ -63,7 +66,7 @@ class Record:
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the response, even if it is an error
 
     # Set by the proxy, from the body and the answer.
-    model: str = "-"  # as the client wrote it
+    model: str = "-"  # as the client wrote it, up to MAX_NAME characters
     outcome: Outcome = Outcome.REFUSED
     cache_status: bytes = b"OllProx"  # RFC 9211
     usage: Usage = NO_USAGE  # of the answer, once it has ended

@@ -260,11 +260,11 @@ async def test_polls_are_logged_at_debug_and_wrong_keys_at_info(launch: Start) -
 
 def test_the_seconds_in_the_queue_are_logged() -> None:
     record = Record("127.0.0.1")
-    assert b" queued=- " in format_record(record, record.started)
-    assert json.loads(format_as_json(record, record.started))["queued"] is None
+    assert b" queued=- " in format_record(record)
+    assert json.loads(format_as_json(record))["queued"] is None
     record.queued = 1.25
-    assert b" queued=1.2500 " in format_record(record, record.started)
-    assert json.loads(format_as_json(record, record.started))["queued"] == 1.25
+    assert b" queued=1.2500 " in format_record(record)
+    assert json.loads(format_as_json(record))["queued"] == 1.25
 
 
 async def test_every_line_of_a_json_log_is_an_object(launch: Start, key_file: Path) -> None:

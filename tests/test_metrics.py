@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -849,7 +850,8 @@ def metrics(**parts: Any) -> Metrics:
 def record(outcome: Outcome = Outcome.HIT, **values: Any) -> Record:
     made = Record("127.0.0.1")
     decided = {"outcome": outcome, "label": "Mary", "model": "llama2", "generates": True}
-    for name, value in {**decided, "status": 200, "first_byte": made.started, **values}.items():
+    decided |= {"status": 200, "first_byte": made.started, "ended": time.monotonic()}
+    for name, value in {**decided, **values}.items():
         setattr(made, name, value)
     return made
 

@@ -896,7 +896,7 @@ def test_any_depth_is_answered_or_refused() -> None:
     for depth in range(100, 1100, 7):
         body = b'{"model":"m","prompt":"p","x":%b%b}' % (b"[" * depth, b"]" * depth)
         try:
-            asked(b"/api/generate", body).body
+            assert asked(b"/api/generate", body).body
         except HTTPError as error:
             status = error.status
         else:

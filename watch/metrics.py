@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -19,7 +20,7 @@ from answers.shared import Counts as SharedCounts
 from answers.turns import Refusal, Snapshot
 from cache import Cache
 from keystore import KeyStore
-from record import Outcome, Record, Usage
+from record import MAX_NAME, Outcome, Record, Usage
 from settings import normalize_model
 from watch.telemetry import MAX_SHOWN
 
@@ -238,22 +239,6 @@ class Spans:
         return [span.row() for span in copy._spans if span.start > since]
 
 
-class Recent(NamedTuple):
-    """One request that has ended. Times are seconds on the monotonic clock."""
-
-    label: str | None
-    route: str
-    model: str
-    generates: bool
-    outcome: Outcome
-    status: int
-    queued: float | None  # seconds
-    started: float
-    first_byte: float | None
-    ended: float
-    tokens: int
-
-
 @dataclass
 class Metrics:
     """The counts since the start.
@@ -285,17 +270,17 @@ class Metrics:
     shared: Callable[[], SharedCounts] | None = None
 
     def __post_init__(self) -> None:
-        self._requests: dict[tuple[str, int, Outcome], int] = defaultdict(int)
+        # By route, status and outcome, and by whether the route generates.
+        self._requests: dict[tuple[str, int, Outcome, bool], int] = defaultdict(int)
         self._pages: dict[tuple[str, int], int] = defaultdict(int)
-        self._answers: dict[Outcome, int] = dict.fromkeys(ANSWERED, 0)
         self._first_byte: dict[Outcome, Histogram] = defaultdict(Histogram)
         self._duration: dict[Outcome, Histogram] = defaultdict(Histogram)
         self._queued = Histogram()
         self._by_label: dict[str, Use] = defaultdict(Use)
         self._by_model: dict[str, Use] = defaultdict(Use)
-        self._recent: deque[Recent] = deque(maxlen=MAX_RECENT)
+        self._recent: deque[Record] = deque(maxlen=MAX_RECENT)
         # Separate, so that requests without a valid key cannot displace all others.
-        self._without_key: deque[Recent] = deque(maxlen=MAX_SHOWN_REQUESTS)
+        self._without_key: deque[Record] = deque(maxlen=MAX_SHOWN_REQUESTS)
         self._minutes = deque([Minute(0)], maxlen=60)
         self._minute_ends = 0.0  # end of the current minute, on the monotonic clock
         self._hours, self._days = Spans(3600, 24), Spans(86_400, DAYS)
@@ -305,13 +290,12 @@ class Metrics:
         self._lags = deque([0.0], maxlen=120)  # seconds; measured every half second
         self._errors: dict[str, int] = defaultdict(int)  # of upstream, by kind
         self._cancelled = 0
-        self._saved = 0  # hits, and joined requests that received a complete answer
         self._wrong_keys = 0
         self._generated = Total()
         self._from_cache = Total()
         self._shared = Total()
         self._models: frozenset[str] = frozenset()  # in upstream's list
-        self._names: dict[str, str] = {}  # their names, by the names used in requests
+        self._known = lru_cache(MAX_NAMES)(self._counted_as)
 
     # What happens.
 
@@ -322,50 +306,34 @@ class Metrics:
         if outcome is Outcome.PAGE:
             self._pages[record.route, status] += 1
             return
-        self._requests[record.route, status, outcome] += 1
-        now, started, first_byte = time.monotonic(), record.started, record.first_byte
-        self._duration[outcome].observe(now - started)
+        self._requests[record.route, status, outcome, record.generates] += 1
+        started, first_byte = record.started, record.first_byte
+        self._duration[outcome].observe(record.ended - started)
         if first_byte is not None:
             self._first_byte[outcome].observe(first_byte - started)
         if record.queued is not None:
             self._queued.observe(record.queued)
-        recent = self._recent if record.label is not None else self._without_key
-        recent.append(
-            Recent(
-                record.label,
-                record.route,
-                record.model[:MAX_SHOWN],
-                record.generates,
-                outcome,
-                status,
-                record.queued,
-                started,
-                first_byte,
-                now,
-                record.usage.tokens,
-            )
-        )
+        (self._recent if record.label is not None else self._without_key).append(record)
         if record.generates:
-            self._count_answer(record, now)
+            self._count_answer(record)
 
-    def _count_answer(self, record: Record, now: float) -> None:
-        outcome = record.outcome
-        self._answers[outcome] += 1
+    def _count_answer(self, record: Record) -> None:
+        outcome, now = record.outcome, record.ended
         minute = self._minutes[-1] if now < self._minute_ends else self._minute(now)
         minute.outcomes[outcome] += 1
-        saved = outcome is Outcome.HIT or record.shared
-        self._saved += saved
+        hit = outcome is Outcome.HIT
+        saved = hit or record.shared
         if (label := record.label) is not None:
             use = self._by_label.get(label) or self._use(self._by_label, label)
             use.requests += 1
             use.saved += saved
         if outcome is Outcome.REFUSED:
             return
-        model = self._names.get(record.model) or self.known(record.model)
+        model = self.known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
-        if outcome is Outcome.HIT:
+        if hit:
             self._from_cache.add(record.usage)
 
     def count_flight(self, flight: Flight) -> None:
@@ -419,7 +387,8 @@ class Metrics:
 
     def set_models(self, models: Iterable[str]) -> None:
         """Set the names of the models that upstream has."""
-        self._models, self._names = frozenset(models), {}
+        self._models = frozenset(models)
+        self._known.cache_clear()
 
     @property
     def running(self) -> int:
@@ -433,15 +402,11 @@ class Metrics:
 
     def known(self, model: str) -> str:
         """Return the name that a model is counted by: `other` if upstream does not list it."""
-        if (known := self._names.get(model)) is not None:
-            return known
+        return self._known(model) if len(model) < MAX_NAME else OTHER
+
+    def _counted_as(self, model: str) -> str:
         name = normalize_model(model)
-        if name not in self._models:
-            return OTHER
-        name = name.removesuffix(":latest")
-        if len(self._names) < MAX_NAMES:
-            self._names[model] = name
-        return name
+        return name.removesuffix(":latest") if name in self._models else OTHER
 
     def _use(self, table: dict[str, Use], name: str) -> Use:
         return table[name if name in table or len(table) < MAX_NAMES else OTHER]
@@ -484,9 +449,9 @@ class Metrics:
             "started": self.started,
             "rows_by_label": viewer.sees_all,
             "may_drop": viewer.admin,
-            "answers": self._answers,
+            "answers": self._answers(),
             "saved": {
-                "answers": self._saved,
+                "answers": sum(use.saved for use in self._by_label.values()),
                 "tokens": self._from_cache.tokens + self._shared.tokens,
                 "gpu_seconds": self._from_cache.gpu_seconds + self._shared.gpu_seconds,
             },
@@ -555,7 +520,7 @@ class Metrics:
     def _latency(self) -> list[dict[str, object]]:
         """Return percentiles by outcome, of the remembered answers of the last hour."""
         since = time.monotonic() - HOUR
-        by_outcome: dict[Outcome, list[Recent]] = defaultdict(list)
+        by_outcome: dict[Outcome, list[Record]] = defaultdict(list)
         for request in self._recent:
             if request.generates and request.ended > since and request.first_byte is not None:
                 by_outcome[request.outcome].append(request)
@@ -581,22 +546,29 @@ class Metrics:
                 "time": round(epoch + r.started, 3),
                 "label": r.label,
                 "route": r.route,
-                "model": r.model if r.generates else None,
+                "model": r.model[:MAX_SHOWN] if r.generates else None,
                 "outcome": r.outcome,
                 "status": r.status,
                 "queued": r.queued,
                 "first_byte": None if r.first_byte is None else round(r.first_byte - r.started, 4),
                 "seconds": round(r.ended - r.started, 4),
-                "tokens": r.tokens,
+                "tokens": r.usage.tokens,
             }
             for r in reversed(seen[-MAX_SHOWN_REQUESTS:])
         ]
+
+    def _answers(self) -> dict[Outcome, int]:
+        """Count the requests for generated answers by outcome."""
+        counts = dict.fromkeys(ANSWERED, 0)
+        for (_, _, outcome, generates), count in self._requests.items():
+            counts[outcome] += count * generates
+        return counts
 
     def _failures(self) -> Iterator[tuple[str, int]]:
         for kind, count in self._errors.items():
             yield _KINDS.get(kind, kind), count
         by_status: dict[int, int] = defaultdict(int)
-        for (_, status, outcome), count in self._requests.items():
+        for (_, status, outcome, _), count in self._requests.items():
             if outcome is Outcome.REFUSED:
                 by_status[status] += count
         for status, count in sorted(by_status.items()):
@@ -630,7 +602,7 @@ class Metrics:
             "Requests by route, status and outcome, without OllProx's own pages.",
             [
                 ({"route": route, "status": status, "cache": outcome}, count)
-                for (route, status, outcome), count in self._requests.items()
+                for (route, status, outcome, _), count in self._requests.items()
             ],
         )
         yield Row(

@@ -113,10 +113,10 @@ class AccessLog:
     def __call__(self, record: Record) -> None:
         """Write the record's line, unless LOG_LEVEL is above the line's level."""
         if self._debug if record.quiet else self._info:
-            self._writer.write(self._format(record, time.monotonic()))
+            self._writer.write(self._format(record))
 
 
-def format_record(record: Record, now: float) -> bytes:
+def format_record(record: Record) -> bytes:
     """Return an access line. Values chosen by clients are escaped and cut."""
     started, first_byte, queued = record.started, record.first_byte, record.queued
     first = "-" if first_byte is None else f"{first_byte - started:.4f}"
@@ -127,11 +127,11 @@ def format_record(record: Record, now: float) -> bytes:
         f" model={_one_word(record.model[:MAX_SHOWN])}"
         f" status={record.status} cache={_CACHE.get(record.outcome, '-')}"
         f" bytes={record.bytes_sent} queued={'-' if queued is None else f'{queued:.4f}'}"
-        f" first_byte={first} total={now - started:.4f}\n"
+        f" first_byte={first} total={record.ended - started:.4f}\n"
     ).encode()
 
 
-def format_as_json(record: Record, now: float) -> bytes:
+def format_as_json(record: Record) -> bytes:
     """Return an access line as a JSON object; missing values are null."""
     first, queued = record.first_byte, record.queued
     return as_json(
@@ -148,7 +148,7 @@ def format_as_json(record: Record, now: float) -> bytes:
         bytes=record.bytes_sent,
         queued=None if queued is None else round(queued, 6),
         first_byte=None if first is None else round(first - record.started, 6),
-        total=round(now - record.started, 6),
+        total=round(record.ended - record.started, 6),
     )
 
 

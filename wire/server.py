@@ -606,7 +606,8 @@ class _Client(asyncio.Protocol):
             self.state = State.IDLE
             self._served = True
             self._has_shown_key |= record.label is not None
-            self._record = None  # it may hold a stored answer
+            self._record = None
+            record.ended = time.monotonic()
             self._server.done(record)
 
     async def _answer(self, request: Request, record: Record) -> bool:
@@ -868,6 +869,7 @@ class _Client(asyncio.Protocol):
         self._write(framed + body, body, record)
         self._unread = True
         self.deadline = math.inf  # `_linger` has its own
+        record.ended = time.monotonic()
         self._server.done(record)
 
     async def _linger(self) -> None:
