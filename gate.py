@@ -107,9 +107,10 @@ class Gate:
 
     def _authenticate(self, head: Head, client: str) -> Key:
         """Return the caller's key. Raises HTTPError 401, 429."""
-        if (key := self.identify(head)) is not None:
-            return key
-        raise HTTPError(401, self._refusal(head, client), _CHALLENGE, kind=WRONG_KEY)
+        key = self.identify(head)
+        if key is None:
+            raise HTTPError(401, self._refusal(head, client), _CHALLENGE, kind=WRONG_KEY)
+        return key
 
     def _refusal(self, head: Head, client: str) -> str:
         """Say why no key lets the request in, and what would. Raises HTTPError 429."""

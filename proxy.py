@@ -8,10 +8,11 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 from urllib.parse import unquote
 
 from access.rights import Key
@@ -29,8 +30,8 @@ from answers.shared_limits import Reservation, SharedLimits, refunding
 from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
-from record import MAX_NAME, Outcome, Record
-from settings import Settings, normalize_model
+from record import Outcome, Record
+from settings import MAX_NAME_CHARS, Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.bodies import too_large
 from wire.codings import coding_of
@@ -127,7 +128,7 @@ class Proxy:
         flights: Flights,
         permits: Permits,
         models: ModelWatch,
-        page: Callable[[str, Head, Key | None], Awaitable[Response]],
+        page: Callable[[str, Head, Key | None], Coroutine[Any, Any, Response]],
         shared: SharedCache | None = None,
         shared_limits: SharedLimits | None = None,
     ) -> None:
@@ -145,33 +146,35 @@ class Proxy:
         # A separate pool, so that parsing never delays the reading of the key file.
         self._parsers = ThreadPoolExecutor(PARSERS, "parse")
 
-    async def handle(self, request: Request, record: Record) -> Response:
-        """Answer a request: check its head first, then read its body. Raises HTTPError."""
+    def handle(self, request: Request, record: Record) -> Coroutine[Any, Any, Response]:
+        """Check a request's head, and return what answers the request. Both raise HTTPError."""
         head = request.head
         record.method = _METHODS.get(head.method, "other")
         if b"origin" in head.names:
             record.headers = self.gate.cors(head)
         if head.method == b"OPTIONS" and record.headers:
             record.outcome = Outcome.PAGE
-            return self.gate.preflight(head)
+            return self._preflight(head)
         admission = self.gate.admit(head, record.client)
         route, key = admission.route, admission.key
-        self._note_route(record, head, route)
-        _note_caller(record, head, key)
+        self._note(record, head, route, key)
         if route.page:
             # Probes of load balancers, and polls of Prometheus and the dashboard.
             record.quiet = route.access is not Access.ADMIN
-            return await self.page(route.page, head, key)
+            return self.page(route.page, head, key)
         record.headers += VIA
         if route.upload is not Upload.NONE:
-            return await self._upload(request, admission, record)
-        return await self._answer(request, admission, record)
+            return self._upload(request, admission, record)
+        return self._answer(request, admission, record)
+
+    async def _preflight(self, head: Head) -> Response:
+        return self.gate.preflight(head)
 
     async def _answer(self, request: Request, admission: Admission, record: Record) -> Response:
         """Read the body, and answer with a stored answer or from a flight."""
         route, key = admission.route, admission.key
         question = await self._read_question(route, request)
-        record.model = question.model[:MAX_NAME] or "-"
+        record.model = question.model[:MAX_NAME_CHARS] or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
         head, request_id = request.head, record.request_id
@@ -192,16 +195,21 @@ class Proxy:
     def render_error(self, error: HTTPError, head: Head | None, record: Record) -> Response:
         """Return the response for an error, in the form of the API that was called."""
         if head is not None and record.route == NO_ROUTE:  # the gate refused it
-            if (found := self.routes.find(head.path)) is not None:
-                self._note_route(record, head, found[0])
-            _note_caller(record, head, self.gate.identify(head))
+            found = self.routes.find(head.path)
+            self._note(record, head, found[0] if found else None, self.gate.identify(head))
             record.wrong_key = error.kind == WRONG_KEY
         form = Form.OLLAMA if head is None else self.routes.form(head.path)
         body = error.body or form.body(error.status, error.message)
         return Response(error.status, ((b"Content-Type", JSON), *error.headers), body)
 
-    def _note_route(self, record: Record, head: Head, route: Route) -> None:
-        """Record the path, the route and the kind of a request."""
+    def _note(self, record: Record, head: Head, route: Route | None, key: Key | None) -> None:
+        """Record what a request's head says: the caller, and the route if there is one."""
+        if key is not None:
+            record.caller, record.label = key.label or key.digest.hex()[:8], key.label
+        else:
+            record.caller = caller(head)
+        if route is None:
+            return
         path = head.path.decode()
         record.path = path[:MAX_SHOWN]
         record.route = path if head.path in self.routes.rows else (route.target or b"").decode()
@@ -246,14 +254,14 @@ class Proxy:
 
         None if the answer may be neither stored nor shared.
         """
-        settings, key = self.settings, admission.key
-        if admission.target.startswith(HOST):
+        settings, cache_key = self.settings, question.key
+        if cache_key is None or admission.target.startswith(HOST):
             return None  # that server may have another model of the same name
         if settings.cache_only_deterministic and not question.deterministic:
             return None
-        if question.key is not None and settings.cache_per_key and key is not None:
-            return hashlib.sha256(question.key + key.scope).digest()
-        return question.key
+        if settings.cache_per_key and admission.key is not None:
+            return hashlib.sha256(cache_key + admission.key.scope).digest()
+        return cache_key
 
     # Find or begin the answer.
 
@@ -531,13 +539,6 @@ _STOPPED = frozenset(
 _DECODED = frozenset({b"content-encoding"})
 _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
 _NO_QUESTION = Question(b"", "", None, stream=False, relayed=True, deterministic=True)
-
-
-def _note_caller(record: Record, head: Head, key: Key | None) -> None:
-    if key is not None:
-        record.caller, record.label = key.label or key.digest.hex()[:8], key.label
-    else:
-        record.caller = caller(head)
 
 
 def _check_model(key: Key, question: Question, admission: Admission) -> None:

@@ -4,8 +4,6 @@ import enum
 import time
 from typing import NamedTuple
 
-MAX_NAME = 600  # characters of a model's name; the longest that Ollama accepts have 593
-
 
 class Outcome(enum.StrEnum):
     """How a request was answered. The values are the words of the log and the metrics."""
@@ -66,7 +64,7 @@ class Record:
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the response, even if it is an error
 
     # Set by the proxy, from the body and the answer.
-    model: str = "-"  # as the client wrote it, up to MAX_NAME characters
+    model: str = "-"  # as the client wrote it, up to MAX_NAME_CHARS characters
     outcome: Outcome = Outcome.REFUSED
     cache_status: bytes = b"OllProx"  # RFC 9211
     usage: Usage = NO_USAGE  # of the answer, once it has ended

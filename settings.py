@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from functools import lru_cache
 from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import Any
@@ -484,6 +485,9 @@ def address(host: str, port: int) -> str:
 REGISTRY = "registry.ollama.ai"  # the default host of a model's name
 
 
+MAX_NAME_CHARS = 600  # of a model; Ollama takes 350 for the host and 80 for each other part
+
+
 def normalize_model(name: str) -> str:
     """Return a model's name as Ollama lists it: ` Llama2:local` is `llama2:latest`.
 
@@ -493,6 +497,11 @@ def normalize_model(name: str) -> str:
     registry.ollama.ai, then the default namespace `library`, are left out; the default tag is
     `latest`. A name that Ollama refuses is still refused afterwards. Takes linear time.
     """
+    # Longer names, which no model has, would take too much memory to remember.
+    return _known_name(name) if len(name) <= MAX_NAME_CHARS else _normalized(name)
+
+
+def _normalized(name: str) -> str:
     name = name.strip()
     if not name:
         return ""
@@ -506,6 +515,9 @@ def normalize_model(name: str) -> str:
     if ":" not in parts[-1]:
         parts[-1] += ":latest"
     return "/".join(parts)
+
+
+_known_name = lru_cache(1024)(_normalized)
 
 
 def _without_source(name: str) -> str:

@@ -7,9 +7,7 @@ from datetime import date
 from functools import lru_cache
 from typing import Any
 
-from settings import REGISTRY, normalize_model
-
-MAX_NAME_CHARS = 600  # of a model; Ollama takes 350 for the host and 80 for each other part
+from settings import MAX_NAME_CHARS, REGISTRY, normalize_model
 
 _LABEL_SCOPE = b"label".ljust(32)  # followed by a label it is longer than any digest
 

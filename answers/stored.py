@@ -51,7 +51,7 @@ class StoredAnswer(NamedTuple):
     @property
     def usage(self) -> Usage:
         """The usage of generating it."""
-        return Usage(self.lines, self.prompt_tokens, self.tokens, self.gpu_seconds)
+        return Usage(*self[-4:])
 
     def age(self, now: float) -> float:
         """Return its age in seconds; 0 if the clock was set back."""

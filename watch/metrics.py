@@ -20,8 +20,8 @@ from answers.shared import Counts as SharedCounts
 from answers.turns import Refusal, Snapshot
 from cache import Cache
 from keystore import KeyStore
-from record import MAX_NAME, Outcome, Record, Usage
-from settings import normalize_model
+from record import Outcome, Record, Usage
+from settings import MAX_NAME_CHARS, normalize_model
 from watch.telemetry import MAX_SHOWN
 
 MAX_NAMES = 1000  # models, and labels, that are counted separately
@@ -329,7 +329,7 @@ class Metrics:
             use.saved += saved
         if outcome is Outcome.REFUSED:
             return
-        model = self.known(record.model)
+        model = self._known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
@@ -402,7 +402,7 @@ class Metrics:
 
     def known(self, model: str) -> str:
         """Return the name that a model is counted by: `other` if upstream does not list it."""
-        return self._known(model) if len(model) < MAX_NAME else OTHER
+        return self._known(model) if len(model) <= MAX_NAME_CHARS else OTHER
 
     def _counted_as(self, model: str) -> str:
         name = normalize_model(model)

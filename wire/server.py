@@ -51,7 +51,7 @@ import struct
 import sys
 import time
 from asyncio.sslproto import SSLProtocol
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from email.utils import formatdate
@@ -331,6 +331,7 @@ class _Client(asyncio.Protocol):
 
     transport: asyncio.Transport  # the TCP connection, or TLS on top of it
     task: asyncio.Task[None]
+    head: Head  # of the current request; a client is an `http11.Request`
 
     def __init__(self, server: Server, tls: ssl.SSLContext | None = None) -> None:
         self._server = server
@@ -590,12 +591,13 @@ class _Client(asyncio.Protocol):
         self._record = record = Record(self._address)
         record.request_id = _request_id(head)
         self.state = State.ANSWERING
+        self.head = head
         self._unread = head.has_body
         self._ahead = _EVERY_RESPONSE
         if self._eof:
             self._expect_reset()
         try:
-            return await self._answer(_Request(self, head), record)
+            return await self._answer(head, record)
         except (Gone, OSError):
             record.status = GONE
             raise
@@ -610,10 +612,9 @@ class _Client(asyncio.Protocol):
             record.ended = time.monotonic()
             self._server.done(record)
 
-    async def _answer(self, request: Request, record: Record) -> bool:
-        head = request.head
+    async def _answer(self, head: Head, record: Record) -> bool:
         try:
-            response = await self._server.handler(request, record)
+            response = await self._server.handler(self, record)
             try:
                 return await self._send(head, response, record)
             finally:
@@ -699,9 +700,9 @@ class _Client(asyncio.Protocol):
             self._reading = True
             self.transport.resume_reading()
 
-    async def read(self, head: Head, limit: int) -> bytes:
+    async def read(self, limit: int) -> bytes:
         """Read the complete body of the current request; see `Request.read`."""
-        length = head.length
+        length = self.head.length
         if length is not None and length <= len(self._buffer) and length <= limit:  # it has arrived
             body = bytes(memoryview(self._buffer)[:length])
             del self._buffer[:length]
@@ -709,11 +710,12 @@ class _Client(asyncio.Protocol):
             if not self._reading:
                 self._read_on()
             return body
-        parts = [part async for part in self.pieces(head, limit)]
+        parts = [part async for part in self.pieces(limit)]
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    async def pieces(self, head: Head, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
+    async def pieces(self, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
         """Read the body of the current request as it arrives; see `Request.pieces`."""
+        head = self.head
         decoder = ChunkedDecoder(limit) if head.chunked else LengthDecoder(head.length or 0, limit)
         if head.expects_continue and self._unread and not self._buffer and not self._eof:
             self.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -888,22 +890,6 @@ class _Client(asyncio.Protocol):
                 self._buffer.clear()
                 async with asyncio.timeout(self._server.limits.linger_timeout):
                     await self._more()
-
-
-class _Request:
-    """A client's request, as in `http11.Request`."""
-
-    __slots__ = ("_client", "head")
-
-    def __init__(self, client: _Client, head: Head) -> None:
-        self._client = client
-        self.head = head
-
-    def read(self, limit: int) -> Coroutine[Any, Any, bytes]:
-        return self._client.read(self.head, limit)
-
-    def pieces(self, limit: int = sys.maxsize) -> AsyncIterator[bytes]:
-        return self._client.pieces(self.head, limit)
 
 
 def _unread_bytes(transport: asyncio.Transport) -> int:
