@@ -26,7 +26,7 @@ from watch.telemetry import MAX_SHOWN
 
 MAX_NAMES = 1000  # models, and labels, that are counted separately
 MAX_LISTED = 100  # answers being generated, and requests waiting, that the page lists
-MAX_RECENT = 2000  # requests that are remembered
+MAX_RECENT = 1000  # requests that are remembered
 MAX_SHOWN_REQUESTS = 200  # of these, the newest ones that a key may see
 OTHER = "other"  # all models, or labels, beyond MAX_NAMES
 HOUR = 3600.0  # seconds that the page looks back by minutes

@@ -704,7 +704,7 @@ class _Client(asyncio.Protocol):
         """Read the complete body of the current request; see `Request.read`."""
         length = self.head.length
         if length is not None and length <= len(self._buffer) and length <= limit:  # it has arrived
-            body = bytes(memoryview(self._buffer)[:length])
+            body = bytes(self._buffer[:length])
             del self._buffer[:length]
             self._unread = False
             if not self._reading:
