@@ -11,7 +11,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 from urllib.parse import unquote
 
@@ -98,7 +98,7 @@ class Decision:
     outcome: Outcome
     cache_status: bytes
     stored: StoredAnswer | None = None
-    age: float = 0.0  # of the stored answer, in seconds
+    headers: Headers = ()  # the stored answer's Age
     flight: Flight | None = None
 
 
@@ -184,7 +184,7 @@ class Proxy:
             decision = await self._decide_within_limits(head, question, admission, request_id)
         record.outcome, record.cache_status = decision.outcome, decision.cache_status
         if decision.stored is not None:
-            return self._hit(decision.stored, decision.age, question, record)
+            return self._hit(decision.stored, decision.headers, question, record)
         assert decision.flight is not None
         reader = decision.flight.join(Wants.FOLD if question.folds else Wants.PIECES)
         response = await self._replay(reader, route.form, record, self._heartbeat(route, question))
@@ -352,8 +352,8 @@ class Proxy:
         age = answer.age(time.time())
         if age > directives.max_age:
             return b"fwd=request"
-        status = b"OllProx; hit; ttl=%d" % (int(self.cache.ttl) - int(age))
-        return Decision(Outcome.HIT, status, answer, age)
+        status, headers = _freshness(int(age), int(self.cache.ttl) - int(age))
+        return Decision(Outcome.HIT, status, answer, headers)
 
     def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
         """Return what may be looked up in the shared cache."""
@@ -406,12 +406,12 @@ class Proxy:
         )
 
     def _hit(
-        self, answer: StoredAnswer, age: float, question: Question, record: Record
+        self, answer: StoredAnswer, age: Headers, question: Question, record: Record
     ) -> Response:
         if question.folds and not answer.object:
             record.outcome = Outcome.REFUSED
             raise too_large_error(self.settings.max_object_bytes)
-        record.headers += ((b"Age", b"%d" % age),)
+        record.headers += age
         record.usage = answer.usage
         headers = unpack(answer.packed)
         if question.folds:
@@ -539,6 +539,12 @@ _STOPPED = frozenset(
 _DECODED = frozenset({b"content-encoding"})
 _METHODS = {m: m.decode() for m in (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"OPTIONS")}
 _NO_QUESTION = Question(b"", "", None, stream=False, relayed=True, deterministic=True)
+
+
+@lru_cache(maxsize=1024)
+def _freshness(age: int, ttl: int) -> tuple[bytes, Headers]:
+    """Return a hit's Cache-Status and Age, from its age and the time it has left in seconds."""
+    return b"OllProx; hit; ttl=%d" % ttl, ((b"Age", b"%d" % age),)
 
 
 def _check_model(key: Key, question: Question, admission: Admission) -> None:

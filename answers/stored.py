@@ -51,7 +51,7 @@ class StoredAnswer(NamedTuple):
     @property
     def usage(self) -> Usage:
         """The usage of generating it."""
-        return Usage(*self[-4:])
+        return Usage._make(self[-4:])
 
     def age(self, now: float) -> float:
         """Return its age in seconds; 0 if the clock was set back."""
