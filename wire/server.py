@@ -344,6 +344,9 @@ class _Client(asyncio.Protocol):
         self._buffer = bytearray()
         self._waiter: asyncio.Future[None] | None = None
         self._flow = _Flow(server.limits.write_timeout)
+        # Of the last raw head, which most clients repeat; a digest would take longer. Nobody can
+        # choose a head for its hash, and a collision would give a client only its own other head.
+        self._mark: int | None = None
         self._record: Record | None = None  # of the request that is being answered
         self._has_shown_key = False
         self._eof = False  # the client has sent FIN
@@ -584,14 +587,16 @@ class _Client(asyncio.Protocol):
             raw = await self._next_head()
             if raw is None:
                 return False
-            head = self._server.parse_head(raw)
+            mark = hash(raw)
+            if mark != self._mark:
+                self.head, self._mark = self._server.parse_head(raw), mark
         except HTTPError as error:
             self._refuse(error)
             return False
+        head = self.head
         self._record = record = Record(self._address)
         record.request_id = _request_id(head)
         self.state = State.ANSWERING
-        self.head = head
         self._unread = head.has_body
         self._ahead = _EVERY_RESPONSE
         if self._eof:
