@@ -132,8 +132,9 @@ class Flight:
         self._held = 0  # bytes of the budget held by the notes
         self._room: asyncio.Future[None] | None = None  # set while the recorder waits
         self._heard = 0, 0.0  # the tape's end at the last check, and when it was first seen there
-        # This refers to the flight, so the flight must not refer to the ask: a cycle.
-        ask = ask._replace(whole_wanted=self.is_whole_wanted)
+        # The ask is the flight's alone. It refers to the flight, so the flight must not refer to
+        # it: a cycle.
+        ask.whole_wanted = self.is_whole_wanted
         self._task: asyncio.Task[None] | None = asyncio.get_running_loop().create_task(
             self._record(ask)
         )

@@ -6,7 +6,7 @@ Pure: no I/O, no clock.
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -316,18 +316,20 @@ def _is_ambiguous(value: dict[str, Any]) -> bool:
             return True
     except RecursionError:
         raise _too_deep() from None
-    return any(name not in _KNOWN_NAMES and name.casefold() in _KNOWN_NAMES for name in value)
+    return not _KNOWN_NAMES.intersection(map(str.casefold, value)) <= value.keys()
 
 
-def _has_case_twins(value: object) -> bool:
+def _has_case_twins(value: dict[str, Any] | list[Any]) -> bool:
     """Return True if two names in an object differ only in case: in Go, the last one wins."""
-    if isinstance(value, list):
-        return any(map(_has_case_twins, value))
-    if not isinstance(value, dict):
-        return False
-    if len({name.casefold() for name in value}) < len(value):
-        return True
-    return any(map(_has_case_twins, value.values()))
+    members: Iterable[Any] = value
+    if isinstance(value, dict):
+        if len(set(map(str.casefold, value))) < len(value):
+            return True
+        members = value.values()
+    for member in members:  # noqa: SIM110 - a generator would take longer
+        if isinstance(member, (dict, list)) and _has_case_twins(member):
+            return True
+    return False
 
 
 def _keeps_state(value: dict[str, Any]) -> bool:

@@ -16,7 +16,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from http import HTTPStatus
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import h11
 
@@ -192,7 +192,8 @@ class Lookup:
     refusal: HTTPError | None = None
 
 
-class Ask(NamedTuple):
+@dataclass(slots=True)
+class Ask:
     """A request to upstream, with everything that an exchange needs to know.
 
     `headers` are end-to-end headers without Host and length. For an upload `body` is an iterator:

@@ -19,7 +19,7 @@ from contextlib import (
     asynccontextmanager,
     suppress,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any, Protocol
 from urllib.parse import unquote
@@ -221,7 +221,7 @@ class Pool:
         self._expect_changes(stack)
         everywhere = {self._api.pull: self._pull, self._api.delete: self._delete}
         if (manage := everywhere.get(ask.target)) is not None:
-            return await manage(ask._replace(body=await _read(ask), length=None), stack)
+            return await manage(replace(ask, body=await _read(ask), length=None), stack)
         # On the first server: what such a request leaves there is needed by later ones.
         first = self.roster.members[0]
         response = await stack.enter_async_context(self._on(first, ask))
@@ -241,7 +241,7 @@ class Pool:
             self._occupy(member, ask, stack)
         elif ask.method not in _READS:
             self._expect_changes(stack)
-        return await stack.enter_async_context(self._on(member, ask._replace(target=slash + rest)))
+        return await stack.enter_async_context(self._on(member, replace(ask, target=slash + rest)))
 
     async def _upload(self, ask: Ask, stack: AsyncExitStack) -> Response:
         """Ask the first server that is up: nobody reads which model an upload is for."""
