@@ -101,7 +101,7 @@ class Bench:
         parse = partial(parse_request_head, take_credential=take)
         self.server = Server(proxy.handle, proxy.render_error, parse, done, Limits())
         self.server.parse_head = KnownHeads(parse, check=False)
-        self.upstream._parse = KnownHeads(parse_response_head, check=False)
+        self.upstream._parse = KnownHeads(parse_response_head, secret=False, check=False)
         self.client = _Client(self.server)
         self.wire = Wire()
         self.client.connection_made(self.wire)

@@ -118,6 +118,20 @@ async def test_a_request_under_way_finishes(ollprox: Program, ollama: StandIn) -
     assert await ollprox.process.wait() == 0
 
 
+async def test_the_first_request_of_a_connection_is_answered_while_draining(
+    ollprox: Program,
+) -> None:
+    async with Client(ollprox.port) as late, Client(ollprox.port) as silent:
+        await ask(ollprox.port, "GET", "/health")  # so both connections have been accepted
+        ollprox.process.terminate()
+        await ollprox.says("stopping")
+        answer = await late.ask("POST", "/call_model", question())
+        assert answer.status == 200
+        assert answer.headers["connection"] == "close"
+        assert await silent.reader.read() == b""
+    assert await ollprox.process.wait() == 0
+
+
 async def test_draining_is_bounded(launch: Start, ollama: StandIn) -> None:
     ollama.script.hold_before = 1
     ollprox = await launch(DRAIN_TIMEOUT=0.2)

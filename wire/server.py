@@ -90,6 +90,7 @@ SLICE = 256 << 10  # bytes per write; nginx and Go write 32 to 128 KiB
 MAX_SURPLUS = 256  # clients beyond `max_connections` that get a 503; more are cut off
 READ_AHEAD = 64 << 10  # bytes read from a client before they are needed
 RECHECK_INTERVAL = 0.05  # seconds until a state is checked that no callback reports
+FIRST_REQUEST_WAIT = 1.0  # seconds for the first request of a connection, while draining
 GUESS_DELAY = 1.0  # seconds before the 429 for too many wrong keys
 GONE = 499  # nginx's status for a client that hung up; logged, never sent
 
@@ -210,11 +211,17 @@ class Server:
             await asyncio.sleep(0)
         if self._listener is not None:
             self._listener.close()
-        for client in list(self.clients):
-            client.close_if_idle()
-        tasks = {client.task for client in self.clients}
-        if tasks:
+        self._close_idle(unused=False)
+        # The first request of a connection that was just accepted may be on its way.
+        later = asyncio.get_running_loop().call_later(FIRST_REQUEST_WAIT, self._close_idle)
+        if tasks := {client.task for client in self.clients}:
             await asyncio.wait(tasks, timeout=seconds)
+        later.cancel()
+
+    def _close_idle(self, *, unused: bool = True) -> None:
+        for client in list(self.clients):
+            if unused or client.served:
+                client.close_if_idle()
 
     async def abort(self) -> None:
         """Cut off every client and wait for their tasks."""
@@ -352,7 +359,7 @@ class _Client(asyncio.Protocol):
         self._eof = False  # the client has sent FIN
         self._reading = True  # not paused
         self._unread = False  # bytes of the current body are still to come
-        self._served = False  # a request was answered
+        self.served = False  # a request was answered
         self._lagging = 0  # bytes the client had not read when the deadline was extended
         self._ahead = b""  # bytes that can be written before the rest is known
         self._probe_at = -math.inf
@@ -611,7 +618,7 @@ class _Client(asyncio.Protocol):
             raise
         finally:
             self.state = State.IDLE
-            self._served = True
+            self.served = True
             self._has_shown_key |= record.label is not None
             self._record = None
             record.ended = time.monotonic()
@@ -661,7 +668,7 @@ class _Client(asyncio.Protocol):
             if buffer and (raw := self._take_head(checked)):
                 self.deadline = math.inf
                 return raw
-            if self._eof or (self._server.draining and not buffer):
+            if self._eof or (self._server.draining and self.served and not buffer):
                 return None
             if not begun:
                 begun = skipped or bool(buffer)
@@ -688,7 +695,7 @@ class _Client(asyncio.Protocol):
         limits = self._server.limits
         if begun:
             self.state = State.HEAD
-        idle = self._served and not begun
+        idle = self.served and not begun
         wait = limits.keepalive_timeout if idle else limits.head_timeout
         self.deadline = self._loop.time() + wait
 

@@ -273,7 +273,7 @@ class Upstream:
         self._idle: list[_Connection] = []
         self._waiting: set[_Connection] = set()  # with a request under way
         self._failures = _Failures(self)
-        self._parse = KnownHeads(parse_response_head)
+        self._parse = KnownHeads(parse_response_head, secret=False)
 
     def exchange(self, ask: Ask) -> "_Exchange":
         """Send a request; `async with` returns the response. Read its body inside the block.
