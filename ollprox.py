@@ -46,7 +46,6 @@ from proxy import Proxy
 from record import Record
 from settings import COMMAND, Settings, SettingsError, address, load, program_path
 from watch.check import Mark, Report, memory, valid_until
-from watch.metrics import Limit as LimitRow
 from watch.metrics import Metrics, UpstreamState
 from watch.pages import Pages, drop
 from watch.telemetry import AccessLog, LineWriter, setup_logging
@@ -134,16 +133,7 @@ def build(
         upstreams=lambda: _upstream_states(settings, upstream, probe, turns, metrics),
         queue=turns.snapshot,
         shared=shared.counts if shared is not None else None,
-        limits=lambda: [
-            LimitRow(
-                used.key.label,
-                f"{used.what}={used.limit}",
-                used.used,
-                used.limit.count,
-                used.resets,
-            )
-            for used in permits.limits.in_use()
-        ],
+        limits=limits.in_use,
     )
     usage = _make_usage(opened, metrics) if opened else None
 

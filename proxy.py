@@ -31,7 +31,7 @@ from answers.stored import StoredAnswer, stored_answer
 from cache import Cache
 from gate import WRONG_KEY, Admission, Gate, caller
 from record import Outcome, Record
-from settings import MAX_NAME_CHARS, Settings, normalize_model
+from settings import Settings, normalize_model
 from watch.telemetry import MAX_SHOWN
 from wire.bodies import too_large
 from wire.codings import coding_of
@@ -50,6 +50,7 @@ from wire.pool import HOST
 from wire.upstream import VIA, add_via, forwarded
 
 MAX_QUESTIONS = 512  # parsed bodies that are remembered
+MAX_MODEL = 8192  # characters of a model's name that are recorded; none in Ollama is so long
 MAX_KNOWN_BODY = 2048  # bytes of the largest body that is remembered
 PARSERS = 2  # threads that parse larger bodies
 
@@ -174,7 +175,7 @@ class Proxy:
         """Read the body, and answer with a stored answer or from a flight."""
         route, key = admission.route, admission.key
         question = await self._read_question(route, request)
-        record.model = question.model[:MAX_NAME_CHARS] or "-"
+        record.model = question.model[:MAX_MODEL] or "-"
         if key is not None and key.models is not None:
             _check_model(key, question, admission)
         head, request_id = request.head, record.request_id

@@ -64,7 +64,7 @@ class Record:
     headers: tuple[tuple[bytes, bytes], ...] = ()  # of the response, even if it is an error
 
     # Set by the proxy, from the body and the answer.
-    model: str = "-"  # as the client wrote it, up to MAX_NAME_CHARS characters
+    model: str = "-"  # as the client wrote it, or the start of a very long name
     outcome: Outcome = Outcome.REFUSED
     cache_status: bytes = b"OllProx"  # RFC 9211
     usage: Usage = NO_USAGE  # of the answer, once it has ended

@@ -16,9 +16,11 @@ from parts import make_proxy
 from prometheus_client.parser import text_string_to_metric_families
 from standin import USAGE, Seen, StandIn
 
+from access.rights import Limit, make_key
+from answers.limits import Standing
 from answers.turns import Refusal, Snapshot, Waiting
 from record import Outcome, Record
-from watch.metrics import MAX_RECENT, Limit, Metrics, UpstreamState, Viewer
+from watch.metrics import MAX_RECENT, Metrics, UpstreamState, Viewer
 from watch.telemetry import MAX_SHOWN
 
 BOSS = "the-key-of-an-admin"
@@ -891,10 +893,11 @@ def test_waits_in_the_queue_are_measured() -> None:
 
 
 def test_limits_are_shown_to_those_whose_they_are() -> None:
-    limits = [Limit("Mary", "rate=5/hour", 2, 5, 60.0), Limit("", "running=2", 1, 2)]
+    mary, bob = make_key(b"1", b"Mary", {}), make_key(b"2", b"", {})
+    limits = [Standing(k, "rate", Limit(5, 3600), 2, 60.0) for k in (mary, bob)]
     seen = metrics(limits=lambda: limits)
-    mary = {"label": "Mary", "name": "rate=5/hour", "used": 2, "allowed": 5, "resets": 60.0}
-    assert seen.view(MARY)["limits"] == [mary]
+    row = {"label": "Mary", "name": "rate=5/hour", "used": 2, "allowed": 5, "resets": 60.0}
+    assert seen.view(MARY)["limits"] == [row]
     assert seen.view(NOBODY)["limits"] == []
     everything: Any = seen.view(ADMIN)["limits"]
     assert [row["label"] for row in everything] == ["Mary", ""]

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from answers.flight import Ending, Flight, Flights, Source
+from answers.limits import Standing
 from answers.shared import Counts as SharedCounts
 from answers.turns import Refusal, Snapshot
 from cache import Cache
@@ -55,16 +56,6 @@ class UpstreamState(NamedTuple):
     errors: int  # since the start
     models: Sequence[str] = ()  # loaded
     conflicts: Sequence[str] = ()  # models it is not used for, because of their digest
-
-
-class Limit(NamedTuple):
-    """How much of one limit a label's keys have used."""
-
-    label: str
-    name: str  # such as `tokens=100000/day`
-    used: float
-    allowed: float
-    resets: float | None = None  # seconds until some of it is free again
 
 
 class UsageState(Protocol):
@@ -250,7 +241,7 @@ class Metrics:
         upstream_requests: how many requests were sent to Ollama.
         upstreams: the Ollama servers.
         queue: the fair queue; `Turns.snapshot`.
-        limits: how much of their limits the labels have used.
+        limits: how much of their limits keys have used; `Limits.in_use`.
         usage: how the usage file is doing; None if there is none.
         shared: what the shared cache has done; None if there is none.
 
@@ -264,7 +255,7 @@ class Metrics:
     upstream_requests: Callable[[], int] = lambda: 0
     upstreams: Callable[[], Sequence[UpstreamState]] = lambda: ()
     queue: Callable[[], Snapshot] = lambda: Snapshot([], {}, {})
-    limits: Callable[[], Sequence[Limit]] = lambda: ()
+    limits: Callable[[], Iterable[Standing]] = lambda: ()
     usage: "UsageState | None" = None
     started: float = field(default_factory=time.time)
     shared: Callable[[], SharedCounts] | None = None
@@ -329,7 +320,7 @@ class Metrics:
             use.saved += saved
         if outcome is Outcome.REFUSED:
             return
-        model = self._known(record.model)
+        model = self.known(record.model)
         use = self._by_model.get(model) or self._use(self._by_model, model)
         use.requests += 1
         use.saved += saved
@@ -402,7 +393,7 @@ class Metrics:
 
     def known(self, model: str) -> str:
         """Return the name that a model is counted by: `other` if upstream does not list it."""
-        return self._known(model) if len(model) <= MAX_NAME_CHARS else OTHER
+        return self._known(model) if len(model) <= MAX_NAME_CHARS else self._counted_as(model)
 
     def _counted_as(self, model: str) -> str:
         name = normalize_model(model)
@@ -480,7 +471,7 @@ class Metrics:
                 for name, use in self._by_label.items()
                 if _may_see(viewer, name)
             ],
-            "limits": [row._asdict() for row in self.limits() if _may_see(viewer, row.label)],
+            "limits": [_limit(use) for use in self.limits() if _may_see(viewer, use.key.label)],
             "errors": [{"what": what, "count": count} for what, count in self._failures()],
             "requests": self._requests_of(viewer, now),
         }
@@ -769,6 +760,16 @@ _KINDS = {
     "reported": "Ollama reported an error in a stream",
     "incomplete": "Ollama ended an answer without its last line",
 }
+
+
+def _limit(standing: Standing) -> dict[str, object]:
+    return {
+        "label": standing.key.label,
+        "name": f"{standing.what}={standing.limit}",
+        "used": standing.used,
+        "allowed": standing.limit.count,
+        "resets": standing.resets,
+    }
 
 
 def _error_of(flight: Flight) -> str:
