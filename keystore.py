@@ -47,7 +47,7 @@ class KeyStore:
     # The digest of a text without a final newline, and when it was first seen.
     _unfinished: tuple[bytes, float] | None = None
     _failed: bool = False
-    _made: bool = False  # the only key is the one from `admit`
+    _made: bool = False  # the only key is the one from `accept_only`
     _reports: list[str] = field(default_factory=list)
 
     @classmethod
@@ -85,7 +85,7 @@ class KeyStore:
         """Return true if the key with this salted digest has expired."""
         return digest in self._keys and self.find(digest, now) is None
 
-    def admit(self, key: bytes, label: str) -> None:
+    def accept_only(self, key: bytes, label: str) -> None:
         """Accept this one key until the file has keys."""
         digest = salted_digest(self.salt, key)
         made = make_key(digest, label.encode(), self.defaults)

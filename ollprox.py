@@ -35,7 +35,7 @@ from answers.models import RECHECK_INTERVAL, ModelWatch, PoolProbe, Probe
 from answers.permits import Permits
 from answers.questions import MAX_DIGITS
 from answers.schedule import CountedSlots
-from answers.shared import CONFIRM_INTERVAL, EPOCH_KEY, WATCH_INTERVAL, Codec, SharedCache
+from answers.shared import CONFIRM_INTERVAL, EPOCH_KEY, WATCH_INTERVAL, Sealer, SharedCache
 from answers.shared_limits import SharedLimits
 from answers.stored import StoredAnswer
 from answers.turns import Ticket, Turns, fair_queue
@@ -108,12 +108,12 @@ def build(
     limits = Limits(earlier=earlier(opened.kept, time.time())) if opened else Limits()
     shared = shared_limits = None
     if (valkey := startup.cache_server(settings)) is not None:
-        codec = Codec(startup.secret_bytes(settings.cache_secret))
+        sealer = Sealer(startup.secret_bytes(settings.cache_secret))
         shared = SharedCache(
-            valkey, codec, lambda: models, settings.cache_ttl, lambda: drop(cache, flights)
+            valkey, sealer, lambda: models, settings.cache_ttl, lambda: drop(cache, flights)
         )
         exchange = shared.before(exchange)
-        shared_limits = SharedLimits(valkey, codec)
+        shared_limits = SharedLimits(valkey, sealer)
         limits.on_spend = shared_limits.spend
     flights = Flights(
         settings.cache_max_entry_bytes,

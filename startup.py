@@ -154,7 +154,7 @@ def _fix(path: Path, error: OSError) -> str:
 def make_key(keys: KeyStore, scheme: str, port: int) -> str:
     """Make a key for this run; return the message that shows it and how to use it."""
     key = new_key()
-    keys.admit(key.encode(), MADE)
+    keys.accept_only(key.encode(), MADE)
     why = f"API_KEY_FILE {keys.path} has no key in it" if keys.path else "No API key is set"
     until = "stops, or until the file gets a key" if keys.path else "stops"
     return f"""

@@ -30,7 +30,7 @@ class Access(enum.Enum):
     OPEN = "anybody"
     KEY = "any valid API key"
     ANY_MODEL = "API keys that may use every model, since the body is not read"
-    ADMIN = "keys whose label is in ADMIN_LABELS"
+    ADMIN = "keys with the option admin, or whose label is in ADMIN_LABELS"
 
 
 class Upload(enum.Enum):

@@ -42,7 +42,7 @@ _HIT = b"Valkey; hit"
 _MISS = b"Valkey; fwd=miss"
 
 
-class Codec:
+class Sealer:
     """Makes names, and seals and opens values.
 
     Args:
@@ -123,7 +123,7 @@ class SharedCache:
 
     Args:
         server: carries out commands.
-        codec: makes names, and seals values.
+        sealer: makes names, and seals values.
         models: returns the `Models`. An answer is kept under its model's digest, so no answer of a
             model that was replaced is found. It is a function since models need flights, which
             need this.
@@ -136,7 +136,7 @@ class SharedCache:
     def __init__(
         self,
         server: Valkey,
-        codec: Codec,
+        sealer: Sealer,
         models: Callable[[], Models],
         ttl: float,
         on_purge: Callable[[], object],
@@ -145,7 +145,7 @@ class SharedCache:
         self.server = server
         self.news = asyncio.Event()
         """Set when an answer waits to be written."""
-        self._codec = codec
+        self._sealer = sealer
         self._models = models
         self._ttl = ttl
         self._on_purge = on_purge
@@ -194,7 +194,7 @@ class SharedCache:
         digest = self._models().digest(model)
         if not digest:
             return None, b""
-        name, asked = self._codec.name(b"answer", digest.encode(), lookup.cache_key), _now()
+        name, asked = self._sealer.name(b"answer", digest.encode(), lookup.cache_key), _now()
         try:
             epoch, value = await self.server.call("MGET", EPOCH_KEY, name)
         except Unavailable:
@@ -210,7 +210,7 @@ class SharedCache:
 
     def _opened(self, name: bytes, value: bytes, max_age: float) -> StoredAnswer | None:
         """Read a value; None unless it verifies and is young enough."""
-        content = self._codec.open(name, self._epoch, value)
+        content = self._sealer.open(name, self._epoch, value)
         if content is None:
             return None
         try:
@@ -283,10 +283,10 @@ class SharedCache:
         confirmed = self._models().digest(answer.model) == answer.digest
         if not confirmed or write.epoch != self._epoch or left < 1:
             return False
-        name = self._codec.name(b"answer", answer.digest.encode(), write.cache_key)
+        name = self._sealer.name(b"answer", answer.digest.encode(), write.cache_key)
         # The object is folded from the body again.
         content = answer._replace(object=b"").dump()
-        value = self._codec.seal(name, write.epoch, content)
+        value = self._sealer.seal(name, write.epoch, content)
         await self.server.call("SET", name, value, "EX", left)
         return True
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from access.rights import Key, Limit
 from answers.limits import LimitReached
-from answers.shared import Codec
+from answers.shared import Sealer
 from wire.valkey import Unavailable, Valkey
 
 log = logging.getLogger("ollprox")
@@ -54,18 +54,18 @@ class SharedLimits:
 
     Args:
         server: has the counters.
-        codec: makes their names.
+        sealer: makes their names.
         clock: seconds since 1970, which all machines must agree on to about a second.
 
     """
 
     def __init__(
-        self, server: Valkey, codec: Codec, clock: Callable[[], float] = time.time
+        self, server: Valkey, sealer: Sealer, clock: Callable[[], float] = time.time
     ) -> None:
         self.news = asyncio.Event()
         """Set when counts wait to be sent."""
         self._server = server
-        self._codec = codec
+        self._sealer = sealer
         self._clock = clock
         self._waiting: deque[tuple[bytes, Limit, int]] = deque()
 
@@ -145,7 +145,7 @@ class SharedLimits:
         """Return the name of a key's counter, `age` steps before the current one."""
         number = int(now / _step(limit)) - age
         parts = (b"limit", what.encode(), b"%d" % limit.seconds, key.digest, b"%d" % number)
-        return self._codec.name(*parts)
+        return self._sealer.name(*parts)
 
 
 def _limits(key: Key) -> Iterator[tuple[str, Limit]]:

@@ -42,7 +42,7 @@ def make_keys(**labels: str) -> KeyStore:
     store = KeyStore.open(None, b"salt")
     keys: dict[bytes, Key] = {}
     for label, key in (labels or {"tester": KEY}).items():
-        store.admit(key.encode(), label)
+        store.accept_only(key.encode(), label)
         keys |= store._keys
     store._keys = keys
     return store

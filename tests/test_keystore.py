@@ -393,7 +393,7 @@ def test_the_key_made_at_start_holds_until_the_file_gets_keys(tmp_path: Path) ->
     path = tmp_path / "keys"
     write(path, b"# none yet\n")
     keys = store(path)
-    keys.admit(b"made", "made-at-start")
+    keys.accept_only(b"made", "made-at-start")
     write(path, b"# still none\n")
     poll(keys)
     assert valid(keys, b"made")

@@ -16,7 +16,7 @@ from access.rights import Key, Limit
 from answers.flight import Flights, Source
 from answers.limits import LimitReached
 from answers.notes import progress_notes
-from answers.shared import EPOCH_KEY, MAX_WAITING, Codec, SharedCache
+from answers.shared import EPOCH_KEY, MAX_WAITING, Sealer, SharedCache
 from answers.shared_limits import BUCKETS, SharedLimits
 from answers.stored import StoredAnswer
 from cache import Budget, Cache
@@ -217,24 +217,24 @@ async def test_no_reply_is_given_to_another_command() -> None:
 
 
 def test_a_value_opens_only_for_its_name_epoch_and_secret() -> None:
-    codec = Codec(b"secret")
-    name, other = codec.name(b"answer", b"a"), codec.name(b"answer", b"b")
+    sealer = Sealer(b"secret")
+    name, other = sealer.name(b"answer", b"a"), sealer.name(b"answer", b"b")
     epoch = b"0" * 32
-    value = codec.seal(name, epoch, b"content")
-    assert codec.open(name, epoch, value) == b"content"
-    assert codec.open(other, epoch, value) is None
-    assert codec.open(name, b"1" * 32, value) is None
-    assert Codec(b"other").open(name, epoch, value) is None
+    value = sealer.seal(name, epoch, b"content")
+    assert sealer.open(name, epoch, value) == b"content"
+    assert sealer.open(other, epoch, value) is None
+    assert sealer.open(name, b"1" * 32, value) is None
+    assert Sealer(b"other").open(name, epoch, value) is None
     for cut in range(len(value)):
-        assert codec.open(name, epoch, value[:cut]) is None
+        assert sealer.open(name, epoch, value[:cut]) is None
     for at in range(len(value)):
         changed = value[:at] + bytes([value[at] ^ 1]) + value[at + 1 :]
-        assert codec.open(name, epoch, changed) is None
+        assert sealer.open(name, epoch, changed) is None
 
 
 def test_parts_of_names_do_not_run_together() -> None:
-    codec = Codec(b"secret")
-    assert len({codec.name(b"ab", b"c"), codec.name(b"a", b"bc"), codec.name(b"abc")}) == 3
+    sealer = Sealer(b"secret")
+    assert len({sealer.name(b"ab", b"c"), sealer.name(b"a", b"bc"), sealer.name(b"abc")}) == 3
 
 
 # Limits.
@@ -245,7 +245,7 @@ KEY = Key(b"d" * 32, "label", b"scope")
 async def test_a_window_slides_in_steps_and_never_allows_too_many() -> None:
     clock, random_ = Clock(), random.Random(1)
     server = valkey()
-    processes = [SharedLimits(server, Codec(b"s"), clock) for _ in range(3)]
+    processes = [SharedLimits(server, Sealer(b"s"), clock) for _ in range(3)]
     key = replace(KEY, rate=(Limit(7, 60),))
     begun: list[float] = []
     for _ in range(600):
@@ -266,7 +266,7 @@ async def test_a_window_slides_in_steps_and_never_allows_too_many() -> None:
 
 async def test_a_refused_generation_may_begin_after_retry_after() -> None:
     clock = Clock()
-    limits = SharedLimits(valkey(), Codec(b"s"), clock)
+    limits = SharedLimits(valkey(), Sealer(b"s"), clock)
     key = replace(KEY, rate=(Limit(1, 3600),))
     await limits.reserve(key)
     with pytest.raises(LimitReached) as refused:
@@ -277,7 +277,7 @@ async def test_a_refused_generation_may_begin_after_retry_after() -> None:
 
 
 async def test_what_is_given_back_counts_no_more() -> None:
-    limits = SharedLimits(valkey(), Codec(b"s"), Clock())
+    limits = SharedLimits(valkey(), Sealer(b"s"), Clock())
     key = replace(KEY, rate=(Limit(1, 60),))
     for _ in range(5):
         reservation = await limits.reserve(key)
@@ -288,7 +288,7 @@ async def test_what_is_given_back_counts_no_more() -> None:
 
 async def test_odd_counters_do_not_matter() -> None:
     store: Store = {}
-    limits = SharedLimits(valkey(store), Codec(b"s"), Clock())
+    limits = SharedLimits(valkey(store), Sealer(b"s"), Clock())
     key = replace(KEY, tokens=(Limit(5, 60),))
     limits.spend(key, 5)
     await limits.flush()
@@ -302,7 +302,7 @@ async def test_odd_counters_do_not_matter() -> None:
 async def test_while_the_server_is_out_nothing_is_refused() -> None:
     trouble = Trouble()
     trouble.error = RedisError()
-    limits = SharedLimits(valkey(trouble=trouble), Codec(b"s"), Clock())
+    limits = SharedLimits(valkey(trouble=trouble), Sealer(b"s"), Clock())
     key = replace(KEY, rate=(Limit(1, 60),), tokens=(Limit(1, 60),))
     for _ in range(5):
         await limits.reserve(key)
@@ -350,7 +350,7 @@ async def test_a_model_that_is_replaced_during_the_lookup_is_a_miss() -> None:
             call()
 
     server = valkey(trouble=trouble)
-    shared = SharedCache(server, Codec(b"s"), lambda: models, 60, lambda: purged.append(1))
+    shared = SharedCache(server, Sealer(b"s"), lambda: models, 60, lambda: purged.append(1))
     await shared.watch()
     shared.store(b"k", answer_of("a"), time.monotonic())
     await shared.flush()
@@ -362,7 +362,7 @@ async def test_a_model_that_is_replaced_during_the_lookup_is_a_miss() -> None:
 async def test_an_answer_that_began_before_a_purge_is_not_shared() -> None:
     models, store = FakeModels("a"), Store()
     first, second = (
-        SharedCache(valkey(store), Codec(b"s"), lambda: models, 60, lambda: None) for _ in range(2)
+        SharedCache(valkey(store), Sealer(b"s"), lambda: models, 60, lambda: None) for _ in range(2)
     )
     await first.watch()
     began = time.monotonic()
@@ -379,7 +379,7 @@ async def test_an_answer_that_began_before_a_purge_is_not_shared() -> None:
 
 async def test_an_answer_waits_for_a_list_of_models_that_was_read_after_it() -> None:
     models = FakeModels("a")
-    shared = SharedCache(valkey(), Codec(b"s"), lambda: models, 60, lambda: None)
+    shared = SharedCache(valkey(), Sealer(b"s"), lambda: models, 60, lambda: None)
     await shared.watch()
     for _ in range(2):  # the list is not read again at once, so the second waits
         shared.store(b"k", answer_of("a"), time.monotonic())
@@ -393,7 +393,7 @@ async def test_an_answer_waits_for_a_list_of_models_that_was_read_after_it() -> 
 
 async def test_what_waits_to_be_written_is_bounded() -> None:
     models = FakeModels("a")
-    shared = SharedCache(valkey(), Codec(b"s"), lambda: models, 60, lambda: None)
+    shared = SharedCache(valkey(), Sealer(b"s"), lambda: models, 60, lambda: None)
     await shared.watch()
     large = answer_of("a")._replace(body=b"x" * (MAX_WAITING // 4))
     for _ in range(6):
@@ -483,7 +483,7 @@ class Process:
         self.from_shared: set[bytes] = set()  # whose answer in memory came from there
         self.cache: Cache[StoredAnswer] = Cache(Budget(1 << 20), 3600)
         server = valkey(world.store, world.trouble, world.clock, timeout=60)
-        self.shared = SharedCache(server, Codec(b"s"), lambda: self, 3600, self.drop)
+        self.shared = SharedCache(server, Sealer(b"s"), lambda: self, 3600, self.drop)
         self.flights = Flights(1 << 20, self.cache.budget, self.shared.before(self.upstream))
 
     def digest(self, model: str) -> str:

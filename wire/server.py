@@ -393,7 +393,7 @@ class _Client(asyncio.Protocol):
         self._wake()
 
     def eof_received(self) -> bool:
-        """Note that the client sends nothing more; return True to keep our side open."""
+        """Note the client's FIN; return True to keep our side open. See "Theory of operation"."""
         self._eof = True
         self._wake()
         if self._is_encrypted():
