@@ -288,7 +288,7 @@ def _slot_of(ask: Ask) -> Slot | None:
 
 
 def _make_usage(opened: Opened, metrics: Metrics) -> Usage:
-    """Make what counts usage, and give the metrics what the file tells of the last days."""
+    """Make the usage counter, and restore the metrics of the last days from its file."""
     usage = metrics.usage = Usage(opened, metrics.known)
     for hour in opened.kept.hours:
         metrics.restore(hour)
@@ -399,7 +399,7 @@ async def _watch_lag(metrics: Metrics) -> None:
 
 
 async def _poll(pool: Pool, turns: Turns) -> None:
-    """Poll the servers; let requests that wait have slots that came free without a turn's end."""
+    """Poll the servers; give freed slots, such as a recovered server's, to waiting requests."""
     await pool.tick()
     turns.wake()
 

@@ -338,7 +338,7 @@ class Proxy:
         except HTTPError as error:
             if lookup is None:
                 raise
-            # The shared cache may have it. Nobody may join, since others want it even if not.
+            # Maybe the shared cache has it. Nobody may join: others want it generated if not.
             refusal = HTTPError(error.status, error.message, error.headers)
             outcome, flight = Outcome.REFUSED, begin(None, replace(lookup, refusal=refusal))
         return Decision(outcome, b"OllProx; " + status, flight=flight)

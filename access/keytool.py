@@ -277,15 +277,15 @@ def main(arguments: Sequence[str] | None = None, prog: str = "keystore.py") -> i
         salt = settings.api_key_salt.encode("utf-8", "surrogateescape")
         getattr(Tool(chosen, salt, path), chosen.command)()
     except SettingsError as error:
-        return _complain(str(error), Misuse.status)
+        return _complain(prog, str(error), Misuse.status)
     except Failure as error:
-        return _complain(str(error), error.status)
+        return _complain(prog, str(error), error.status)
     except OSError as error:
         then = _HOW_TO_WRITE if error.errno == errno.EROFS else ""
-        return _complain(f"{chosen.file or path}: {reason(error)}{then}", Failure.status)
+        return _complain(prog, f"{chosen.file or path}: {reason(error)}{then}", Failure.status)
     return 0
 
 
-def _complain(text: str, status: int) -> int:
-    print(f"keystore.py: {text}", file=sys.stderr)
+def _complain(prog: str, text: str, status: int) -> int:
+    print(f"{prog}: {text}", file=sys.stderr)
     return status

@@ -82,7 +82,7 @@ class Key:
 
 
 def make_key(digest: bytes, label: bytes, options: Mapping[str, Any]) -> Key:
-    """Make a key from its line. An option that is None gets its default."""
+    """Make a key from its line. An option that is None counts as not given."""
     given = {name: value for name, value in options.items() if value is not None}
     scope = _LABEL_SCOPE + label if label else digest
     return Key(digest, label.decode("utf-8", "replace"), scope, **given)
@@ -136,7 +136,7 @@ _FORMS = {  # examples for error messages
 }
 
 Options = dict[str, Any]
-"""A line's options by name, each a field of `Key`. None lifts a default (`rate=none`)."""
+"""A line's options by name, each a field of `Key`. None lifts one of KEY_DEFAULTS (`rate=none`)."""
 
 
 def parse_options(words: Iterable[str]) -> Options:

@@ -83,7 +83,7 @@ class Models(Protocol):
     """What is known of the models; `answers.models.ModelWatch`."""
 
     listed_at: float
-    """When the last list that was read was asked for, on the monotonic clock."""
+    """When the newest list that was read was requested, on the monotonic clock."""
 
     def digest(self, model: str) -> str:
         """Return a model's digest in that list; empty if it has none."""
@@ -330,9 +330,9 @@ class SharedCache:
         self._see(epoch, asked)
 
     def _see(self, epoch: bytes | None, asked: float) -> bool:
-        """Note an epoch that the server told; return whether it is the current one.
+        """Note the epoch in a reply; return whether it is the current one.
 
-        A reply to a command that was sent before the current epoch was seen may be late.
+        A command that was sent before the current epoch was seen may return an older one.
         """
         epoch = epoch if epoch is not None and len(epoch) == EPOCH_BYTES else b""
         if epoch != self._epoch and asked >= self._epoch_since:

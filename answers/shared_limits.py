@@ -96,7 +96,7 @@ class SharedLimits:
         for (what, limit, age, _), count in zip(earlier, found, strict=True):
             counts.setdefault((what, limit), []).append((age, count))
         for (_, limit), rank in zip(own, ranks, strict=True):
-            # In place of a read: it tells those apart that come at the same moment.
+            # The rank replaces a read, so that simultaneous requests get different numbers.
             counts["rate", limit].append((0, (rank or 1) - 1))
         for (what, limit), buckets in counts.items():
             if sum(count for _, count in buckets) >= limit.count:

@@ -404,7 +404,7 @@ async def test_each_change_of_health_is_one_line_of_the_log(
     assert (await fakes.ask())[0] == 500
     found = [line.getMessage() for line in caplog.records]
     lines = [line for line in found if "is not used for" not in line]
-    down, back = "Ollama on a is down: it fails", "Ollama on a is back"
+    down, back = "Ollama on a is down: it failed three times in a row", "Ollama on a is back"
     assert lines == [down, back, down]
 
 

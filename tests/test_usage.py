@@ -29,11 +29,11 @@ from test_metrics import GPU, PROMPT, TOKENS, known
 
 from answers.flight import Source
 from record import Outcome, Record, Usage
-from watch.metrics import OTHER, Minute
+from watch.metrics import OTHER, Span
 from watch.usage import (
     MAX_PENDING,
+    PERIOD,
     SCHEMA,
-    SLOT,
     Batch,
     Counts,
     Kept,
@@ -246,7 +246,7 @@ async def test_limits_on_tokens_go_on_after_a_restart(
     assert me["used"]["tokens"] == 2 * TOKENS
     answer = await ask(ollprox.port, "POST", "/api/generate", question("c"))
     assert answer.status == 429
-    assert 86_400 - SLOT <= int(answer.headers["retry-after"]) <= 86_400
+    assert 86_400 - PERIOD <= int(answer.headers["retry-after"]) <= 86_400
 
 
 def test_earlier_tokens_count_until_the_end_of_their_slot_has_left_the_window() -> None:
@@ -443,11 +443,11 @@ def test_hours_and_tokens_come_back(file: Path) -> None:
     hour = int(NOON) - 3600
     made = Batch(tokens={("k", int(NOON) - 600): 7, ("k", int(NOON) - 90_000): 9})
     for minute in (hour, hour + 60):
-        made.pass_minute(Minute(minute, {**Minute(0).outcomes, Outcome.HIT: 2}, 5, 1))
+        made.pass_minute(Span(minute, {**Span(0).outcomes, Outcome.HIT: 2}, 5, 1))
     usage.write(made, NOON)
     kept = usage.start(NOON)
     assert kept.spent == {"k": [(int(NOON) - 300, 7)]}
-    assert kept.hours == (Minute(hour, {**Minute(0).outcomes, Outcome.HIT: 4}, 10, 2),)
+    assert kept.hours == (Span(hour, {**Span(0).outcomes, Outcome.HIT: 4}, 10, 2),)
     assert kept.salt == usage.start(NOON).salt
     assert len(kept.salt) == 32
 
@@ -496,7 +496,7 @@ def newer(path: Path) -> None:
 )
 def test_damage_inside_the_file_is_found_at_the_start(file: Path, change: str) -> None:
     made = batch(a=1)
-    made.pass_minute(Minute(int(NOON) - 3600, tokens=1))
+    made.pass_minute(Span(int(NOON) - 3600, tokens=1))
     UsageFile(file, 400).write(made, NOON)
     with closing(sqlite3.connect(file, isolation_level=None)) as connection:
         connection.execute(change)
@@ -678,7 +678,7 @@ def test_memory_is_bounded_while_nothing_can_be_written(file: Path) -> None:
 def test_a_batch_bounds_its_hours_and_tokens() -> None:
     made = Batch()
     for hour in range(2000):
-        made.pass_minute(Minute(3600 * hour, tokens=1))
+        made.pass_minute(Span(3600 * hour, tokens=1))
     for n in range(MAX_PENDING + 9):
         made.spend("k", n, 1)
     assert len(made.hours) == 31 * 24

@@ -179,15 +179,15 @@ class Total:
 
 
 @dataclass(slots=True)
-class Minute:
-    """One minute of requests for answers, or an hour or a day in UTC."""
+class Span:
+    """The requests for answers of one minute, hour or day, in UTC."""
 
     start: int  # seconds since 1970
     outcomes: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(ANSWERED, 0))
     tokens: int = 0  # generated in it; below 0 if earlier minutes counted too many
     errors: int = 0  # answers that Ollama failed to give
 
-    def add(self, other: "Minute") -> None:
+    def add(self, other: "Span") -> None:
         """Add what another counts."""
         for outcome, count in other.outcomes.items():
             self.outcomes[outcome] += count
@@ -212,17 +212,17 @@ class Spans:
 
     def __init__(self, seconds: int, count: int) -> None:
         self._seconds, self._count = seconds, count
-        self._spans: deque[Minute] = deque(maxlen=count)
+        self._spans: deque[Span] = deque(maxlen=count)
 
-    def add(self, minute: Minute) -> None:
+    def add(self, minute: Span) -> None:
         """Add a minute at its end, to the hour or the day that it is in."""
         start = minute.start // self._seconds * self._seconds
         if not self._spans or self._spans[-1].start < start:
-            self._spans.append(Minute(start))
+            self._spans.append(Span(start))
         self._spans[-1].add(minute)
 
-    def rows(self, current: Minute, now: float) -> list[dict[str, int]]:
-        """Return those of the time that is looked back at, with the current minute in the last."""
+    def rows(self, current: Span, now: float) -> list[dict[str, int]]:
+        """Return the spans of the time looked back at, with the current minute in the last."""
         copy = Spans(self._seconds, self._count)
         for span in (*self._spans, current):
             copy.add(span)
@@ -272,10 +272,10 @@ class Metrics:
         self._recent: deque[Record] = deque(maxlen=MAX_RECENT)
         # Separate, so that requests without a valid key cannot displace all others.
         self._without_key: deque[Record] = deque(maxlen=MAX_SHOWN_REQUESTS)
-        self._minutes = deque([Minute(0)], maxlen=60)
+        self._minutes = deque([Span(0)], maxlen=60)
         self._minute_ends = 0.0  # end of the current minute, on the monotonic clock
         self._hours, self._days = Spans(3600, 24), Spans(86_400, DAYS)
-        self.minute_ended: Callable[[Minute], None] = lambda minute: None
+        self.minute_ended: Callable[[Span], None] = lambda minute: None
         self._ended_tokens = 0  # of answers that have ended; see `_count_tokens`
         self._counted_tokens = 0  # already added to a minute
         self._lags = deque([0.0], maxlen=120)  # seconds; measured every half second
@@ -402,12 +402,12 @@ class Metrics:
     def _use(self, table: dict[str, Use], name: str) -> Use:
         return table[name if name in table or len(table) < MAX_NAMES else OTHER]
 
-    def _minute(self, now: float) -> Minute:
+    def _minute(self, now: float) -> Span:
         """Return the current minute."""
         if now >= self._minute_ends:
             self._end_minute()
             into = time.time() % 60
-            self._minutes.append(Minute(round(time.time() - into)))
+            self._minutes.append(Span(round(time.time() - into)))
             self._minute_ends = now + 60 - into
         return self._minutes[-1]
 
@@ -417,7 +417,7 @@ class Metrics:
             self.minute_ended(minute)
             self.restore(minute)
 
-    def restore(self, span: Minute) -> None:
+    def restore(self, span: Span) -> None:
         """Add a minute, or an hour from before the start, to its hour and its day."""
         self._hours.add(span)
         self._days.add(span)
@@ -611,7 +611,7 @@ class Metrics:
         under_way = len(self.flights)
         yield Row("gauge", "ollprox_answers_under_way", "Exchanges with Ollama now.", under_way)
         readers = sum(len(flight.readers) for flight in self.flights)
-        yield Row("gauge", "ollprox_readers", "Clients waiting for these exchanges.", readers)
+        yield Row("gauge", "ollprox_readers", "Clients waiting for exchanges with Ollama.", readers)
 
     def _upstream_rows(self) -> Iterator[Row]:
         states = self.upstreams()
@@ -619,7 +619,7 @@ class Metrics:
         yield Row("gauge", "ollprox_upstream_up", "1 if this Ollama answers, else 0.", up)
         for what in ("running", "waiting"):
             values = [({"host": state.host}, getattr(state, what)) for state in states]
-            meaning = f"Generations that are {what}, by Ollama."
+            meaning = f"Generations that are {what}, by Ollama server."
             yield Row("gauge", f"ollprox_upstream_{what}", meaning, values)
         conflicts = [
             ({"host": state.host, "model": model}, 1)
@@ -681,7 +681,12 @@ class Metrics:
             ("counter", "cache_expiries_total", "Answers that expired.", cache.expiries),
             ("gauge", "keys", "Valid API keys.", len(keys)),
             ("counter", "key_reloads_total", "Times the key file was read.", keys.reloads),
-            ("counter", "key_reload_failures_total", "Failed reads of it.", keys.failures),
+            (
+                "counter",
+                "key_reload_failures_total",
+                "Failed reads of the file.",
+                keys.failures,
+            ),
             (
                 "counter",
                 "authentication_failures_total",
@@ -708,7 +713,7 @@ class Metrics:
         yield Row("counter", "ollprox_shared_cache_writes_total", meaning, counts.writes)
         meaning = "Answers that could not be written."
         yield Row("counter", "ollprox_shared_cache_dropped_writes_total", meaning, counts.dropped)
-        meaning = "Commands that failed."
+        meaning = "Shared-cache commands that failed."
         yield Row("counter", "ollprox_shared_cache_errors_total", meaning, counts.errors)
 
     def _usage_file_rows(self) -> Iterator[Row]:

@@ -34,7 +34,7 @@ from access.rights import Key
 from answers.flight import Flight, Source
 from record import Outcome, Record
 from settings import SettingsError
-from watch.metrics import ANSWERED, DAYS, OTHER, Minute
+from watch.metrics import ANSWERED, DAYS, OTHER, Span
 
 if TYPE_CHECKING:
     from sqlite3 import Connection
@@ -49,7 +49,7 @@ CLOSE_TIMEOUT = 5.0  # seconds that the last write may take
 REPORT_TIMEOUT = 30.0  # seconds that a report may take
 MAX_PENDING = 10_000  # rows in memory that keep their key and model
 MAX_ROWS = 100_000  # of one report
-SLOT = 300  # seconds in which the tokens that count against a limit are added up
+PERIOD = 300  # seconds for which the tokens that count against a limit are added up
 LONGEST_LIMIT = 86_400  # seconds
 SHOWN_DIGITS = 8  # of the digest of a key without a label, as in the log
 NOT_KEPT = "usage is not kept: set USAGE_FILE to the path of a file for it"
@@ -100,7 +100,7 @@ class Batch:
 
     rows: dict[Index, Counts] = field(default_factory=dict)
     tokens: dict[tuple[str, int], int] = field(default_factory=dict)  # by key and slot
-    hours: dict[int, Minute] = field(default_factory=dict)  # by their start
+    hours: dict[int, Span] = field(default_factory=dict)  # by their start
 
     def row(self, day: str, key: str, model: str) -> Counts:
         """Return the row to count in; beyond the bound, one for all keys and models."""
@@ -116,12 +116,12 @@ class Batch:
         if (key, slot) in self.tokens or len(self.tokens) < MAX_PENDING:
             self.tokens[key, slot] = self.tokens.get((key, slot), 0) + tokens
 
-    def pass_minute(self, minute: Minute) -> None:
+    def pass_minute(self, minute: Span) -> None:
         """Add a minute, or an hour, to its hour."""
         start = minute.start // 3600 * 3600
         if start not in self.hours and len(self.hours) >= DAYS * 24:
             del self.hours[min(self.hours)]
-        self.hours.setdefault(start, Minute(start)).add(minute)
+        self.hours.setdefault(start, Span(start)).add(minute)
 
     def add(self, other: "Batch") -> None:
         """Add what another batch has."""
@@ -201,7 +201,7 @@ class Kept(NamedTuple):
 
     salt: bytes  # for digests that stay the same where API_KEY_SALT is not set
     spent: dict[str, list[tuple[int, int]]]  # ends of slots and tokens, by key
-    hours: tuple[Minute, ...] = ()
+    hours: tuple[Span, ...] = ()
 
 
 class UsageFile:
@@ -231,10 +231,10 @@ class UsageFile:
         def read(connection: "Connection") -> Kept:
             (salt,) = connection.execute("SELECT value FROM meta WHERE name = 'salt'").fetchone()
             kept = Kept(bytes(salt), {}, tuple(_hours(connection, now)))
-            since = (now - LONGEST_LIMIT - SLOT, now)
+            since = (now - LONGEST_LIMIT - PERIOD, now)
             tokens = "SELECT key, slot, tokens FROM tokens WHERE slot > ? AND slot <= ?"
             for key, slot, count in connection.execute(f"{tokens} ORDER BY slot", since):
-                kept.spent.setdefault(key, []).append((slot + SLOT, int(count)))
+                kept.spent.setdefault(key, []).append((slot + PERIOD, int(count)))
             return kept
 
         try:
@@ -260,7 +260,7 @@ class UsageFile:
             )
             first = _day_of(max(0, int(now) // 86_400 - self._days + 1))
             connection.execute("DELETE FROM usage WHERE day < ?", (first,))
-            connection.execute("DELETE FROM tokens WHERE slot < ?", (now - LONGEST_LIMIT - SLOT,))
+            connection.execute("DELETE FROM tokens WHERE slot < ?", (now - LONGEST_LIMIT - PERIOD,))
             connection.execute("DELETE FROM hours WHERE start < ?", (now - DAYS * 86_400,))
 
         self._run(add, create=True)
@@ -282,7 +282,7 @@ class UsageFile:
 
         found = self._run(read, create=create)
         if len(found) > MAX_ROWS:
-            raise ValueError(f"these are more than {MAX_ROWS} rows: ask for fewer days, or less by")
+            raise ValueError(f"more than {MAX_ROWS} rows: ask for fewer days, or a shorter by=")
         width = len(query.by)
         return {tuple(map(str, r[:width])): Counts(*r[width:]) for r in found}  # type: ignore[arg-type]
 
@@ -379,11 +379,11 @@ def _upsert(
     )
 
 
-def _hours(connection: "Connection", now: float) -> Iterator[Minute]:
+def _hours(connection: "Connection", now: float) -> Iterator[Span]:
     select = f"SELECT start, {', '.join(_HOUR)} FROM hours WHERE start > ? AND start <= ?"
     for row in connection.execute(f"{select} ORDER BY start", (now - DAYS * 86_400, now)):
         start, *counts, tokens, errors = map(int, row)
-        yield Minute(start, dict(zip(ANSWERED, counts, strict=True)), tokens, errors)
+        yield Span(start, dict(zip(ANSWERED, counts, strict=True)), tokens, errors)
 
 
 class Opened(NamedTuple):
@@ -468,10 +468,10 @@ class Usage:
             row.generated_tokens += usage.tokens
             row.gpu_seconds += usage.gpu_seconds
             if key.tokens:
-                slot = int(self._clock()) // SLOT * SLOT
+                slot = int(self._clock()) // PERIOD * PERIOD
                 self._pending.spend(_digits(key), slot, usage.tokens)
 
-    def count_minute(self, minute: Minute) -> None:
+    def count_minute(self, minute: Span) -> None:
         """Count a minute of all requests at its end."""
         if minute.tokens or minute.errors or any(minute.outcomes.values()):
             with self._lock:
@@ -489,7 +489,7 @@ class Usage:
         self._thread.start()
 
     def ask(self, query: Query) -> "Future[str]":
-        """Return a report in the future; its errors are UsageError and ValueError."""
+        """Return a future for a report; it may fail with UsageError or ValueError."""
         future: Future[str] = Future()
         self._jobs.put((query, future))
         return future
@@ -570,7 +570,7 @@ def _storable(name: str) -> str:
 
 
 def _answer(future: "Future[str]", job: Callable[[], str]) -> None:
-    """Do a job for somebody who may not wait any more."""
+    """Do a job for a caller that may have stopped waiting."""
     if not future.set_running_or_notify_cancel():
         return
     try:
@@ -600,10 +600,10 @@ def _digits(key: Key) -> str:
 
 
 def earlier(kept: Kept, now: float) -> Callable[[Key], list[tuple[float, int]]]:
-    """Return what tells, for each key, when and how many tokens it spent before the start.
+    """Return a function that lists when a key spent tokens before the start, and how many.
 
     Times are on the monotonic clock. Tokens count as of the end of their slot, so a limit may free
-    them up to `SLOT` seconds late, and never early.
+    them up to `PERIOD` seconds late, and never early.
     """
     offset = time.monotonic() - now
     return lambda key: [

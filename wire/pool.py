@@ -1,6 +1,6 @@
 """Use several Ollama servers as one.
 
-`roster.py` chooses the server. If it sends no byte of a response or responds with 503, a request
+`roster.py` chooses a server. If that sends no byte of a response or responds with 503, a request
 that needs a model goes to another server, since the client has seen nothing yet. Lists of models
 are answered from the last poll, so that a server that is down cannot delay them. Models are
 managed on all servers or on the first; with `/host/NAME` before the path, on that server alone.
@@ -568,7 +568,11 @@ class _Watch:
         if health is Health.UP:
             log.info("Ollama on %s is back", member.name)
         elif self._before is Health.UP:
-            log.warning("Ollama on %s is down: %s", member.name, self._why or "it fails")
+            log.warning(
+                "Ollama on %s is down: %s",
+                member.name,
+                self._why or "it failed three times in a row",
+            )
         self._pool._digests = self._pool.roster.digests()
         self._pool.changed()
 

@@ -27,7 +27,7 @@ class Health(enum.Enum):
     """Whether a server takes requests."""
 
     UP = "it takes requests"
-    UNREACHABLE = "it cannot be connected to; a GET that is answered ends this"
+    UNREACHABLE = "it cannot be connected to; an answered poll or generation ends this"
     FAILING = "it failed three times in a row; a generation that succeeds ends this"
 
 
@@ -189,14 +189,14 @@ class Roster:
             self._wait_longer(member, now)
 
     def note_reached(self, member: Member) -> None:
-        """Note that a server responded to a GET, with any status."""
+        """Note that a server answered a poll or a generation, with any status."""
         if member.health is Health.UNREACHABLE:
             member.health, member.failures = Health.UP, 0
 
     def trust_again(self, now: float) -> None:
         """Let failing servers that got no probe for a while serve again, until the next failure.
 
-        They get none if other servers' digests of all their models have prevailed.
+        A server gets none if other servers' digests have won for all of its models.
         """
         for member in self.members:
             if self._may_probe(member, now) and now >= member.probe_at + MAX_PROBE:

@@ -282,7 +282,7 @@ class _Outbox:
         self._waiting: list[tuple[asyncio.Transport, bytes]] = []
 
     def put(self, transport: asyncio.Transport, data: bytes) -> None:
-        """Write before the event loop looks at any socket again."""
+        """Write soon, after the callbacks that are ready now."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
         self._waiting.append((transport, data))
@@ -320,12 +320,12 @@ class _Flow:
 
         """
         while self.paused is not None:
-            waiting = _unread_bytes(transport)
+            waiting = _undelivered_bytes(transport)
             try:
                 async with asyncio.timeout(self._write_timeout):
                     await self.paused
             except TimeoutError:
-                if _unread_bytes(transport) >= waiting:
+                if _undelivered_bytes(transport) >= waiting:
                     raise Gone from None
                 if self.paused is not None:  # it reads slowly: wait again
                     self.pause()
@@ -351,8 +351,8 @@ class _Client(asyncio.Protocol):
         self._buffer = bytearray()
         self._waiter: asyncio.Future[None] | None = None
         self._flow = _Flow(server.limits.write_timeout)
-        # Of the last raw head, which most clients repeat; a digest would take longer. Nobody can
-        # choose a head for its hash, and a collision would give a client only its own other head.
+        # Hash of the last raw head, which most clients repeat; a digest would take longer. It is
+        # keyed at random, so nobody can make two heads collide, not even through a shared proxy.
         self._mark: int | None = None
         self._record: Record | None = None  # of the request that is being answered
         self._has_shown_key = False
@@ -441,9 +441,9 @@ class _Client(asyncio.Protocol):
 
     def expire(self) -> None:
         """End a wait whose deadline has passed, unless the client is still reading a response."""
-        unread = 0 if self._buffer else _unread_bytes(self.transport)
-        if unread not in {0, self._lagging}:
-            self._lagging = unread
+        undelivered = 0 if self._buffer else _undelivered_bytes(self.transport)
+        if undelivered not in {0, self._lagging}:
+            self._lagging = undelivered
             self.deadline = self._loop.time() + self._server.limits.write_timeout
             return
         self.deadline = math.inf
@@ -459,7 +459,7 @@ class _Client(asyncio.Protocol):
             return
         elif not self._is_encrypted():
             self.end(End.CLOSE)
-        elif _unread_bytes(self.transport):
+        elif _undelivered_bytes(self.transport):
             self._wake()  # the task ends when that is read
         else:
             self.end(End.ABORT)  # a close would wait for the client to agree
@@ -477,7 +477,7 @@ class _Client(asyncio.Protocol):
             self._probe()
 
     def _expect_reset(self) -> None:
-        """Check soon if a client that has sent FIN is still there."""
+        """Check now, and soon once more, if a client that has sent FIN is still there."""
         self.check_presence()
         self._loop.call_later(RECHECK_INTERVAL, self.check_presence)
 
@@ -904,7 +904,7 @@ class _Client(asyncio.Protocol):
                     await self._more()
 
 
-def _unread_bytes(transport: asyncio.Transport) -> int:
+def _undelivered_bytes(transport: asyncio.Transport) -> int:
     """Count the bytes that the client has not received, in our buffer and the kernel's."""
     sock: Any = transport.get_extra_info("socket")
     count = array.array("i", [0])

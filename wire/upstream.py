@@ -7,7 +7,7 @@ The end of the connection ends a response without a length, so it matters how th
 only a FIN counts, or with TLS a close_notify (RFC 9112 section 9.8). A reset, or TLS without its
 close_notify, truncates the response. Bytes that arrived before are still used.
 
-A host that vanishes (power, cable, firewall) sends neither. While OllProx waits for a response,
+A host that vanishes (power, cable, firewall) sends nothing. While OllProx waits for a response,
 the kernel's keep-alive probes detect that; while a request is being sent, `sweep` detects that
 nothing is acknowledged.
 """
@@ -87,7 +87,7 @@ def forwarded(via: bytes | None) -> Headers:
 class NoAnswer(HTTPError):
     """Upstream sent no byte of a response, so another server may be asked instead.
 
-    Its kind is `unreachable` if there was no connection, `broken` if it was closed.
+    Its kind is `unreachable` if there was no connection or the host vanished, else `broken`.
     """
 
 
@@ -306,7 +306,7 @@ class Upstream:
         now = time.monotonic()
         for connection in self._waiting:
             if connection.whole_wanted is not None and connection.whole_wanted():
-                # Not late, and a reader of lines alone has the full timeout afterwards.
+                # The flight times these silences; a reader of lines has the full timeout after.
                 connection.deadline = max(connection.deadline, now + self._idle_timeout)
             if connection.deadline < now:
                 connection.stream.finish(End.LATE)
@@ -571,7 +571,7 @@ class Upstream:
     def _text(self, what: str) -> str:
         return (
             f"Ollama at {self.address} {what}. Check that Ollama runs there and is not"
-            " overloaded, and the OLLAMA_HOST and OLLAMA_PORT settings."
+            " overloaded, and check OLLAMA_HOST and OLLAMA_PORT."
         )
 
 
@@ -668,7 +668,7 @@ def _reason(error: OSError | UnicodeError) -> str:
 
 
 class _Stale(Exception):
-    """Upstream closed the connection before the first byte of its response.
+    """The connection ended before the first byte of a response.
 
     Args:
         end: how the connection ended.
