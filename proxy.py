@@ -326,7 +326,7 @@ class Proxy:
             if (flight := self._find_flight(cache_key, directives)) is not None:
                 return Decision(Outcome.COLLAPSED, _MISS + b"; collapsed", flight=flight)
         flight_key = None if directives.private else cache_key
-        lookup = None if self.shared is None else self._lookup(flight_key, directives)
+        lookup = None if self.shared is None else self._shared_lookup(flight_key, directives)
         outcome = Outcome.BYPASS if cache_key is None else Outcome.MISS
         begin = partial(self._begin, head, question, admission, request_id)
         try:
@@ -356,7 +356,7 @@ class Proxy:
         status, headers = _freshness(int(age), int(self.cache.ttl) - int(age))
         return Decision(Outcome.HIT, status, answer, headers)
 
-    def _lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
+    def _shared_lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
         """Return what may be looked up in the shared cache."""
         if flight_key is None or directives.reload:
             return None
