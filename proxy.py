@@ -356,7 +356,9 @@ class Proxy:
         status, headers = _freshness(int(age), int(self.cache.ttl) - int(age))
         return Decision(Outcome.HIT, status, answer, headers)
 
-    def _shared_lookup(self, flight_key: bytes | None, directives: CacheDirectives) -> Lookup | None:
+    def _shared_lookup(
+        self, flight_key: bytes | None, directives: CacheDirectives
+    ) -> Lookup | None:
         """Return what may be looked up in the shared cache."""
         if flight_key is None or directives.reload:
             return None
