@@ -147,14 +147,13 @@ class RouteTable:
 
     def __init__(self, rows: dict[bytes, Route], aliases: Aliases | None = None) -> None:
         self.rows = rows
-        self._exact = {p: (r, r.target or p) for p, r in rows.items() if not r.suffix}
         self.hosts: frozenset[bytes] = frozenset()
         self._aliases = aliases or {}
 
     def find(self, path: bytes) -> tuple[Route, bytes] | None:
         """Return a path's route and its path upstream; None if there is no such path."""
-        if (exact := self._exact.get(path)) is not None:
-            return exact
+        if (route := self.rows.get(path)) is not None and not route.suffix:
+            return route, route.target or path
         if path.startswith(HOST):
             name, slash, rest = path.removeprefix(HOST).partition(b"/")
             if unquote_to_bytes(name) not in self.hosts or (rest and not rest.startswith(b"api/")):
@@ -184,10 +183,11 @@ class RouteTable:
             return "see the README for the paths it has"
         plain = re.sub(rb"/+", b"/", path).rstrip(b"/").lower()
         bare = re.sub(rb"\A(?:/(?:api|v1))+(?=/)", b"", plain)  # a wrong base URL repeats these
-        meant = [known for known in (plain, b"/api" + bare, b"/v1" + bare) if known in self._exact]
+        names = {name: None for name, route in self.rows.items() if not route.suffix}
+        meant = [known for known in (plain, b"/api" + bare, b"/v1" + bare) if known in names]
         if not meant:
             close = difflib.get_close_matches(
-                plain.decode("latin-1"), [name.decode() for name in self._exact], 1, 0.8
+                plain.decode("latin-1"), [name.decode() for name in names], 1, 0.8
             )
             meant = [name.encode() for name in close]
         if not meant:
