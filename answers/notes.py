@@ -258,6 +258,15 @@ def _list(value: object) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
+def _values(lines: bytes) -> list[Any]:
+    """Decode lines of JSON together, which takes less time; none if one is malformed."""
+    try:
+        values: list[Any] = _READER.decode((b"[%b]" % lines.replace(b"\n", b",")).decode())
+    except (ValueError, RecursionError):
+        return []
+    return values
+
+
 def _texts(parts: list[dict[str, Any]], name: str) -> list[str]:
     """Return the texts with this name that are not empty."""
     return [text for part in parts if (text := part.get(name)) and isinstance(text, str)]
@@ -323,19 +332,18 @@ class LineNotes(Notes):
 
     def feed(self, piece: bytes) -> None:
         """Note complete lines; blank ones do not count."""
-        texts = [text for text in piece.split(b"\n") if text and not text.isspace()]
-        if not texts:
+        text = piece.removesuffix(b"\n")
+        lines, count = _values(text), text.count(b"\n") + 1
+        if len(lines) != count:  # some are blank, or not JSON
+            texts = [text for text in text.split(b"\n") if text and not text.isspace()]
+            lines, count = _values(b"\n".join(texts)), len(texts)
+        if not count:
             return
         self._object = b""
-        self.lines += len(texts)
-        try:
-            # One call is faster than many.
-            lines = _READER.decode((b"[%b]" % b",".join(texts)).decode())
-        except (ValueError, RecursionError):
-            lines = []
+        self.lines += count
         objects = [line for line in lines if isinstance(line, dict)]
         # Lines that are not JSON can become JSON when joined by commas, so compare the counts.
-        self._valid = self._valid and len(objects) == len(lines) == len(texts)
+        self._valid = self._valid and len(objects) == len(lines) == count
         if objects and self.error is None:  # lines after an error do not count
             self._note(objects)
         self.finished = self._valid and self.error is None and self._last.get("done") is True
@@ -351,8 +359,10 @@ class LineNotes(Notes):
             del lines[errors[0] :]
         else:
             self._last = lines[-1]
-        parts = [line.get("message") for line in lines] if self._chat else lines
-        messages = [part for part in parts if isinstance(part, dict)]
+        messages = lines
+        if self._chat:
+            parts = [line.get("message") for line in lines]
+            messages = [part for part in parts if isinstance(part, dict)]
         texts = _texts(messages, self._text)
         thinking = _texts(messages, "thinking")
         calls = _members(messages, "tool_calls") if self._chat else []
