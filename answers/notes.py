@@ -259,12 +259,20 @@ def _list(value: object) -> list[Any]:
 
 
 def _values(lines: bytes) -> list[Any]:
-    """Decode lines of JSON together, which takes less time; none if one is malformed."""
+    """Decode lines together, which takes less time; none unless each is a JSON object."""
+    # Two halves of an object can become JSON when joined. The newline stays, for it is invalid
+    # in a string; the caller compares the counts.
+    if lines.count(b"}\n{") < lines.count(b"\n"):
+        return []
     try:
-        values: list[Any] = _READER.decode((b"[%b]" % lines.replace(b"\n", b",")).decode())
+        values: list[Any] = _READER.decode((b"[%b]" % lines.replace(b"\n", b",\n")).decode())
     except (ValueError, RecursionError):
         return []
     return values
+
+
+def _is_blank(line: bytes) -> bool:
+    return not line or line.isspace()
 
 
 def _texts(parts: list[dict[str, Any]], name: str) -> list[str]:
@@ -335,14 +343,13 @@ class LineNotes(Notes):
         text = piece.removesuffix(b"\n")
         lines, count = _values(text), text.count(b"\n") + 1
         if len(lines) != count:  # some are blank, or not JSON
-            texts = [text for text in text.split(b"\n") if text and not text.isspace()]
+            texts = [line.strip(b" \t\r") for line in text.split(b"\n") if not _is_blank(line)]
             lines, count = _values(b"\n".join(texts)), len(texts)
         if not count:
             return
         self._object = b""
         self.lines += count
         objects = [line for line in lines if isinstance(line, dict)]
-        # Lines that are not JSON can become JSON when joined by commas, so compare the counts.
         self._valid = self._valid and len(objects) == len(lines) == count
         if objects and self.error is None:  # lines after an error do not count
             self._note(objects)

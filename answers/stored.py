@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from answers.flight import Flight
 from record import Usage
+from settings import MAX_NAME_CHARS
 from wire.http11 import FIELD_LINE, HTTPError, pack, stored_headers
 
 MAGIC = b"OLLPROX\x01"  # the last byte is the version of the form
@@ -130,6 +131,8 @@ def stored_answer(flight: Flight, body: bytes, digest: str = "") -> StoredAnswer
     """
     notes = flight.notes
     if notes is None or flight.status != 200 or not notes.keeps():
+        return None
+    if len(flight.model) > MAX_NAME_CHARS:  # its memory would not be counted
         return None
     try:
         folded = notes.fold() if notes.foldable else body

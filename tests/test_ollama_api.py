@@ -213,11 +213,25 @@ def test_what_comes_in_one_read_with_the_last_line_is_judged_too(
 
 @pytest.mark.parametrize(
     "lines",
-    [b'{"response":"a\nb","done":true}\n', b'{"response":"a"},{"response":"","done":true}\n'],
+    [
+        b'{"response":"a\nb","done":true}\n',
+        b'{"response":"a"},{"response":"","done":true}\n',
+        b'{"response":"a"\n"b":2},{"response":"","done":true}\n',  # two lines, two objects
+        b'{"response":"a\nb"},{"response":"","done":true}\n',
+        b'{"response":"a}\n{b"},{"response":"","done":true}\n',
+        b'{"response":"a"}\n\n{"response":"\n"},{"response":"","done":true}\n',
+    ],
 )
 def test_a_line_is_one_object_and_no_more(lines: bytes) -> None:
     notes = noted(b"/api/generate", lines)
     assert not notes.finished
+
+
+def test_blank_lines_and_space_around_lines_do_not_count() -> None:
+    lines = b'{"response":"a"}\r\n\r\n \n\t{"response":"b"} \n\n{"response":"","done":true}\n'
+    notes = noted(b"/api/generate", lines)
+    assert (notes.lines, notes.finished, notes.close()) == (3, True, True)
+    assert json.loads(notes.fold())["response"] == "ab"
 
 
 def test_a_whole_stream_is_complete() -> None:

@@ -121,14 +121,18 @@ async def test_a_request_under_way_finishes(ollprox: Program, ollama: StandIn) -
 async def test_the_first_request_of_a_connection_is_answered_while_draining(
     ollprox: Program,
 ) -> None:
-    async with Client(ollprox.port) as late, Client(ollprox.port) as silent:
+    port = ollprox.port
+    async with Client(port) as late, Client(port) as silent, Client(port) as blank:
         await ask(ollprox.port, "GET", "/health")  # so both connections have been accepted
         ollprox.process.terminate()
         await ollprox.says("stopping")
+        await blank.send(b"\r\n")  # an empty line may come before a request
         answer = await late.ask("POST", "/call_model", question())
         assert answer.status == 200
         assert answer.headers["connection"] == "close"
         assert await silent.reader.read() == b""
+        async with asyncio.timeout(5):  # far below the timeout of a head
+            assert await blank.reader.read() == b""
     assert await ollprox.process.wait() == 0
 
 

@@ -808,3 +808,21 @@ async def test_age_and_ttl_count_from_the_head_of_the_answer(
     age = int(hit.headers["age"])
     assert age >= 1
     assert hit.cache_status == f"OllProx; hit; ttl={3600 - age}"
+
+
+async def test_an_answer_for_a_name_that_no_model_can_have_is_not_stored(
+    ollprox: Program, ollama: StandIn
+) -> None:
+    """The entry would hold the name, which the budget does not count."""
+
+    async def respond(_: Seen, writer: asyncio.StreamWriter) -> None:
+        line = b'{"response":"a","done":true}\n'
+        head = b"Content-Type: application/x-ndjson\r\nContent-Length: %d\r\n\r\n" % len(line)
+        writer.write(b"HTTP/1.1 200 OK\r\n" + head + line)
+
+    ollama.script.respond = respond
+    for length, again in ((600, "OllProx; hit"), (601, "OllProx; fwd=miss")):
+        body = question(model="m" * (length - len(":latest")))
+        await ask(ollprox.port, "POST", "/api/generate", body)
+        answer = await ask(ollprox.port, "POST", "/api/generate", body)
+        assert answer.cache_status.startswith(again)

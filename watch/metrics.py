@@ -10,6 +10,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -304,7 +305,12 @@ class Metrics:
             self._first_byte[outcome].observe(first_byte - started)
         if record.queued is not None:
             self._queued.observe(record.queued)
-        (self._recent if record.label is not None else self._without_key).append(record)
+        if len(record.model) > MAX_SHOWN:
+            kept = copy(record)  # another place still counts by the full name
+            kept.model = record.model[:MAX_SHOWN]
+        else:
+            kept = record
+        (self._recent if record.label is not None else self._without_key).append(kept)
         if record.generates:
             self._count_answer(record)
 
@@ -537,7 +543,7 @@ class Metrics:
                 "time": round(epoch + r.started, 3),
                 "label": r.label,
                 "route": r.route,
-                "model": r.model[:MAX_SHOWN] if r.generates else None,
+                "model": r.model if r.generates else None,
                 "outcome": r.outcome,
                 "status": r.status,
                 "queued": r.queued,

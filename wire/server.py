@@ -453,9 +453,11 @@ class _Client(asyncio.Protocol):
 
     def close_if_idle(self) -> None:
         """Close the connection if no request is under way."""
+        # With no byte of a head, at most the empty line has arrived that may come before one.
+        waits = self.state in {State.IDLE, State.HEAD} and not self._buffer
         if self.state is State.HANDSHAKE:
             self.end(End.ABORT)
-        elif self.state is not State.IDLE or self._buffer or self.transport.is_closing():
+        elif not waits or self.transport.is_closing():
             return
         elif not self._is_encrypted():
             self.end(End.CLOSE)
@@ -622,6 +624,7 @@ class _Client(asyncio.Protocol):
             self._has_shown_key |= record.label is not None
             self._record = None
             record.ended = time.monotonic()
+            record.headers = ()  # sent; the record may be remembered
             self._server.done(record)
 
     async def _answer(self, head: Head, record: Record) -> bool:
