@@ -259,7 +259,7 @@ def _list(value: object) -> list[Any]:
 
 
 def _values(lines: bytes) -> list[Any]:
-    """Decode lines together, which takes less time; none unless each is a JSON object."""
+    """Decode lines together, which takes less time; none if they cannot all be objects."""
     # Two halves of an object can become JSON when joined. The newline stays, for it is invalid
     # in a string; the caller compares the counts.
     if lines.count(b"}\n{") < lines.count(b"\n"):
@@ -269,10 +269,6 @@ def _values(lines: bytes) -> list[Any]:
     except (ValueError, RecursionError):
         return []
     return values
-
-
-def _is_blank(line: bytes) -> bool:
-    return not line or line.isspace()
 
 
 def _texts(parts: list[dict[str, Any]], name: str) -> list[str]:
@@ -343,7 +339,7 @@ class LineNotes(Notes):
         text = piece.removesuffix(b"\n")
         lines, count = _values(text), text.count(b"\n") + 1
         if len(lines) != count:  # some are blank, or not JSON
-            texts = [line.strip(b" \t\r") for line in text.split(b"\n") if not _is_blank(line)]
+            texts = [line.strip(b" \t\r") for line in text.split(b"\n") if line.strip()]
             lines, count = _values(b"\n".join(texts)), len(texts)
         if not count:
             return

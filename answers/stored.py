@@ -52,7 +52,7 @@ class StoredAnswer(NamedTuple):
     @property
     def usage(self) -> Usage:
         """The usage of generating it."""
-        return Usage._make(self[-4:])
+        return Usage._make(self[-len(Usage._fields) :])  # the last fields are those of Usage
 
     def age(self, now: float) -> float:
         """Return its age in seconds; 0 if the clock was set back."""

@@ -123,7 +123,7 @@ async def test_the_first_request_of_a_connection_is_answered_while_draining(
 ) -> None:
     port = ollprox.port
     async with Client(port) as late, Client(port) as silent, Client(port) as blank:
-        await ask(ollprox.port, "GET", "/health")  # so both connections have been accepted
+        await ask(ollprox.port, "GET", "/health")  # so the connections have been accepted
         ollprox.process.terminate()
         await ollprox.says("stopping")
         await blank.send(b"\r\n")  # an empty line may come before a request

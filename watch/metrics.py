@@ -12,7 +12,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import asdict, dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -23,7 +22,7 @@ from answers.turns import Refusal, Snapshot
 from cache import Cache
 from keystore import KeyStore
 from record import Outcome, Record, Usage
-from settings import MAX_NAME_CHARS, normalize_model
+from settings import normalize_model
 from watch.telemetry import MAX_SHOWN
 
 MAX_NAMES = 1000  # models, and labels, that are counted separately
@@ -287,7 +286,6 @@ class Metrics:
         self._from_cache = Total()
         self._shared = Total()
         self._models: frozenset[str] = frozenset()  # in upstream's list
-        self._known = lru_cache(MAX_NAMES)(self._counted_as)
 
     # What happens.
 
@@ -385,7 +383,6 @@ class Metrics:
     def set_models(self, models: Iterable[str]) -> None:
         """Set the names of the models that upstream has."""
         self._models = frozenset(models)
-        self._known.cache_clear()
 
     @property
     def running(self) -> int:
@@ -399,9 +396,6 @@ class Metrics:
 
     def known(self, model: str) -> str:
         """Return the name that a model is counted by: `other` if upstream does not list it."""
-        return self._known(model) if len(model) <= MAX_NAME_CHARS else self._counted_as(model)
-
-    def _counted_as(self, model: str) -> str:
         name = normalize_model(model)
         return name.removesuffix(":latest") if name in self._models else OTHER
 

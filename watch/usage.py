@@ -99,7 +99,7 @@ class Batch:
     """What was counted since the last write; bounded, whatever fails for however long."""
 
     rows: dict[Index, Counts] = field(default_factory=dict)
-    tokens: dict[tuple[str, int], int] = field(default_factory=dict)  # by key and slot
+    tokens: dict[tuple[str, int], int] = field(default_factory=dict)  # by key and period
     hours: dict[int, Span] = field(default_factory=dict)  # by their start
 
     def row(self, day: str, key: str, model: str) -> Counts:
@@ -111,10 +111,10 @@ class Batch:
             index = day, OTHER, OTHER
         return self.rows.setdefault(index, Counts())
 
-    def spend(self, key: str, slot: int, tokens: int) -> None:
+    def spend(self, key: str, period: int, tokens: int) -> None:
         """Count tokens against a key's limit; beyond the bound they are not kept."""
-        if (key, slot) in self.tokens or len(self.tokens) < MAX_PENDING:
-            self.tokens[key, slot] = self.tokens.get((key, slot), 0) + tokens
+        if (key, period) in self.tokens or len(self.tokens) < MAX_PENDING:
+            self.tokens[key, period] = self.tokens.get((key, period), 0) + tokens
 
     def pass_minute(self, minute: Span) -> None:
         """Add a minute, or an hour, to its hour."""
@@ -127,8 +127,8 @@ class Batch:
         """Add what another batch has."""
         for index, counts in other.rows.items():
             self.row(*index).add(counts)
-        for (key, slot), tokens in other.tokens.items():
-            self.spend(key, slot, tokens)
+        for (key, period), tokens in other.tokens.items():
+            self.spend(key, period, tokens)
         for hour in other.hours.values():
             self.pass_minute(hour)
 
@@ -200,7 +200,7 @@ class Kept(NamedTuple):
     """What the file tells at the start."""
 
     salt: bytes  # for digests that stay the same where API_KEY_SALT is not set
-    spent: dict[str, list[tuple[int, int]]]  # ends of slots and tokens, by key
+    spent: dict[str, list[tuple[int, int]]]  # ends of periods and tokens, by key
     hours: tuple[Span, ...] = ()
 
 
@@ -233,8 +233,8 @@ class UsageFile:
             kept = Kept(bytes(salt), {}, tuple(_hours(connection, now)))
             since = (now - LONGEST_LIMIT - PERIOD, now)
             tokens = "SELECT key, slot, tokens FROM tokens WHERE slot > ? AND slot <= ?"
-            for key, slot, count in connection.execute(f"{tokens} ORDER BY slot", since):
-                kept.spent.setdefault(key, []).append((slot + PERIOD, int(count)))
+            for key, start, count in connection.execute(f"{tokens} ORDER BY slot", since):
+                kept.spent.setdefault(key, []).append((start + PERIOD, int(count)))
             return kept
 
         try:
@@ -468,8 +468,8 @@ class Usage:
             row.generated_tokens += usage.tokens
             row.gpu_seconds += usage.gpu_seconds
             if key.tokens:
-                slot = int(self._clock()) // PERIOD * PERIOD
-                self._pending.spend(_digits(key), slot, usage.tokens)
+                period = int(self._clock()) // PERIOD * PERIOD
+                self._pending.spend(_digits(key), period, usage.tokens)
 
     def count_minute(self, minute: Span) -> None:
         """Count a minute of all requests at its end."""
@@ -602,8 +602,8 @@ def _digits(key: Key) -> str:
 def earlier(kept: Kept, now: float) -> Callable[[Key], list[tuple[float, int]]]:
     """Return a function that lists when a key spent tokens before the start, and how many.
 
-    Times are on the monotonic clock. Tokens count as of the end of their slot, so a limit may free
-    them up to `PERIOD` seconds late, and never early.
+    Times are on the monotonic clock. Tokens count as of the end of their period, so a limit may
+    free them up to `PERIOD` seconds late, and never early.
     """
     offset = time.monotonic() - now
     return lambda key: [

@@ -623,9 +623,7 @@ class _Client(asyncio.Protocol):
             self.served = True
             self._has_shown_key |= record.label is not None
             self._record = None
-            record.ended = time.monotonic()
-            record.headers = ()  # sent; the record may be remembered
-            self._server.done(record)
+            self._end_record(record)
 
     async def _answer(self, head: Head, record: Record) -> bool:
         try:
@@ -886,7 +884,12 @@ class _Client(asyncio.Protocol):
         self._write(framed + body, body, record)
         self._unread = True
         self.deadline = math.inf  # `_linger` has its own
+        self._end_record(record)
+
+    def _end_record(self, record: Record) -> None:
+        """End the record of a request. It may be remembered, but not its headers."""
         record.ended = time.monotonic()
+        record.headers = ()
         self._server.done(record)
 
     async def _linger(self) -> None:
